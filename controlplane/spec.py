@@ -1,0 +1,74 @@
+"""What a customer wants run: plain frozen values, stored as JSON in the workspace's row.
+
+Times are seconds, sizes bytes. Defaults are the documented ones (protos/ngpu/v1/workspace.proto).
+"""
+
+import msgspec
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class GpuNeed(msgspec.Struct, frozen=True):
+    """GPUs of one replica: `count` whole ones whose model contains the words of `model`, each with that much memory."""
+
+    model: str = ""
+    count: int = 0
+    min_memory_bytes: int = 0
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """When a replica is ready: `GET path` answers below 500; without a path, `port` (0: the first) accepts."""
+
+    path: str = ""
+    port: int = 0
+    start_limit_s: float = 600.0
+
+
+class Registry(msgspec.Struct, frozen=True):
+    """Credentials for a private image."""
+
+    username: str = ""
+    password: str = ""
+
+    def __repr__(self) -> str:
+        """Never the password: values end up in logs and tracebacks."""
+        return f"Registry(username={self.username!r})"
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Every limit of a workspace's tasks."""
+
+    queue_time_s: float = 600.0
+    run_time_s: float = 600.0
+    total_time_s: float = 3600.0
+    request_body_bytes: int = 64 * MIB
+    response_body_bytes: int = 256 * MIB
+    queue_length: int = 1000
+    max_attempts: int = 3
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """A workspace as the customer describes it."""
+
+    name: str
+    image: str
+    ports: tuple[int, ...]
+    command: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    gpu: GpuNeed = GpuNeed()
+    replicas: int = 1
+    concurrency: int = 1
+    cpus: float = 1.0
+    memory_bytes: int = 4 * GIB
+    shm_bytes: int = 64 * MIB
+    readiness: Readiness = Readiness()
+    registry: Registry = Registry()
+    limits: Limits = Limits()
+    repeatable: bool = True
+    writable_paths: tuple[str, ...] = ()
+    account: str = ""
+
+    def __repr__(self) -> str:
+        """Without environment and credentials: values end up in logs and tracebacks."""
+        return f"Spec(name={self.name!r}, image={self.image!r})"

@@ -1,0 +1,66 @@
+"""What both ends must agree on besides messages: sizes, channel options, metadata keys.
+
+Figures measured on two cores with grpcio 1.85: one gRPC operation costs 60-120 us whatever it carries, so small things
+travel in batches; a chunk of 256 KiB is where throughput of a stream levels off.
+"""
+
+from typing import Final
+
+#: Largest piece of a body in one message.
+CHUNK_BYTES: Final = 256 * 1024
+#: A body up to this rides inside Start, Result and Batch; a larger one has a stream of its own.
+INLINE_BYTES: Final = 64 * 1024
+#: A body up to this rides inside the answer of a unary call.
+ANSWER_INLINE_BYTES: Final = 1024 * 1024
+#: A batch is sent when the writer is free, with at most this many items ...
+BATCH_ITEMS: Final = 256
+#: ... and no further item once it has this many bytes.
+BATCH_BYTES: Final = 256 * 1024
+#: Unanswered calls per Batch stream.
+BATCH_OUTSTANDING: Final = 4096
+#: Largest gRPC message accepted: a batch, its last item up to the inline limit and its head, with room to spare.
+MESSAGE_BYTES: Final = 4 * 1024 * 1024
+
+#: Carries `Bearer <token>`.
+AUTHORIZATION: Final = "authorization"
+#: Trailing metadata: a serialised ngpu.v1.Error.
+ERROR: Final = "ngpu-error-bin"
+#: Carried from edge to node in logs.
+REQUEST_ID: Final = "x-request-id"
+
+# Keepalive options come in pairs: a server that does not permit what the client sends answers with GOAWAY "too_many_pings".
+KEEPALIVE_TIME_MS: Final = 10_000
+KEEPALIVE_TIMEOUT_MS: Final = 5_000
+
+ChannelOptions = list[tuple[str, int | str]]
+
+_SIZES: Final[ChannelOptions] = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+]
+
+CLIENT_OPTIONS: Final[ChannelOptions] = [
+    *_SIZES,
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # No service config look-ups in DNS, and no proxy for what is often a loopback address.
+    ("grpc.service_config_disable_resolution", 1),
+]
+
+#: Bodies go over a socket of their own: two channels to one address share one unless told otherwise.
+BULK_CLIENT_OPTIONS: Final[ChannelOptions] = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+
+SERVER_OPTIONS: Final[ChannelOptions] = [
+    *_SIZES,
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Two control planes on one port would each get half of the calls without knowing.
+    ("grpc.so_reuseport", 0),
+]
