@@ -1,0 +1,207 @@
+"""What we ask of whatever runs containers: plain values in, plain values out, one class per thing that can go wrong.
+
+`docker.py` means it; `process.py` does as much of it as plain processes can. Everything here is level-triggered: `containers()`
+says all that is, `watch` only says when to look again, so a lost event loses nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Protocol
+
+MIB: Final = 1024 * 1024
+GIB: Final = 1024 * MIB
+
+#: (host, port) under which a port of a container is reached from this machine.
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How to pull a private image."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """When a replica is ready: `GET path` on `port` answers below 500; without a path, `port` accepts a connection."""
+
+    port: int
+    path: str = ""
+    start_limit_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One replica that should run here, every default resolved. Sizes in bytes.
+
+    `spec_hash` is of everything that makes the container what it is: same hash, same container. `draining` is not part of it.
+    """
+
+    replica_id: str
+    workspace: str
+    generation: int = 1
+    spec_hash: str
+    image: str
+    ports: tuple[int, ...]
+    readiness: Readiness
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    concurrency: int = 1
+    cpus: float = 1.0
+    memory_bytes: int = 4 * GIB
+    shm_bytes: int = 64 * MIB
+    writable_paths: tuple[str, ...] = ()
+    gpu_ids: tuple[str, ...] = ()
+    registry: Credentials | None = None
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended. `code` as a shell has it: 128 + n for signal n. `at` is this process's monotonic clock when we learnt of it."""
+
+    replica_id: str
+    code: int
+    out_of_memory: bool = False
+    ran_s: float = 0.0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One container of this node, running or ended.
+
+    `addresses` has each declared port while it runs. `restarts` is what its Assignment's start was given, kept with the container so
+    that it survives the daemon. `memory_kills`: how often the kernel killed one of its processes for lack of memory while it went on.
+    """
+
+    replica_id: str
+    container_id: str
+    spec_hash: str
+    image_digest: str = ""
+    restarts: int = 0
+    addresses: Mapping[int, Address] = field(default_factory=dict)
+    exit: Exit | None = None
+    memory_kills: int = 0
+
+    @property
+    def running(self) -> bool:
+        """Has it not ended?"""
+        return self.exit is None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An image that need not be pulled."""
+
+    reference: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What runs containers here. `isolation` says in words what it keeps apart; `limits` what it does not, one sentence each."""
+
+    name: str
+    version: str = ""
+    disk_free_bytes: int = 0
+    isolation: str = ""
+    limits: tuple[str, ...] = ()
+
+
+class EngineError(Exception):
+    """The engine could not do that."""
+
+    #: May trying again help when nothing here has been changed?
+    passing: ClassVar[bool] = True
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or (type(self).__doc__ or ""))
+
+
+class EngineDown(EngineError):
+    """The engine does not answer."""
+
+
+class ImageMissing(EngineError):
+    """There is no such image, or it may not be pulled without credentials."""
+
+
+class CredentialsRefused(EngineError):
+    """The registry refuses these credentials."""
+
+
+class RegistryUnreachable(EngineError):
+    """The registry does not answer."""
+
+
+class DiskFull(EngineError):
+    """The disk where images and containers are kept is full."""
+
+
+class GpuMissing(EngineError):
+    """There is no such GPU, or the engine cannot give it to a container."""
+
+
+class OutOfMemory(EngineError):
+    """The container ran out of memory while it started."""
+
+
+class PullFailed(EngineError):
+    """The image could not be pulled."""
+
+
+class StartFailed(EngineError):
+    """The container could not be started."""
+
+
+class Engine(Protocol):
+    """Eight verbs. Every order can be given twice. All raise EngineDown when nothing answers; no call blocks the event loop."""
+
+    async def info(self) -> EngineInfo:
+        """Name, version, room, and what is and is not isolated."""
+        ...
+
+    async def pull(self, image: str, credentials: Credentials | None, progress: Callable[[int], None]) -> str:
+        """Have the image here and return its digest; at once if it is here already. `progress` hears 0 to 100, rising.
+
+        Errors: ImageMissing, CredentialsRefused, RegistryUnreachable, DiskFull, PullFailed. Cancelling stops the pull.
+        """
+        ...
+
+    async def start(self, assignment: Assignment, *, restarts: int) -> Container:
+        """Make and start its container, in place of one that was there under the same replica id.
+
+        Errors: ImageMissing, DiskFull, GpuMissing, OutOfMemory, StartFailed.
+        """
+        ...
+
+    async def stop(self, replica_id: str, *, grace_s: float) -> None:
+        """Ask it to end, kill it after the grace, and remove it. No error if there is none."""
+        ...
+
+    async def containers(self) -> list[Container]:
+        """All of this node, running and ended."""
+        ...
+
+    async def watch(self, look: Callable[[], None]) -> None:
+        """Call `look` once watching has begun and whenever `containers()` may have changed. Ends only by EngineDown or cancellation."""
+        ...
+
+    async def logs(self, replica_id: str, *, lines: int) -> str:
+        """The last lines its container wrote, at most 16 KiB; "" if there are none."""
+        ...
+
+    async def images(self) -> list[CachedImage]:
+        """What is in the cache, largest first, at most 500."""
+        ...
+
+    def owns(self, pid: int) -> bool | None:
+        """Does this process belong to one of our containers? None: there is no such process here (any more)."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of threads and sockets. Containers go on; the processes of `process.py` end."""
+        ...

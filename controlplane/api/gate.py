@@ -1,0 +1,209 @@
+"""The gate every call passes: who calls, may they, and what went wrong in words.
+
+One table says who may call what; a method that is not in it cannot be served. Errors are translated here and nowhere
+else. Methods of the services are plain coroutines (or async generators) of a request and a Caller, named as in Python.
+"""
+
+import asyncio
+import collections
+import re
+import secrets
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from ngpu import wire
+from ngpu.v1 import http_pb2
+
+from controlplane.access import Access, Kind, Principal
+from controlplane.errors import Forbidden, NgpuError
+
+_log = structlog.get_logger(__name__)
+
+In_co = TypeVar("In_co", covariant=True)
+Out_contra = TypeVar("Out_contra", contravariant=True)
+
+_OPERATOR: Final = frozenset({Kind.OPERATOR})
+_FRONT: Final = frozenset({Kind.OPERATOR, Kind.SERVICE})
+_CUSTOMER: Final = frozenset({Kind.OPERATOR, Kind.SERVICE, Kind.WORKSPACE})
+_OWNER: Final = frozenset({Kind.OPERATOR, Kind.WORKSPACE})
+_NODE: Final = frozenset({Kind.NODE})
+#: Open: these prove a key by a signature.
+_ANYBODY: Final = frozenset(Kind)
+
+#: Who may call what. There is no default: a method without a line here is a mistake that stops the start.
+ROLES: Final[dict[str, frozenset[Kind]]] = {
+    "ngpu.v1.TaskService.Schedule": _CUSTOMER,
+    "ngpu.v1.TaskService.Batch": _CUSTOMER,
+    "ngpu.v1.TaskService.Upload": _CUSTOMER,
+    "ngpu.v1.TaskService.Query": _CUSTOMER,
+    "ngpu.v1.TaskService.ListTasks": _CUSTOMER,
+    "ngpu.v1.TaskService.GetDetail": _CUSTOMER,
+    "ngpu.v1.TaskService.Watch": _CUSTOMER,
+    "ngpu.v1.TaskService.Cancel": _CUSTOMER,
+    "ngpu.v1.WorkspaceService.CreateWorkspace": _OPERATOR,
+    "ngpu.v1.WorkspaceService.GetWorkspace": _CUSTOMER,
+    "ngpu.v1.WorkspaceService.ListWorkspaces": _OPERATOR,
+    "ngpu.v1.WorkspaceService.ScaleWorkspace": _OWNER,
+    "ngpu.v1.WorkspaceService.DeleteWorkspace": _OPERATOR,
+    "ngpu.v1.WorkspaceService.WatchWorkspace": _CUSTOMER,
+    "ngpu.v1.WorkspaceService.PublishRoute": _OPERATOR,
+    "ngpu.v1.WorkspaceService.ListRoutes": _FRONT,
+    "ngpu.v1.WorkspaceService.DeleteRoute": _OPERATOR,
+    "ngpu.v1.NodeService.Challenge": _ANYBODY,
+    "ngpu.v1.NodeService.Enroll": _ANYBODY,
+    "ngpu.v1.NodeService.Login": _ANYBODY,
+    "ngpu.v1.NodeService.Heartbeat": _NODE,
+    "ngpu.v1.NodeService.Execute": _NODE,
+    "ngpu.v1.NodeService.Fetch": _NODE,
+    "ngpu.v1.NodeService.Deliver": _NODE,
+    "ngpu.v1.AssetService.CheckAddress": _CUSTOMER,
+    "ngpu.v1.FleetService.ListNodes": _FRONT,
+    "ngpu.v1.FleetService.GetNode": _FRONT,
+    "ngpu.v1.FleetService.SetNodeAvailability": _OPERATOR,
+    "ngpu.v1.FleetService.RevokeNode": _OPERATOR,
+    "ngpu.v1.FleetService.CreateToken": _OPERATOR,
+    "ngpu.v1.FleetService.ListTokens": _OPERATOR,
+    "ngpu.v1.FleetService.RevokeToken": _OPERATOR,
+    "ngpu.v1.FleetService.Explain": _OWNER,
+}
+
+_NOBODY: Final = Principal(Kind.NOBODY, "")
+_CODES: Final = {code.name: code for code in grpc.StatusCode}
+
+
+class Stream(Protocol[In_co, Out_contra]):
+    """The two ends of a streaming call. `read` gives grpc.aio.EOF at the end; only one task may be in it."""
+
+    async def read(self) -> In_co: ...
+    async def write(self, message: Out_contra) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, from where, and under which id it is logged."""
+
+    principal: Principal
+    ip: str
+    request_id: str
+
+
+class Gate:
+    """Wraps the services' methods. `calls` counts how they ended, by (method, status name)."""
+
+    def __init__(self, access: Access, *, new_request_id: Callable[[], str] = lambda: secrets.token_hex(8)) -> None:
+        self._access = access
+        self._new_request_id = new_request_id
+        self.calls: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def guard(self, service: ServiceDescriptor, api: object) -> grpc.GenericRpcHandler:
+        """Handlers for every method of `service`, each a method of `api` of the same name in snake case.
+
+        Raises KeyError for a method that is not in ROLES, AttributeError for one that `api` lacks.
+        """
+        return grpc.method_handlers_generic_handler(
+            service.full_name,
+            {method.name: self._handler(method, getattr(api, _snake(method.name))) for method in service.methods},
+        )
+
+    def _handler(self, method: MethodDescriptor, inner: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        name, roles = method.name, ROLES[method.full_name]
+
+        async def unary(request: Any, context: Any) -> Any:
+            return await self._run(name, roles, context, lambda caller: inner(request, caller))
+
+        async def server_stream(request: Any, context: Any) -> None:
+            async def write_all(messages: AsyncIterator[Any]) -> None:
+                async for message in messages:
+                    await context.write(message)
+
+            await self._run(name, roles, context, lambda caller: write_all(inner(request, caller)))
+
+        async def client_stream(_: Any, context: Any) -> Any:
+            return await self._run(name, roles, context, lambda caller: inner(context, caller))
+
+        make, behaviour = {
+            (False, False): (grpc.unary_unary_rpc_method_handler, unary),
+            (False, True): (grpc.unary_stream_rpc_method_handler, server_stream),
+            (True, False): (grpc.stream_unary_rpc_method_handler, client_stream),
+            (True, True): (grpc.stream_stream_rpc_method_handler, client_stream),
+        }[method.client_streaming, method.server_streaming]
+        return make(  # type: ignore[no-any-return, operator]
+            behaviour,
+            GetMessageClass(method.input_type).FromString,
+            GetMessageClass(method.output_type).SerializeToString,
+        )
+
+    async def _run(
+        self, name: str, roles: frozenset[Kind], context: Any, inner: Callable[[Caller], Awaitable[Any]]
+    ) -> Any:
+        request_id = ""
+        try:
+            metadata = dict(context.invocation_metadata())
+            request_id = str(metadata.get(wire.REQUEST_ID, ""))
+            caller = Caller(self._principal(roles, metadata.get(wire.AUTHORIZATION)), ip_of(context.peer()), request_id)
+            answer = await inner(caller)
+        except asyncio.CancelledError:
+            self.calls[name, "CANCELLED"] += 1
+            raise
+        except BaseExceptionGroup as group:
+            # A stream's tasks live in a TaskGroup; what ended it is the first of its errors.
+            error = self.error_of(first_of(group), name, request_id)
+        except Exception as caught:  # noqa: BLE001
+            error = self.error_of(caught, name, request_id)
+        else:
+            self.calls[name, "OK"] += 1
+            return answer
+        self.calls[name, error.code] += 1
+        message = error_message(error)
+        await context.abort(_CODES[error.code], message.message, ((wire.ERROR, message.SerializeToString()),))
+        return None
+
+    def _principal(self, roles: frozenset[Kind], authorization: str | bytes | None) -> Principal:
+        if Kind.NOBODY in roles:
+            return _NOBODY
+        principal = self._access.principal(authorization if isinstance(authorization, str) else None)
+        if principal.kind not in roles:
+            raise Forbidden
+        return principal
+
+    def error_of(self, caught: BaseException, method: str, request_id: str = "") -> NgpuError:
+        """What the caller is told: one of our own errors as it is, anything else as INTERNAL, with its traceback logged."""
+        if isinstance(caught, NgpuError):
+            return caught
+        request_id = request_id or self._new_request_id()
+        _log.error("request_failed", method=method, request_id=request_id, exc_info=caught)
+        return NgpuError(f"Something went wrong inside the control plane; its log has the details under {request_id}.")
+
+
+def error_message(error: NgpuError) -> http_pb2.Error:
+    """An error on the wire."""
+    return http_pb2.Error(
+        code=_CODES[error.code].value[0],
+        reason=error.reason,
+        message=str(error),
+        retry_after_ms=round(error.retry_after_s * 1000),
+    )
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception in a group, at any depth."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def ip_of(peer: str) -> str:
+    """The address in gRPC's name of a peer: `ipv4:192.0.2.1:1234`, `ipv6:%5B::1%5D:1234`; else empty."""
+    family, _, rest = urllib.parse.unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if family in {"ipv4", "ipv6"} else ""
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()

@@ -1,0 +1,157 @@
+"""Asks the indexers in order until one answers, once per address however many want to know, and remembers for a while."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import msgspec
+import structlog
+
+from controlplane.assets.address import InvalidAddress, parse_address
+from controlplane.assets.bestinslot import BestInSlot
+from controlplane.assets.indexer import Http, Indexer, IndexerFault
+from controlplane.assets.ledger import Ledger
+from controlplane.assets.maestro import Maestro
+from controlplane.assets.opi import Opi
+from controlplane.assets.settings import LEDGER, Provider, Settings
+from controlplane.assets.unisat import Unisat
+from controlplane.assets.xverse import Xverse
+from controlplane.errors import AssetUnknown, InvalidArgument
+
+#: Addresses being looked up at once; past it callers are told to try again.
+LOOKUPS: Final = 512
+#: Connections to all indexers together.
+CONNECTIONS: Final = 64
+#: An indexer that has failed is asked last for so long, unless it says for how long itself.
+REST_S: Final = 15.0
+#: What a caller is told to wait when nobody answers.
+RETRY_AFTER_S: Final = 5.0
+
+_log = structlog.get_logger()
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """What an address has of a ticker: `ticker` as in the settings, `balance` in token units and above zero."""
+
+    ticker: str
+    balance: Decimal
+
+
+Holdings = tuple[Holding, ...]
+
+
+class Assets:
+    """Answers `check`. Make it anywhere, use it in one event loop, `close` it at the end."""
+
+    def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._monotonic = monotonic
+        self._session: aiohttp.ClientSession | None = None
+        self._indexers: Sequence[Indexer] = ()
+        self._rest_until: dict[Indexer, float] = {}
+        self._remembered: OrderedDict[str, tuple[float, Holdings]] = OrderedDict()
+        self._lookups: dict[str, asyncio.Task[Holdings]] = {}
+
+    async def check(self, address: str) -> Holdings:
+        """Which of the configured tickers the address holds, in configured order; empty: none.
+
+        Raises InvalidArgument if it is no address of the configured network, AssetUnknown if nobody can say what it holds.
+        """
+        try:
+            known = parse_address(address, self._settings.network).text
+        except InvalidAddress as error:
+            raise InvalidArgument(f"The BTC address is not valid: {error}.") from error
+        if not self._settings.providers:
+            raise AssetUnknown(
+                "BTC addresses cannot be checked: no indexer is configured. Leave the address out, or ask the operator to set "
+                "assets.providers."
+            )
+        if (remembered := self._recall(known)) is not None:
+            return remembered
+        lookup = self._lookups.get(known)
+        if lookup is None:
+            if len(self._lookups) >= LOOKUPS:
+                raise AssetUnknown("Too many BTC addresses are being checked at once.", retry_after_s=RETRY_AFTER_S)
+            lookup = asyncio.create_task(self._look_up(known), name="asset-lookup")
+            self._lookups[known] = lookup
+            lookup.add_done_callback(lambda _: self._lookups.pop(known, None))
+        # Shielded: others may wait for the same answer, and whoever asks next is glad of it.
+        return await asyncio.shield(lookup)
+
+    async def close(self) -> None:
+        """End the lookups under way, and the connections."""
+        lookups = list(self._lookups.values())
+        for lookup in lookups:
+            lookup.cancel()
+        await asyncio.gather(*lookups, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    def _recall(self, address: str) -> Holdings | None:
+        expiry, holdings = self._remembered.get(address, (0.0, ()))
+        if expiry <= self._monotonic():
+            self._remembered.pop(address, None)
+            return None
+        self._remembered.move_to_end(address)
+        return holdings
+
+    def _remember(self, address: str, holdings: Holdings) -> None:
+        seconds = self._settings.cache_s if holdings else min(self._settings.cache_empty_s, self._settings.cache_s)
+        self._remembered[address] = (self._monotonic() + seconds, holdings)
+        self._remembered.move_to_end(address)
+        while len(self._remembered) > self._settings.cache_entries:
+            self._remembered.popitem(last=False)
+
+    async def _look_up(self, address: str) -> Holdings:
+        for indexer in self._in_order():
+            try:
+                async with asyncio.timeout(self._settings.timeout_s):
+                    balances = await indexer.balances(address, self._settings.tickers)
+            except IndexerFault as fault:
+                self._let_rest(indexer, str(fault), fault.retry_after_s)
+            except TimeoutError:
+                self._let_rest(indexer, f"no answer within {self._settings.timeout_s:g} s", 0.0)
+            else:
+                self._rest_until.pop(indexer, None)
+                held = tuple(Holding(t, balances[t]) for t in self._settings.tickers if balances[t] > 0)
+                if not indexer.is_local:
+                    self._remember(address, held)
+                return held
+        raise AssetUnknown(retry_after_s=RETRY_AFTER_S)
+
+    def _in_order(self) -> list[Indexer]:
+        """By preference, those that have just failed last: a dead indexer costs its time limit once, not at every check."""
+        if not self._indexers:
+            self._connect()
+        now = self._monotonic()
+        return sorted(self._indexers, key=lambda indexer: self._rest_until.get(indexer, 0.0) > now)
+
+    def _let_rest(self, indexer: Indexer, reason: str, seconds: float) -> None:
+        _log.warning("indexer_failed", indexer=indexer.kind, reason=reason)
+        self._rest_until[indexer] = self._monotonic() + (seconds or REST_S)
+
+    def _connect(self) -> None:
+        # Here and not in the constructor: a session belongs to a running event loop.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Our own time limit is around all requests of one indexer.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "ngpu"},
+        )
+        http = Http(self._session)
+        self._indexers = [_indexer(provider, http, self._settings.network) for provider in self._settings.providers]
+
+
+def _indexer(provider: Provider, http: Http, network: str) -> Indexer:
+    if provider.kind == LEDGER:
+        return Ledger(Path(provider.path), network)
+    if provider.kind == "opi":
+        return Opi(http, provider.url())
+    keyed = {"unisat": Unisat, "bestinslot": BestInSlot, "xverse": Xverse, "maestro": Maestro}
+    return keyed[provider.kind](http, provider.url(), provider.key())

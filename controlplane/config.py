@@ -1,0 +1,301 @@
+"""Settings of the control plane: a TOML file, the environment and the command line, each winning over the one before.
+
+Only `__main__` reads them; every part gets what it needs by its constructor. Faults are told all at once.
+"""
+
+import ipaddress
+import os
+import re
+import zoneinfo
+from collections.abc import Mapping
+from datetime import UTC, tzinfo
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import pydantic
+import pydantic_settings
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX: Final = "NGPU_CONTROLPLANE_"
+#: The one variable with that prefix that is no setting: where the settings' file is.
+ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+
+
+class ConfigFault(Exception):
+    """Settings that cannot be used; the message names every fault, a line each."""
+
+
+def _duration(value: object) -> object:
+    """`15`, `"15s"`, `"10m"`, `"1h30m"`, `"7d"`: seconds."""
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text := value.strip().lower())
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{value!r} is no duration: write 15s, 10m, 1h30m or 7d") from None
+
+
+def _size(value: object) -> object:
+    """`1048576`, `"64 MiB"`, `"2G"`: bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write 1048576, 64MiB or 2GiB")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _words(value: object) -> object:
+    """`"AINN,ORDI"`: a list."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _address(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def _optional_address(value: str) -> str:
+    return _address(value) if value else value
+
+
+Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
+Address = Annotated[str, pydantic.AfterValidator(_address)]
+OptionalAddress = Annotated[str, pydantic.AfterValidator(_optional_address)]
+
+
+class _Section(BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Indexer(_Section):
+    """An indexer service with a key."""
+
+    api_key: pydantic.SecretStr = pydantic.SecretStr("")
+    """Its key. Empty: this indexer is not asked."""
+    url: str = ""
+    """Where it is, if not at its makers' address."""
+
+
+class Opi(_Section):
+    """A self-hosted OPI."""
+
+    url: str = ""
+    """E.g. http://127.0.0.1:8000. Empty: not asked."""
+
+
+class Assets(_Section):
+    """Which BRC-20 assets are asked for, and who is asked about them."""
+
+    tickers: Words = ["AINN"]
+    """One of these must be held."""
+    on_error: Literal["deny", "allow"] = "deny"
+    """What becomes of a task whose address could not be checked."""
+    indexers: Words = []
+    """In which order they are asked. Empty: all set up, as ledger, opi, unisat, bestinslot, xverse, maestro."""
+    cache: Seconds = 60.0
+    """How old an answer may be."""
+    timeout: Seconds = 5.0
+    """How long one indexer may take."""
+    ledger: Path | None = None
+    """A file of balances for private networks."""
+    opi: Opi = Opi()
+    unisat: Indexer = Indexer()
+    bestinslot: Indexer = Indexer()
+    xverse: Indexer = Indexer()
+    maestro: Indexer = Indexer()
+
+
+class Config(BaseSettings):
+    """All settings. Durations are `15s`, `10m`, `7d` or seconds; sizes `64MiB` or bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    state_dir: Path = Path(".ngpu/controlplane")
+    """Where the database, the bodies and the first tokens are kept."""
+    database_url: str = ""
+    """SQLAlchemy URL, e.g. postgresql+psycopg://user@host/ngpu. Empty: SQLite in the state directory."""
+    listen: Address = "127.0.0.1:50051"
+    """HOST:PORT for gRPC. Port 0: any free one, written to STATE_DIR/address."""
+    metrics_listen: OptionalAddress = "127.0.0.1:9464"
+    """HOST:PORT for /metrics, /healthz and /readyz over HTTP. Empty: off."""
+    tls_cert: Path | None = None
+    """PEM file with the certificate chain for gRPC."""
+    tls_key: Path | None = None
+    """PEM file with its key."""
+    allow_plaintext: bool = False
+    """Listen without TLS on addresses other machines can reach: only behind something that adds TLS."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is logged."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: console on a terminal, JSON lines elsewhere."""
+    display_timezone: str = "UTC"
+    """Zone of the date and time in task ids, e.g. Asia/Shanghai."""
+
+    heartbeat_interval: Seconds = 5.0
+    """How often nodes report."""
+    node_timeout: Seconds = 15.0
+    """A node from which nothing came for so long is taken for lost."""
+    reconnect_grace: Seconds = 10.0
+    """How long attempts wait for a node whose stream broke before they are given up."""
+    hold: Seconds = 120.0
+    """How long an attempt that must not run twice waits for its node."""
+
+    queue_memory: Bytes = 256 * 1024**2
+    """Most memory for the bodies of waiting tasks, all workspaces together; past it tasks are refused as QUEUE_FULL."""
+    body_retention: Seconds = 7 * 86400.0
+    """How long bodies are kept after a task's end. What else is known of a task stays."""
+    upload_retention: Seconds = 3600.0
+    """How long an upload waits for the task that uses it."""
+    stop_grace: Seconds = 10.0
+    """How long calls in flight may take to end when the control plane stops."""
+
+    assets: Assets = Assets()
+    """BRC-20 assets."""
+
+    @pydantic.field_validator("display_timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(value)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"{value!r} is no time zone: write UTC or a name like Asia/Shanghai") from None
+        return value
+
+    @pydantic.field_validator("tls_cert", "tls_key")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None and not os.access(value, os.R_OK):
+            raise ValueError(f"{value} cannot be read")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _safe(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key come together")
+        host, _ = split_address(self.listen)
+        if self.tls_cert is None and not self.allow_plaintext and not is_loopback(host):
+            raise ValueError(
+                f"listen = {self.listen!r} can be reached from other machines and has no TLS: "
+                "set tls_cert and tls_key, or allow_plaintext = true if something in front of it adds TLS"
+            )
+        return self
+
+    @property
+    def zone(self) -> tzinfo:
+        """The display zone."""
+        return UTC if self.display_timezone == "UTC" else zoneinfo.ZoneInfo(self.display_timezone)
+
+    @property
+    def database(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.state_dir.absolute() / 'ngpu.db'}"
+
+
+def load(file: Path | None, options: Mapping[str, Any]) -> Config:
+    """Settings from `file` (or the one ENV_FILE names), the environment and `options` (None: not given).
+
+    Raises ConfigFault with every fault, a line each.
+    """
+    faults = [
+        f"{name}: there is no such setting (see `ngpu-controlplane settings`)"
+        for name in sorted(os.environ)
+        if name.startswith(ENV_PREFIX) and name != ENV_FILE and name not in _env_names()
+    ]
+    if file is None and os.environ.get(ENV_FILE):
+        file = Path(os.environ[ENV_FILE])
+    if file is not None and not file.is_file():
+        raise ConfigFault("\n".join([f"{file}: there is no such file", *faults]))
+
+    class Layered(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, pydantic_settings.TomlConfigSettingsSource(settings_cls, file)
+
+    try:
+        config = Layered(**{name: value for name, value in options.items() if value is not None})
+    except pydantic.ValidationError as error:
+        faults += [_words_of(fault) for fault in error.errors()]
+    except (pydantic_settings.SettingsError, ValueError, OSError) as error:
+        faults.append(f"{file}: {error}" if file else str(error))
+    if faults:
+        raise ConfigFault("\n".join(faults))
+    return config
+
+
+def settings() -> list[tuple[str, str, str]]:
+    """Every setting: its name in the file (`section.name`), its default, what it means."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+                walk(field.annotation, f"{prefix}{name}.")
+            else:
+                default = (
+                    "" if field.default is None or isinstance(field.default, pydantic.SecretStr) else field.default
+                )
+                shown = ",".join(default) if isinstance(default, list) else str(default)
+                rows.append((prefix + name, shown, " ".join((field.description or "").split())))
+
+    walk(Config, "")
+    return rows
+
+
+def env_name(setting: str) -> str:
+    """The environment variable of a setting: `assets.tickers` -> NGPU_CONTROLPLANE_ASSETS__TICKERS."""
+    return ENV_PREFIX + setting.replace(".", "__").upper()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT`, IPv6 in brackets. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is no HOST:PORT")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise ValueError(f"{address!r} is no HOST:PORT: an IPv6 address goes in brackets")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _env_names() -> frozenset[str]:
+    return frozenset(env_name(name) for name, _, _ in settings())
+
+
+def _words_of(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting (see `ngpu-controlplane settings`)"
+    said = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said

@@ -1,0 +1,224 @@
+"""How well each GPU of a node is: readings in, grade and reason out. Pure.
+
+Most signs are levels: the driver states them anew in every reading, and when they end, so does the grade. Xids are
+events: a grade made by one stays until somebody has tested the GPU (`tested`). What must be remembered between two reports is
+in Memory, explicitly; nothing here keeps anything.
+
+The table follows NVIDIA's Xid catalogue and the recovery action that the driver itself recommends (NVML field 230).
+A sign that is not known counts as bad: wrongly left out, a GPU earns nothing for an hour; wrongly left in, it spoils
+every task that is sent to it.
+"""
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from controlplane.report import Gpu, GpuReading
+
+
+class Grade(enum.IntEnum):
+    """How well a GPU is. The numbers are the wire's (fleet.proto); higher is worse."""
+
+    OK = 1
+    #: Costs more in placement.
+    DEGRADED = 2
+    #: Nothing is placed on it.
+    QUARANTINED = 3
+
+
+class Health(msgspec.Struct, frozen=True):
+    """A GPU's grade and, in words, why. `evacuate`: what runs there is to be replaced elsewhere."""
+
+    grade: Grade = Grade.OK
+    reason: str = ""
+    evacuate: bool = False
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What must be known of a GPU's past: the only state of this module.
+
+    `bad_sightings`: reports in a row in which it was to be evacuated; `good_sightings`: reports in a row, since it
+    was last worse, that would have allowed the better grade. `slow_minutes`: minutes (of the caller's clock) with a
+    slowdown, newest last. `xids`: those that keep it in quarantine.
+    """
+
+    health: Health = Health()
+    bad_sightings: int = 0
+    good_sightings: int = 0
+    slow_minutes: tuple[int, ...] = ()
+    xids: tuple[int, ...] = ()
+
+
+#: A sign must be seen in so many reports in a row before what runs on the GPU is moved: a hiccup of NVML must not cost a
+#: customer a replica. Nothing new is placed there from the first.
+EVACUATE_SIGHTINGS: Final = 3
+#: So many reports in a row must be better before the grade is: a GPU that flaps stays out.
+RECOVER_SIGHTINGS: Final = 3
+#: Minutes looked back upon, and how many of them with a slowdown make a GPU degraded (0.6 a minute).
+SLOW_WINDOW_MINUTES: Final = 10
+SLOW_MINUTES: Final = 6
+#: Memory that processes not of ours may hold: a desktop or a monitor is no reason to refuse a GPU.
+FOREIGN_MEMORY_BYTES: Final = 512 * 1024 * 1024
+#: Xids remembered of one GPU.
+XIDS_KEPT: Final = 8
+
+#: Xids that the application on the GPU caused: nothing follows.
+APPLICATION_XIDS: Final = frozenset({13, 31, 43, 45, 68, 109})
+#: A contained memory error: the container that hit it must start anew, the GPU is well.
+RESTART_XIDS: Final = frozenset({94})
+#: Xids of the GPU itself, in words. One that is in no table is treated like these.
+QUARANTINE_XIDS: Final[Mapping[int, str]] = {
+    48: "double-bit memory error",
+    62: "internal micro-controller halted",
+    63: "memory row being remapped",
+    64: "memory row could not be remapped",
+    74: "NVLink error",
+    79: "GPU has fallen off the bus",
+    95: "uncontained memory error",
+    119: "GPU system processor timed out",
+    120: "GPU system processor failed",
+    140: "unrecovered memory error",
+    143: "GPU failed to initialise",
+}
+
+#: Clocks event reasons that are a fault of cooling or power: HW slowdown, SW thermal, HW thermal, HW power brake.
+_SLOWDOWNS: Final = 0x08 | 0x20 | 0x40 | 0x80
+#: NVML's recovery actions (field 230) besides 0, none.
+_RECOVERY: Final[Mapping[int, str]] = {
+    1: "the driver asks for a reset of the GPU",
+    2: "the driver asks for a reboot of the node",
+    3: "the driver asks to end peer-to-peer traffic and reset the GPU",
+    4: "the driver asks to drain and reset the GPU",
+}
+_GIB: Final = 1024**3
+
+
+def _reading_failed(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001, rules have one shape
+    return f"cannot be read: {reading.error}" if reading.error else ""
+
+
+def _remap_failed(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    return "a memory row could not be remapped: replace the GPU" if reading.row_remap_failed else ""
+
+
+def _remap_pending(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    return "memory rows wait to be remapped: reset the GPU" if reading.row_remap_pending else ""
+
+
+def _recovery_asked(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    action = reading.recovery_action
+    return _RECOVERY.get(action, f"the driver asks for recovery action {action}") if action else ""
+
+
+def _xid(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    said = [f"Xid {xid} ({QUARANTINE_XIDS.get(xid, 'not known to us')})" for xid in memory.xids]
+    return f"{', '.join(said)}: reset and test the GPU, then open the node again" if said else ""
+
+
+def _slowed_down(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    slow = len(memory.slow_minutes)
+    if slow < SLOW_MINUTES:
+        return ""
+    return f"slowed down by heat or power in {slow} of the last {SLOW_WINDOW_MINUTES} minutes"
+
+
+def _foreign_memory(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+    held = reading.foreign_memory_bytes or 0
+    return f"{held / _GIB:.1f} GiB held by a process that is not ours" if held > FOREIGN_MEMORY_BYTES else ""
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """If `says` has words, the GPU is at best of that grade."""
+
+    says: Callable[[GpuReading, Memory], str]
+    grade: Grade
+    evacuate: bool = False
+
+
+#: The policy, gravest first.
+RULES: Final = (
+    Rule(_reading_failed, Grade.QUARANTINED, evacuate=True),
+    Rule(_remap_failed, Grade.QUARANTINED, evacuate=True),
+    Rule(_xid, Grade.QUARANTINED, evacuate=True),
+    Rule(_recovery_asked, Grade.QUARANTINED, evacuate=True),
+    Rule(_remap_pending, Grade.QUARANTINED, evacuate=True),
+    # What runs there already has its memory; only a start would fail.
+    Rule(_foreign_memory, Grade.QUARANTINED),
+    Rule(_slowed_down, Grade.DEGRADED),
+)
+
+
+def judge(memory: Memory, reading: GpuReading | None, now_s: float) -> Memory:
+    """The GPU's standing after one more reading. None: the report had none of it, which counts as a failed one.
+
+    `now_s`: a monotonic clock's seconds.
+    """
+    if reading is None:
+        reading = GpuReading(gpu_id="", error="the node gave no reading of it")
+    memory = msgspec.structs.replace(
+        memory, slow_minutes=_slow_minutes(memory, reading, int(now_s // 60)), xids=_bad_xids(memory, reading)
+    )
+    found = [(rule, words) for rule in RULES if (words := rule.says(reading, memory))]
+    seen = Health(
+        grade=max((rule.grade for rule, _ in found), default=Grade.OK),
+        reason="; ".join(words for _, words in found),
+        evacuate=any(rule.evacuate for rule, _ in found),
+    )
+    was = memory.health
+    if seen.grade < was.grade and memory.good_sightings + 1 < RECOVER_SIGHTINGS:
+        reason = was.reason if was.reason.startswith(_RECOVERING) else _RECOVERING + was.reason
+        return msgspec.structs.replace(
+            memory,
+            health=Health(was.grade, reason, evacuate=False),
+            good_sightings=memory.good_sightings + 1,
+            bad_sightings=0,
+        )
+    sightings = memory.bad_sightings + 1 if seen.evacuate else 0
+    return msgspec.structs.replace(
+        memory,
+        health=msgspec.structs.replace(seen, evacuate=seen.evacuate and sightings >= EVACUATE_SIGHTINGS),
+        bad_sightings=min(sightings, EVACUATE_SIGHTINGS),
+        good_sightings=0,
+    )
+
+
+_RECOVERING: Final = "until a moment ago: "
+
+
+def judge_all(
+    memories: Mapping[str, Memory], gpus: Iterable[Gpu], readings: Iterable[GpuReading], now_s: float
+) -> dict[str, Memory]:
+    """The standing of every GPU of a node after a report, in the inventory's order.
+
+    GPUs known before and missing from the inventory follow, in quarantine, for as long as they are given in `memories`:
+    a card that fell off the bus is not forgotten because the driver no longer counts it.
+    """
+    by_id = {reading.gpu_id: reading for reading in readings}
+    judged = {gpu.id: judge(memories.get(gpu.id, Memory()), by_id.get(gpu.id), now_s) for gpu in gpus}
+    for gpu_id, memory in memories.items():
+        if gpu_id not in judged:
+            judged[gpu_id] = judge(memory, GpuReading(gpu_id, error="missing from the node's inventory"), now_s)
+    return judged
+
+
+def tested(memory: Memory) -> Memory:
+    """After an operator's word that the GPU was tested: Xids no longer count. Levels still do."""
+    return msgspec.structs.replace(memory, xids=())
+
+
+def restarts(reading: GpuReading) -> bool:
+    """Must the container on this GPU start anew, though the GPU is well?"""
+    return not RESTART_XIDS.isdisjoint(reading.xids)
+
+
+def _slow_minutes(memory: Memory, reading: GpuReading, minute: int) -> tuple[int, ...]:
+    kept = tuple(m for m in memory.slow_minutes if minute - SLOW_WINDOW_MINUTES < m < minute)
+    slow = (reading.clocks_event_reasons or 0) & _SLOWDOWNS or minute in memory.slow_minutes
+    return (*kept, minute) if slow else kept
+
+
+def _bad_xids(memory: Memory, reading: GpuReading) -> tuple[int, ...]:
+    new = (xid for xid in reading.xids if xid not in APPLICATION_XIDS and xid not in RESTART_XIDS)
+    return tuple(dict.fromkeys((*memory.xids, *new)))[-XIDS_KEPT:]

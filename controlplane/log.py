@@ -1,0 +1,52 @@
+"""Logs: one line per event on stderr, JSON where nobody watches, coloured where somebody does.
+
+Event names are constants, data are fields. Never bodies, never credentials, never a customer's whole address.
+"""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+Format = Literal["auto", "json", "console"]
+
+
+def set_up(level: str = "info", format_: Format = "auto") -> None:
+    """Configure structlog, and bring the libraries' own logging into the same lines.
+
+    `auto`: by whether stderr is a terminal.
+    """
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
+    last: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        # Drops what is below the level before any work is done for it.
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # These speak of every connection and migration step at "info".
+    for name in ("asyncio", "aiohttp.access", "sqlalchemy", "alembic"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
