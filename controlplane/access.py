@@ -6,7 +6,6 @@ ids: 24 random decimal digits), so a slow hash would add nothing but a way to ke
 
 import asyncio
 import enum
-import hashlib
 import hmac
 import secrets
 import time
@@ -18,6 +17,7 @@ from typing import Final, Literal
 import coincurve
 from eth_hash.auto import keccak
 
+from controlplane import ids
 from controlplane.errors import NgpuError, Superseded, Unauthenticated
 from controlplane.model import Role
 
@@ -27,8 +27,6 @@ Clock = Callable[[], datetime]
 NONCES: Final = 10_000
 #: How long a challenge is good, in seconds.
 NONCE_LIFETIME_S: Final = 60.0
-#: Before a token's secret, so that a leaked one can be found by its look.
-SECRET_PREFIX: Final = "ngpu-"  # noqa: S105, it is no secret
 #: Some clients of the original platform send their workspace's id with this before it.
 WORKSPACE_PREFIX: Final = "ngpu_"
 
@@ -107,7 +105,7 @@ class Access:
         workspace_of: Callable[[str], str | None],
         clock: Clock = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
-        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        random_bytes: ids.Random = secrets.token_bytes,
     ) -> None:
         self._workspace_of = workspace_of
         self._clock = clock
@@ -127,7 +125,7 @@ class Access:
     def principal(self, authorization: str | None) -> Principal:
         """Who sends `authorization` (`Bearer SECRET`, or the secret alone). Raises Unauthenticated."""
         bearer = _bearer(authorization)
-        digest = hash_of(bearer)
+        digest = ids.secret_hash(bearer)
         session = self._sessions.get(digest)
         if session is not None:
             if session.ended.is_set():
@@ -145,7 +143,7 @@ class Access:
 
     def join_token(self, secret: str) -> KnownToken:
         """The one-time token with this secret, whether it was used or not. Raises Unauthenticated."""
-        digest = hash_of(secret)
+        digest = ids.secret_hash(secret)
         token = self._tokens.get(digest)
         if token is None or token.role is not Role.NODE:
             raise Unauthenticated("The token is not known here: make one with `ngpu token create --role node`.")
@@ -185,8 +183,8 @@ class Access:
     def begin_session(self, node_addr: str, boot_id: str) -> str:
         """A new session's token. The node's older session ends as Superseded."""
         self.end_session(node_addr, Superseded())
-        token = self._random_bytes(32).hex()
-        session = Session(node_addr, hash_of(token), boot_id)
+        token = ids.token_secret("session", self._random_bytes)
+        session = Session(node_addr, ids.secret_hash(token), boot_id)
         self._sessions[session.token_hash] = session
         self._session_of[node_addr] = session
         return token
@@ -204,16 +202,6 @@ class Access:
         """The node's session, if one is up."""
         session = self._session_of.get(node_addr)
         return None if session is None or session.ended.is_set() else session
-
-
-def new_secret(random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> str:
-    """A token's secret: 256 random bits."""
-    return SECRET_PREFIX + random_bytes(32).hex()
-
-
-def hash_of(secret: str) -> bytes:
-    """What is kept of a secret: its SHA-256."""
-    return hashlib.sha256(secret.encode()).digest()
 
 
 def proof_text(purpose: str, node_addr: str, nonce: bytes) -> bytes:

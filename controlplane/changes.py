@@ -31,7 +31,7 @@ class Changes:
         del self._versions[key]
 
     async def newer(self, key: str, than: int) -> int:
-        """The key's version once it differs from `than` (at once if it does already). Waits without limit: cancel it."""
+        """The key's version once it differs from `than`, at once if it does. Waits without limit: cancel it."""
         while self.version(key) == than:
             event = self._events.setdefault(key, asyncio.Event())
             await event.wait()

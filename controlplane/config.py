@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 import zoneinfo
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, tzinfo
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -77,42 +77,38 @@ class _Section(BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class Indexer(_Section):
-    """An indexer service with a key."""
+class Provider(_Section):
+    """One source of balances."""
 
-    api_key: pydantic.SecretStr = pydantic.SecretStr("")
-    """Its key. Empty: this indexer is not asked."""
-    url: str = ""
+    kind: str
+    """unisat, bestinslot, xverse, maestro, opi or ledger."""
+    base_url: str = ""
     """Where it is, if not at its makers' address."""
-
-
-class Opi(_Section):
-    """A self-hosted OPI."""
-
-    url: str = ""
-    """E.g. http://127.0.0.1:8000. Empty: not asked."""
+    api_key: pydantic.SecretStr = pydantic.SecretStr("")
+    """Its key."""
+    api_key_file: str = ""
+    """A file with its key, instead."""
+    path: str = ""
+    """The ledger's file."""
 
 
 class Assets(_Section):
     """Which BRC-20 assets are asked for, and who is asked about them."""
 
     tickers: Words = ["AINN"]
-    """One of these must be held."""
-    on_error: Literal["deny", "allow"] = "deny"
-    """What becomes of a task whose address could not be checked."""
-    indexers: Words = []
-    """In which order they are asked. Empty: all set up, as ledger, opi, unisat, bestinslot, xverse, maestro."""
-    cache: Seconds = 60.0
-    """How old an answer may be."""
+    """One of these must be held by an address that comes with a task."""
+    network: str = "mainnet"
+    """The Bitcoin network of the addresses."""
+    providers: list[Provider] = []
+    """Who is asked, in order of preference; in the file as [[assets.providers]] with kind, base_url, api_key, ..."""
     timeout: Seconds = 5.0
-    """How long one indexer may take."""
-    ledger: Path | None = None
-    """A file of balances for private networks."""
-    opi: Opi = Opi()
-    unisat: Indexer = Indexer()
-    bestinslot: Indexer = Indexer()
-    xverse: Indexer = Indexer()
-    maestro: Indexer = Indexer()
+    """How long one of them may take."""
+    cache: Seconds = 60.0
+    """How long an answer is believed ..."""
+    cache_empty: Seconds = 10.0
+    """... and how long if it was that nothing is held."""
+    cache_entries: Annotated[int, Field(gt=0)] = 10_000
+    """How many answers are remembered."""
 
 
 class Config(BaseSettings):
@@ -165,6 +161,8 @@ class Config(BaseSettings):
     stop_grace: Seconds = 10.0
     """How long calls in flight may take to end when the control plane stops."""
 
+    asset_check_on_error: Literal["deny", "allow"] = "deny"
+    """What becomes of a task whose BTC address could not be checked."""
     assets: Assets = Assets()
     """BRC-20 assets."""
 
@@ -207,9 +205,15 @@ class Config(BaseSettings):
         return self.database_url or f"sqlite:///{self.state_dir.absolute() / 'ngpu.db'}"
 
 
-def load(file: Path | None, options: Mapping[str, Any]) -> Config:
+def load(
+    file: Path | None,
+    options: Mapping[str, Any],
+    *,
+    asset_faults: Callable[[Assets], Sequence[str]] = lambda _: (),
+) -> Config:
     """Settings from `file` (or the one ENV_FILE names), the environment and `options` (None: not given).
 
+    `asset_faults` says what is wrong with the assets' section; this file knows only its form.
     Raises ConfigFault with every fault, a line each.
     """
     faults = [
@@ -234,10 +238,17 @@ def load(file: Path | None, options: Mapping[str, Any]) -> Config:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, pydantic_settings.TomlConfigSettingsSource(settings_cls, file)
 
+        @pydantic.field_validator("assets")
+        @classmethod
+        def _usable(cls, value: Assets) -> Assets:
+            if found := asset_faults(value):
+                raise ValueError("\n".join(found))
+            return value
+
     try:
         config = Layered(**{name: value for name, value in options.items() if value is not None})
     except pydantic.ValidationError as error:
-        faults += [_words_of(fault) for fault in error.errors()]
+        faults += [line for fault in error.errors() for line in _words_of(fault)]
     except (pydantic_settings.SettingsError, ValueError, OSError) as error:
         faults.append(f"{file}: {error}" if file else str(error))
     if faults:
@@ -293,9 +304,9 @@ def _env_names() -> frozenset[str]:
     return frozenset(env_name(name) for name, _, _ in settings())
 
 
-def _words_of(fault: Any) -> str:
+def _words_of(fault: Any) -> list[str]:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{where}: there is no such setting (see `ngpu-controlplane settings`)"
-    said = str(fault["msg"]).removeprefix("Value error, ")
-    return f"{where}: {said}" if where else said
+        return [f"{where}: there is no such setting (see `ngpu-controlplane settings`)"]
+    said = str(fault["msg"]).removeprefix("Value error, ").splitlines()
+    return [f"{where}{'.' if where == 'assets' else ': ' if where else ''}{line}" for line in said]

@@ -28,7 +28,7 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One choice between candidates. `chosen` is a candidate's id, or empty: none. `refusals`: how many for which reason."""
+    """One choice between candidates. `chosen` is one's id, or empty: none. `refusals`: how many for which reason."""
 
     time: datetime
     subject: str
@@ -60,7 +60,7 @@ def encode(decision: Decision) -> bytes:
 
 
 def decode(data: bytes | None) -> Decision | None:
-    """From a row; None if nothing was kept there or it cannot be read any more: an explanation must not stop a start."""
+    """From a row; None if nothing is kept there or it cannot be read: an explanation must not stop a start."""
     if not data:
         return None
     try:

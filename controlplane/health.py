@@ -1,8 +1,8 @@
 """How well each GPU of a node is: readings in, grade and reason out. Pure.
 
 Most signs are levels: the driver states them anew in every reading, and when they end, so does the grade. Xids are
-events: a grade made by one stays until somebody has tested the GPU (`tested`). What must be remembered between two reports is
-in Memory, explicitly; nothing here keeps anything.
+events: a grade made by one stays until somebody has tested the GPU (`tested`). What must be remembered between two
+reports is in Memory, explicitly; nothing here keeps anything.
 
 The table follows NVIDIA's Xid catalogue and the recovery action that the driver itself recommends (NVML field 230).
 A sign that is not known counts as bad: wrongly left out, a GPU earns nothing for an hour; wrongly left in, it spoils
@@ -37,28 +37,29 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """What must be known of a GPU's past: the only state of this module.
+    """What must be known of a GPU's past: the only state of this module. Times are the caller's monotonic seconds.
 
-    `bad_sightings`: reports in a row in which it was to be evacuated; `good_sightings`: reports in a row, since it
-    was last worse, that would have allowed the better grade. `slow_minutes`: minutes (of the caller's clock) with a
-    slowdown, newest last. `xids`: those that keep it in quarantine.
+    `grave_since_s`, `grave_seen_s`: when a grave sign was first and last seen; None: not of late. `slow_minutes`:
+    minutes with a slowdown, newest last. `xids`: those that keep it in quarantine.
     """
 
     health: Health = Health()
-    bad_sightings: int = 0
-    good_sightings: int = 0
+    grave_since_s: float | None = None
+    grave_seen_s: float = 0.0
     slow_minutes: tuple[int, ...] = ()
     xids: tuple[int, ...] = ()
 
 
-#: A sign must be seen in so many reports in a row before what runs on the GPU is moved: a hiccup of NVML must not cost a
-#: customer a replica. Nothing new is placed there from the first.
-EVACUATE_SIGHTINGS: Final = 3
-#: So many reports in a row must be better before the grade is: a GPU that flaps stays out.
-RECOVER_SIGHTINGS: Final = 3
+#: A grave sign must last so long before what runs on the GPU is moved: a hiccup of NVML must not cost a customer a
+#: replica. Nothing new is placed there from the first.
+EVACUATE_AFTER_S: Final = 15.0
+#: So long without a grave sign until the GPU is trusted again: one that flaps stays out.
+RECOVER_AFTER_S: Final = 15.0
 #: Minutes looked back upon, and how many of them with a slowdown make a GPU degraded (0.6 a minute).
 SLOW_WINDOW_MINUTES: Final = 10
 SLOW_MINUTES: Final = 6
+#: Before the reason while a GPU is watched for RECOVER_AFTER_S.
+_RECOVERING: Final = "until a moment ago: "
 #: Memory that processes not of ours may hold: a desktop or a monitor is no reason to refuse a GPU.
 FOREIGN_MEMORY_BYTES: Final = 512 * 1024 * 1024
 #: Xids remembered of one GPU.
@@ -95,55 +96,55 @@ _RECOVERY: Final[Mapping[int, str]] = {
 _GIB: Final = 1024**3
 
 
-def _reading_failed(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001, rules have one shape
+def _reading_failed(reading: GpuReading, _memory: Memory) -> str:
     return f"cannot be read: {reading.error}" if reading.error else ""
 
 
-def _remap_failed(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _remap_failed(reading: GpuReading, _memory: Memory) -> str:
     return "a memory row could not be remapped: replace the GPU" if reading.row_remap_failed else ""
 
 
-def _remap_pending(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _remap_pending(reading: GpuReading, _memory: Memory) -> str:
     return "memory rows wait to be remapped: reset the GPU" if reading.row_remap_pending else ""
 
 
-def _recovery_asked(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _recovery_asked(reading: GpuReading, _memory: Memory) -> str:
     action = reading.recovery_action
     return _RECOVERY.get(action, f"the driver asks for recovery action {action}") if action else ""
 
 
-def _xid(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _xid(_reading: GpuReading, memory: Memory) -> str:
     said = [f"Xid {xid} ({QUARANTINE_XIDS.get(xid, 'not known to us')})" for xid in memory.xids]
     return f"{', '.join(said)}: reset and test the GPU, then open the node again" if said else ""
 
 
-def _slowed_down(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _slowed_down(_reading: GpuReading, memory: Memory) -> str:
     slow = len(memory.slow_minutes)
     if slow < SLOW_MINUTES:
         return ""
     return f"slowed down by heat or power in {slow} of the last {SLOW_WINDOW_MINUTES} minutes"
 
 
-def _foreign_memory(reading: GpuReading, memory: Memory) -> str:  # noqa: ARG001
+def _foreign_memory(reading: GpuReading, _memory: Memory) -> str:
     held = reading.foreign_memory_bytes or 0
     return f"{held / _GIB:.1f} GiB held by a process that is not ours" if held > FOREIGN_MEMORY_BYTES else ""
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """If `says` has words, the GPU is at best of that grade."""
+    """If `says` has words, the GPU is at best of that grade. `grave`: what runs there is in danger too."""
 
     says: Callable[[GpuReading, Memory], str]
     grade: Grade
-    evacuate: bool = False
+    grave: bool = False
 
 
 #: The policy, gravest first.
 RULES: Final = (
-    Rule(_reading_failed, Grade.QUARANTINED, evacuate=True),
-    Rule(_remap_failed, Grade.QUARANTINED, evacuate=True),
-    Rule(_xid, Grade.QUARANTINED, evacuate=True),
-    Rule(_recovery_asked, Grade.QUARANTINED, evacuate=True),
-    Rule(_remap_pending, Grade.QUARANTINED, evacuate=True),
+    Rule(_reading_failed, Grade.QUARANTINED, grave=True),
+    Rule(_remap_failed, Grade.QUARANTINED, grave=True),
+    Rule(_xid, Grade.QUARANTINED, grave=True),
+    Rule(_recovery_asked, Grade.QUARANTINED, grave=True),
+    Rule(_remap_pending, Grade.QUARANTINED, grave=True),
     # What runs there already has its memory; only a start would fail.
     Rule(_foreign_memory, Grade.QUARANTINED),
     Rule(_slowed_down, Grade.DEGRADED),
@@ -161,30 +162,17 @@ def judge(memory: Memory, reading: GpuReading | None, now_s: float) -> Memory:
         memory, slow_minutes=_slow_minutes(memory, reading, int(now_s // 60)), xids=_bad_xids(memory, reading)
     )
     found = [(rule, words) for rule in RULES if (words := rule.says(reading, memory))]
-    seen = Health(
-        grade=max((rule.grade for rule, _ in found), default=Grade.OK),
-        reason="; ".join(words for _, words in found),
-        evacuate=any(rule.evacuate for rule, _ in found),
-    )
-    was = memory.health
-    if seen.grade < was.grade and memory.good_sightings + 1 < RECOVER_SIGHTINGS:
-        reason = was.reason if was.reason.startswith(_RECOVERING) else _RECOVERING + was.reason
-        return msgspec.structs.replace(
-            memory,
-            health=Health(was.grade, reason, evacuate=False),
-            good_sightings=memory.good_sightings + 1,
-            bad_sightings=0,
-        )
-    sightings = memory.bad_sightings + 1 if seen.evacuate else 0
-    return msgspec.structs.replace(
-        memory,
-        health=msgspec.structs.replace(seen, evacuate=seen.evacuate and sightings >= EVACUATE_SIGHTINGS),
-        bad_sightings=min(sightings, EVACUATE_SIGHTINGS),
-        good_sightings=0,
-    )
-
-
-_RECOVERING: Final = "until a moment ago: "
+    grade = max((rule.grade for rule, _ in found), default=Grade.OK)
+    reason = "; ".join(words for _, words in found)
+    since_s = memory.grave_since_s
+    if any(rule.grave for rule, _ in found):
+        since_s = now_s if since_s is None else since_s
+        health = Health(grade, reason, evacuate=now_s - since_s >= EVACUATE_AFTER_S)
+        return msgspec.structs.replace(memory, health=health, grave_since_s=since_s, grave_seen_s=now_s)
+    if since_s is not None and now_s - memory.grave_seen_s < RECOVER_AFTER_S:
+        was = memory.health.reason.removeprefix(_RECOVERING)
+        return msgspec.structs.replace(memory, health=Health(Grade.QUARANTINED, _RECOVERING + was))
+    return msgspec.structs.replace(memory, health=Health(grade, reason), grave_since_s=None)
 
 
 def judge_all(
@@ -205,7 +193,7 @@ def judge_all(
 
 def tested(memory: Memory) -> Memory:
     """After an operator's word that the GPU was tested: Xids no longer count. Levels still do."""
-    return msgspec.structs.replace(memory, xids=())
+    return msgspec.structs.replace(memory, xids=(), grave_since_s=None)
 
 
 def restarts(reading: GpuReading) -> bool:

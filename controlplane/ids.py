@@ -11,7 +11,7 @@ Random = Callable[[int], bytes]
 
 
 def task_id(now: datetime, zone: tzinfo, rand: Random = secrets.token_bytes) -> str:
-    """`YYYYMMDD_HH_MM_SS_` in the display zone and 20 random digits. Who has it may read the result, so it is not to be guessed."""
+    """`YYYYMMDD_HH_MM_SS_` in the display zone and 20 random digits: who has it may read the result."""
     return f"{now.astimezone(zone):%Y%m%d_%H_%M_%S}_{_digits(20, rand)}"
 
 
@@ -54,7 +54,7 @@ def split_attempt_id(attempt: str) -> tuple[str, int]:
 
 
 def token_secret(kind: str, rand: Random = secrets.token_bytes) -> str:
-    """`ngpu_`, the kind of token (`operator`, `service`, `node`, `session`), `_`, and 256 random bits in 43 URL-safe characters."""
+    """`ngpu_`, the kind of token (`operator`, `service`, `node`, `session`), `_`, and 256 random bits as 43 characters."""
     return f"ngpu_{kind}_{urlsafe_b64encode(rand(32)).rstrip(b'=').decode()}"
 
 

@@ -112,7 +112,7 @@ class Route(SQLModel):
     """A public name for a path of a workspace."""
 
     name: str = Field(primary_key=True)
-    workspace_uid: str = Field(index=True)
+    workspace_uid: str
     port: int = 0
     path: str
     create_time: datetime = Field(sa_type=UtcTime)
@@ -136,8 +136,8 @@ class Replica(SQLModel):
     """One container of a workspace on one node, from its placement until it is known to be gone."""
 
     id: str = Field(primary_key=True)
-    workspace_uid: str = Field(index=True)
-    node_addr: str = Field(index=True)
+    workspace_uid: str
+    node_addr: str
     generation: int
     gpu_ids_json: bytes = b"[]"
     create_time: datetime = Field(sa_type=UtcTime)
@@ -269,7 +269,6 @@ class ReplicaTable(Replica, table=True):
     """The table of replicas."""
 
     __tablename__ = "replica"
-    __table_args__ = (_index("replica_there", "id", where="gone_time IS NULL"),)
 
 
 class TokenTable(Token, table=True):
@@ -278,7 +277,8 @@ class TokenTable(Token, table=True):
     __tablename__ = "token"
 
 
-#: What a start must take up again, and what retention has yet to look at. A query uses such an index only if it says the same words.
+#: What a start must take up again, and what retention has yet to look at. A query must say it in the same words to be
+#: answered from the index.
 OPEN = "state < 3"
 WITH_BODIES = "end_time IS NOT NULL AND expire_time IS NULL"
 

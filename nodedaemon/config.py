@@ -72,9 +72,7 @@ class Config(BaseSettings):
     process_images: Path | None = Field(
         None, description="process engine: directory with one directory per image; default STATE_DIR/images"
     )
-    stop_grace_s: float = Field(
-        30.0, ge=0, le=3600, description="at SIGTERM: seconds that running tasks get to finish"
-    )
+    stop_grace_s: float = Field(30.0, ge=0, le=3600, description="at SIGTERM: seconds that running tasks get to finish")
     spool_bytes: int = Field(
         4 * GIB, ge=64 * 1024**2, description="disk for answers that the control plane has not yet acknowledged"
     )

@@ -162,10 +162,12 @@ def main() -> int:
     parser.add_argument("--engine", choices=["docker", "process"], required=True)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--grpc-port", type=int)
     parser.add_argument("--state-dir", type=Path)
     parser.add_argument("--stop-pid", type=int, help="a Docker engine to stop at the end")
     options = parser.parse_args()
     port = options.port if options.port is not None else 0 if options.check else 8080
+    grpc_port = options.grpc_port if options.grpc_port is not None else 0 if options.check else 50051
     temporary = options.check and options.state_dir is None
     state = Path(tempfile.mkdtemp(prefix="ngpu-up-")) if temporary else (options.state_dir or ROOT / ".ngpu")
     signal.signal(signal.SIGINT, _interrupt)
@@ -174,7 +176,7 @@ def main() -> int:
         if options.stop_pid:
             at_end.callback(end_process, options.stop_pid)
         try:
-            with Platform(state, grpc_port=0 if options.check else 50051) as platform:
+            with Platform(state, grpc_port=grpc_port) as platform:
                 bring_up(platform, options.engine, port)
                 bearer = demonstrate(platform)
                 if not options.check:

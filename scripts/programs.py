@@ -94,13 +94,15 @@ class Platform:
     Ports: 0 is any free one. Everything that was started is stopped, last first, at the end of the `with` block.
     """
 
-    def __init__(self, state: Path, *, grpc_port: int = 0, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, state: Path, *, host: str = "127.0.0.1", grpc_port: int = 0, settings: dict[str, str] | None = None
+    ) -> None:
         self.state = state.resolve()
         self.logs = self.state / "logs"
-        self.grpc_port = grpc_port
-        self._settings = settings or {}
-        #: Without the caller's own settings of NGPU.
+        self._listen = f"{host}:{grpc_port}"
+        #: Of every program: the caller's own settings of NGPU taken out, `settings` put in.
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("NGPU_")}
+        self.environment |= settings or {}
         self.programs: list[Program] = []
         self.nodes: dict[str, Program] = {}
         self.server = ""
@@ -139,10 +141,9 @@ class Platform:
     def start_controlplane(self) -> Program:
         """Start the control plane; after a kill, on the same port as before."""
         home = self.state / "controlplane"
-        listen = self.server or f"127.0.0.1:{self.grpc_port}"
+        listen = self.server or self._listen
         program = self.start(
             *("controlplane", "run", "--state-dir", str(home), "--listen", listen, "--metrics-listen", "127.0.0.1:0"),
-            environment=self._settings,
         )
         self.server = program.await_file(home / "address")
         self.metrics = program.await_file(home / "metrics_address")
@@ -163,7 +164,7 @@ class Platform:
         server: str = "",
         environment: dict[str, str] | None = None,
     ) -> Program:
-        """Start a node daemon (`prefix`: a command to start it with), which joins if it has not yet; wait until it has."""
+        """Start a node daemon (behind the command `prefix`), which joins if it has not yet; wait until it has."""
         home = self.state / name
         home.mkdir(parents=True, exist_ok=True)
         token = home / "join.token"

@@ -80,8 +80,11 @@ _CODES: Final = {code.name: code for code in grpc.StatusCode}
 class Stream(Protocol[In_co, Out_contra]):
     """The two ends of a streaming call. `read` gives grpc.aio.EOF at the end; only one task may be in it."""
 
-    async def read(self) -> In_co: ...
-    async def write(self, message: Out_contra) -> None: ...
+    async def read(self) -> In_co:
+        """The next message, or grpc.aio.EOF."""
+
+    async def write(self, message: Out_contra) -> None:
+        """Send it, or wait until there is room; only one task may be in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ class Gate:
             (True, False): (grpc.stream_unary_rpc_method_handler, client_stream),
             (True, True): (grpc.stream_stream_rpc_method_handler, client_stream),
         }[method.client_streaming, method.server_streaming]
-        return make(  # type: ignore[no-any-return, operator]
+        return make(
             behaviour,
             GetMessageClass(method.input_type).FromString,
             GetMessageClass(method.output_type).SerializeToString,
@@ -151,10 +154,11 @@ class Gate:
         except asyncio.CancelledError:
             self.calls[name, "CANCELLED"] += 1
             raise
-        except BaseExceptionGroup as group:
-            # A stream's tasks live in a TaskGroup; what ended it is the first of its errors.
-            error = self.error_of(first_of(group), name, request_id)
-        except Exception as caught:  # noqa: BLE001
+        except Exception as caught:
+            if context.done():
+                # The caller has gone: what broke is our writing to him.
+                self.calls[name, "CANCELLED"] += 1
+                raise asyncio.CancelledError from caught
             error = self.error_of(caught, name, request_id)
         else:
             self.calls[name, "OK"] += 1
@@ -173,7 +177,12 @@ class Gate:
         return principal
 
     def error_of(self, caught: BaseException, method: str, request_id: str = "") -> NgpuError:
-        """What the caller is told: one of our own errors as it is, anything else as INTERNAL, with its traceback logged."""
+        """What the caller is told: an error of ours as it is, anything else as INTERNAL with its traceback in the log.
+
+        A stream's tasks live in a TaskGroup; what ended it is the first of their errors.
+        """
+        while isinstance(caught, BaseExceptionGroup):
+            caught = caught.exceptions[0]
         if isinstance(caught, NgpuError):
             return caught
         request_id = request_id or self._new_request_id()
@@ -189,14 +198,6 @@ def error_message(error: NgpuError) -> http_pb2.Error:
         message=str(error),
         retry_after_ms=round(error.retry_after_s * 1000),
     )
-
-
-def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first exception in a group, at any depth."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def ip_of(peer: str) -> str:

@@ -5,14 +5,21 @@ Bodies pass through as the bytes they are; protobuf copies them once, when it bu
 
 from datetime import datetime, timedelta
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.timestamp_pb2 import Timestamp
-from ngpu.v1 import node_pb2, workspace_pb2
+from ngpu.v1 import fleet_pb2, http_pb2, node_pb2, task_pb2, workspace_pb2
 
-from controlplane import report
+from controlplane import model, report
+from controlplane.deployer import Assignment
+from controlplane.dispatcher import TaskView
+from controlplane.explain import Decision
 from controlplane.model import EPOCH, MICROSECOND
+from controlplane.slots import AttemptResult, Failure, Headers, Response, Start
 from controlplane.spec import GpuNeed, Limits, Readiness, Registry, Spec
 
+_HEADERS = msgspec.json.Decoder(Headers)
 _DEFAULT = Spec(name="", image="", ports=())
 
 
@@ -38,6 +45,175 @@ def duration(seconds: float) -> Duration:
     """A duration on the wire."""
     whole = int(seconds)
     return Duration(seconds=whole, nanos=round((seconds - whole) * 1e9))
+
+
+def fill_time(stamp: Timestamp, time: datetime) -> None:
+    """Set a time within a message that is being built."""
+    microseconds = (time - EPOCH) // MICROSECOND
+    stamp.seconds = microseconds // 1_000_000
+    stamp.nanos = microseconds % 1_000_000 * 1000
+
+
+def fill_task(message: task_pb2.Task, view: TaskView) -> None:
+    """Set a task within a message that is being built: on the hot path, so nothing is built twice."""
+    message.task_id = view.task_id
+    message.state = view.state.value  # type: ignore[assignment]
+    message.attempt = view.attempt
+    fill_time(message.create_time, view.create_time)
+    if view.start_time is not None:
+        fill_time(message.start_time, view.start_time)
+    if view.end_time is not None:
+        fill_time(message.end_time, view.end_time)
+    if view.failure is not None:
+        fill_failure(message.failure, view.failure.cause, view.failure.reason, view.failure.message)
+    if view.state is model.State.QUEUED:
+        message.queue_position = view.queue_position
+        message.waiting_for = view.waiting_for
+
+
+def fill_failure(message: task_pb2.Failure, cause: int, reason: str, words: str) -> None:
+    """Set a failure within a message that is being built."""
+    message.cause = cause  # type: ignore[assignment]
+    message.reason = reason
+    message.message = words
+
+
+def fill_response(message: http_pb2.HttpResponse, response: Response, max_inline_bytes: int) -> None:
+    """Set a response within a message that is being built; a body over `max_inline_bytes` is cut."""
+    message.status = response.status
+    fill_headers(message.headers, response.headers)
+    body = message.body
+    body.size = response.size
+    body.is_utf8 = response.is_utf8
+    if len(response.body) <= max_inline_bytes:
+        body.inline = response.body
+
+
+def fill_headers(message: RepeatedCompositeFieldContainer[http_pb2.Header], headers: Headers) -> None:
+    """Set headers within a message that is being built."""
+    for name, value in headers:
+        message.add(name=name, value=value)
+
+
+def fill_start(message: node_pb2.Start, start: Start) -> None:
+    """Set an attempt's start within a message that is being built."""
+    message.attempt_id = start.attempt_id
+    message.replica_id = start.replica_id
+    message.port = start.port
+    message.run_time_limit_ms = round(start.run_time_limit_s * 1000)
+    message.response_body_limit_bytes = start.response_body_limit_bytes
+    message.streamed = start.streamed
+    plain, request = start.request, message.request
+    request.method = plain.method
+    request.path = plain.path
+    request.query = plain.query
+    fill_headers(request.headers, plain.headers)
+    request.body.size = plain.size
+    request.body.inline = plain.body
+
+
+def task_of_row(row: model.Task, queue_position: int = 0) -> task_pb2.Task:
+    """A recorded task on the wire."""
+    message = task_pb2.Task(
+        task_id=row.id,
+        state=int(row.state),  # type: ignore[arg-type]
+        attempt=row.attempt,
+        create_time=timestamp(row.create_time),
+        start_time=timestamp(row.start_time),
+        end_time=timestamp(row.end_time),
+        queue_position=queue_position,
+    )
+    if row.failure_reason:
+        fill_failure(message.failure, row.cause, row.failure_reason, row.failure_message)
+    return message
+
+
+def attempt_of_row(row: model.Attempt) -> task_pb2.Attempt:
+    """A recorded attempt on the wire."""
+    message = task_pb2.Attempt(
+        number=row.number,
+        replica_id=row.replica_id,
+        node_addr=row.node_addr,
+        node_ip=row.node_ip,
+        delivery=int(row.delivery),  # type: ignore[arg-type]
+        assign_time=timestamp(row.assign_time),
+        end_time=timestamp(row.end_time),
+        sent_after_us=row.sent_after_us,
+        first_byte_after_us=row.first_byte_after_us,
+        last_byte_after_us=row.last_byte_after_us,
+        gpu_us=row.gpu_us,
+        gpu_ids=msgspec.json.decode(row.gpu_ids_json, type=list[str]),
+        http_status=row.http_status,
+        reason=row.reason,
+    )
+    if row.failure_reason:
+        fill_failure(message.failure, row.cause, row.failure_reason, row.failure_message)
+    return message
+
+
+def headers_of_row(json: bytes) -> Headers:
+    """Headers as they are recorded."""
+    return _HEADERS.decode(json)
+
+
+def result_of(message: node_pb2.Result) -> AttemptResult:
+    """The end of an attempt off the wire. Raises ValueError for a delivery or cause this version does not know."""
+    response = failure = None
+    if message.HasField("failure"):
+        failed = message.failure
+        failure = Failure(model.Cause(failed.cause), failed.reason, failed.message)
+    else:
+        response = response_of(message.response)
+    return AttemptResult(
+        attempt_id=message.attempt_id,
+        delivery=model.Delivery(message.delivery),
+        response=response,
+        failure=failure,
+        sent_after_us=message.sent_after_us,
+        first_byte_after_us=message.first_byte_after_us,
+        last_byte_after_us=message.last_byte_after_us,
+        gpu_us=message.gpu_us,
+        end_time=time_of(message.end_time) if message.HasField("end_time") else None,
+    )
+
+
+def response_of(message: http_pb2.HttpResponse) -> Response:
+    """A response off the wire."""
+    body = message.body
+    return Response(
+        status=message.status,
+        headers=tuple([(header.name, header.value) for header in message.headers]),
+        body=body.inline,
+        size=body.size or len(body.inline),
+        is_utf8=body.is_utf8,
+    )
+
+
+def assignment(plain: Assignment) -> node_pb2.Assignment:
+    """A replica that should run, for its node: with secrets."""
+    return node_pb2.Assignment(
+        replica_id=plain.replica_id,
+        workspace_name=plain.workspace_name,
+        generation=plain.generation,
+        spec=spec(plain.spec, secrets=True),
+        gpu_ids=plain.gpu_ids,
+        spec_hash=plain.spec_hash,
+        draining=plain.draining,
+    )
+
+
+def decision(plain: Decision) -> fleet_pb2.Decision:
+    """A choice between candidates on the wire."""
+    return fleet_pb2.Decision(
+        time=timestamp(plain.time),
+        subject=plain.subject,
+        chosen=plain.chosen,
+        candidates=[
+            fleet_pb2.Candidate(id=one.id, name=one.name, refusal=one.refusal, parts=one.parts, cost=one.cost)
+            for one in plain.candidates
+        ],
+        refusals=plain.refusals,
+    )
 
 
 def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:

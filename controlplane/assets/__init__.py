@@ -3,8 +3,8 @@
     assets = Assets(Settings(providers=(Provider(kind="unisat", api_key="..."),)))
     for holding in await assets.check("bc1p..."): ...
 
-`Assets` keeps to three rules: it never guesses (no indexer, no answer, an answer that makes no sense: AssetUnknown), it asks no
-indexer twice for what it has just been told, and it holds no caller longer than the indexers' time limits.
+`Assets` keeps to three rules: it never guesses (no indexer, no answer, an answer that makes no sense: AssetUnknown),
+it asks no indexer twice for what it has just been told, and it holds no caller longer than the indexers' time limits.
 """
 
 from controlplane.assets.holdings import Assets, Holding

@@ -1,6 +1,7 @@
 """Is this a Bitcoin address? bech32 (BIP-173), bech32m (BIP-350), base58check (P2PKH and P2SH), and nothing else.
 
-Written out here because PyPI's `bech32` refuses every bech32m address, so all of taproot, and the others bring a wallet along.
+Written out here because PyPI's `bech32` refuses every bech32m address, so all of taproot, and the other packages bring
+a wallet along.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ class InvalidAddress(ValueError):
 
 @dataclass(frozen=True)
 class Address:
-    """An address that is valid: `text` in its usual form (bech32 in lower case), `script` the locking script it stands for."""
+    """A valid address: `text` in its usual form (bech32 in lower case), `script` the locking script it stands for."""
 
     text: str
     script: bytes

@@ -1,9 +1,9 @@
-"""Asks the indexers in order until one answers, once per address however many want to know, and remembers for a while."""
+"""Asks the indexers in order until one answers, once an address however many want to know, and remembers it a while."""
 
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
@@ -60,7 +60,8 @@ class Assets:
     async def check(self, address: str) -> Holdings:
         """Which of the configured tickers the address holds, in configured order; empty: none.
 
-        Raises InvalidArgument if it is no address of the configured network, AssetUnknown if nobody can say what it holds.
+        Raises InvalidArgument if it is no address of the configured network, AssetUnknown if nobody can say what it
+        holds.
         """
         try:
             known = parse_address(address, self._settings.network).text
@@ -68,8 +69,8 @@ class Assets:
             raise InvalidArgument(f"The BTC address is not valid: {error}.") from error
         if not self._settings.providers:
             raise AssetUnknown(
-                "BTC addresses cannot be checked: no indexer is configured. Leave the address out, or ask the operator to set "
-                "assets.providers."
+                "BTC addresses cannot be checked: no indexer is configured. Leave the address out, or ask the operator "
+                "of this platform to set one up."
             )
         if (remembered := self._recall(known)) is not None:
             return remembered
@@ -79,9 +80,12 @@ class Assets:
                 raise AssetUnknown("Too many BTC addresses are being checked at once.", retry_after_s=RETRY_AFTER_S)
             lookup = asyncio.create_task(self._look_up(known), name="asset-lookup")
             self._lookups[known] = lookup
-            lookup.add_done_callback(lambda _: self._lookups.pop(known, None))
-        # Shielded: others may wait for the same answer, and whoever asks next is glad of it.
-        return await asyncio.shield(lookup)
+            lookup.add_done_callback(lambda lookup: self._looked_up(known, lookup))
+        # It outlives a caller who goes away: others may wait for the same answer, and who asks next is glad of it.
+        await asyncio.wait((lookup,))
+        if lookup.cancelled():
+            raise AssetUnknown("The control plane is stopping; the BTC address could not be checked.")
+        return lookup.result()
 
     async def close(self) -> None:
         """End the lookups under way, and the connections."""
@@ -91,6 +95,11 @@ class Assets:
         await asyncio.gather(*lookups, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
+
+    def _looked_up(self, address: str, lookup: asyncio.Task[Holdings]) -> None:
+        del self._lookups[address]
+        if not lookup.cancelled():
+            lookup.exception()  # every caller may be gone; then nobody else takes note of it
 
     def _recall(self, address: str) -> Holdings | None:
         expiry, holdings = self._remembered.get(address, (0.0, ()))
@@ -125,7 +134,7 @@ class Assets:
         raise AssetUnknown(retry_after_s=RETRY_AFTER_S)
 
     def _in_order(self) -> list[Indexer]:
-        """By preference, those that have just failed last: a dead indexer costs its time limit once, not at every check."""
+        """By preference, those that have just failed last: a dead one costs its time limit once, not at every check."""
         if not self._indexers:
             self._connect()
         now = self._monotonic()
@@ -141,7 +150,7 @@ class Assets:
             connector=aiohttp.TCPConnector(limit=CONNECTIONS),
             cookie_jar=aiohttp.DummyCookieJar(),
             # Our own time limit is around all requests of one indexer.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            timeout=aiohttp.ClientTimeout(total=None),
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "ngpu"},
         )
         http = Http(self._session)
@@ -153,5 +162,10 @@ def _indexer(provider: Provider, http: Http, network: str) -> Indexer:
         return Ledger(Path(provider.path), network)
     if provider.kind == "opi":
         return Opi(http, provider.url())
-    keyed = {"unisat": Unisat, "bestinslot": BestInSlot, "xverse": Xverse, "maestro": Maestro}
+    keyed: Mapping[str, Callable[[Http, str, str], Indexer]] = {
+        "unisat": Unisat,
+        "bestinslot": BestInSlot,
+        "xverse": Xverse,
+        "maestro": Maestro,
+    }
     return keyed[provider.kind](http, provider.url(), provider.key())

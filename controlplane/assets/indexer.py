@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class IndexerFault(Exception):
-    """The indexer gave no answer that can be believed; the message is for the operator's log, without address or key."""
+    """The indexer gave no answer that can be believed; the message is for the log, without address or key."""
 
     def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -38,14 +38,14 @@ class Indexer(Protocol):
     is_local: bool
 
     async def balances(self, address: str, tickers: Sequence[str]) -> Mapping[str, Decimal]:
-        """What the address holds of each of `tickers`, available and transferable together, in token units; zero is said too.
+        """What the address holds of each of `tickers`, in token units, zero too: available and transferable together.
 
         Raises IndexerFault. The caller sets the time limit.
         """
 
 
 class Http:
-    """GET and decode, and never more: no redirects, no cookies, no answer past ANSWER_BYTES, nothing that is not of the shape."""
+    """GET and decode, and never more: no redirects, no answer past ANSWER_BYTES, nothing that is not of the shape."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -67,7 +67,7 @@ class Http:
                     raise IndexerFault(f"answered {response.status}", retry_after_s=_retry_after(response))
                 body = await _body(response)
         except aiohttp.ClientConnectorError as error:
-            raise IndexerFault(f"cannot be reached: {error.os_error}") from error
+            raise IndexerFault(f"cannot be reached: {error}") from error
         except (aiohttp.ClientError, ValueError) as error:
             # Their texts may quote the URL, and so the address.
             raise IndexerFault(f"broke off: {type(error).__name__}") from error

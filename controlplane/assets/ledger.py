@@ -1,4 +1,4 @@
-"""A file instead of an indexer, for private networks and tests: who holds what, in TOML or JSON, read anew whenever it changes.
+"""A file instead of an indexer, for private networks: who holds what, in TOML or JSON, read anew whenever it changes.
 
     # ledger.toml
     [bc1pp8vyhh2ma0ntzjwr26xxrn5r0w296yu68wdwle5rrhgtv3a2lgkqtyayus]

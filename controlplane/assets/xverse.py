@@ -21,7 +21,7 @@ class _Answer(msgspec.Struct):
 
 
 class Xverse:
-    """Their filter and pages are announced but not always obeyed: what comes is searched, and gone on with while it is not all."""
+    """Their filter and pages are announced, not always obeyed: what comes is searched, until that is all there is."""
 
     kind = "xverse"
     is_local = False

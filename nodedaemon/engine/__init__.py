@@ -6,7 +6,9 @@ says all that is, `watch` only says when to look again, so a lost event loses no
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
+
+from nodedaemon.errors import NodeError
 
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
@@ -60,10 +62,13 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container ended. `code` as a shell has it: 128 + n for signal n. `at` is this process's monotonic clock when we learnt of it."""
+    """How a container ended. `code` as a shell has it: 128 + n for signal n; None: it was removed, nobody knows.
+
+    `at`: the daemon's monotonic clock when it learnt of it.
+    """
 
     replica_id: str
-    code: int
+    code: int | None
     out_of_memory: bool = False
     ran_s: float = 0.0
     at: float = 0.0
@@ -73,8 +78,9 @@ class Exit:
 class Container:
     """One container of this node, running or ended.
 
-    `addresses` has each declared port while it runs. `restarts` is what its Assignment's start was given, kept with the container so
-    that it survives the daemon. `memory_kills`: how often the kernel killed one of its processes for lack of memory while it went on.
+    `addresses` has each declared port while it runs. `restarts` is what its start was given, kept with the container so that it
+    survives the daemon. `started` is false for one that was made and never ran. `memory_kills`: how often, as far as this daemon
+    saw, the kernel killed one of its processes for lack of memory while it went on.
     """
 
     replica_id: str
@@ -83,13 +89,9 @@ class Container:
     image_digest: str = ""
     restarts: int = 0
     addresses: Mapping[int, Address] = field(default_factory=dict)
+    started: bool = True
     exit: Exit | None = None
     memory_kills: int = 0
-
-    @property
-    def running(self) -> bool:
-        """Has it not ended?"""
-        return self.exit is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +113,8 @@ class EngineInfo:
     limits: tuple[str, ...] = ()
 
 
-class EngineError(Exception):
+class EngineError(NodeError):
     """The engine could not do that."""
-
-    #: May trying again help when nothing here has been changed?
-    passing: ClassVar[bool] = True
-
-    def __init__(self, message: str = "") -> None:
-        super().__init__(message or (type(self).__doc__ or ""))
 
 
 class EngineDown(EngineError):

@@ -1,0 +1,203 @@
+"""The connection to the control plane: which one, with which token, and what its errors mean for whoever typed the command."""
+
+import ipaddress
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import grpc
+
+from controlplane.ctl.output import Output
+from controlplane.ctl.problem import Exit, Problem
+from controlplane.ctl.units import duration_text
+from ngpu import wire
+from ngpu.v1.asset_pb2_grpc import AssetServiceStub
+from ngpu.v1.fleet_pb2_grpc import FleetServiceStub
+from ngpu.v1.http_pb2 import Error
+from ngpu.v1.task_pb2_grpc import TaskServiceStub
+from ngpu.v1.workspace_pb2_grpc import WorkspaceServiceStub
+
+DEFAULT_SERVER: Final = "127.0.0.1:50051"
+#: For an answer that is not waited for on purpose.
+CALL_LIMIT_S: Final = 30.0
+#: No token is longer.
+_TOKEN_BYTES: Final = 4096
+
+Answer = TypeVar("Answer")
+
+_EXITS: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: Exit.USAGE,
+    grpc.StatusCode.OUT_OF_RANGE: Exit.USAGE,
+    grpc.StatusCode.NOT_FOUND: Exit.NOT_FOUND,
+    grpc.StatusCode.PERMISSION_DENIED: Exit.NOT_ALLOWED,
+    grpc.StatusCode.UNAUTHENTICATED: Exit.NOT_ALLOWED,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which control plane, how, and as whom. `token_file` empty: found, see `find_token`."""
+
+    server: str = DEFAULT_SERVER
+    token_file: Path | None = None
+    tls: bool = False
+    tls_ca: Path | None = None
+    plaintext: bool = False
+
+
+class Session(AbstractContextManager["Session"]):
+    """What a command works with: the services, called with the token, and the output. The channel is made at first use."""
+
+    def __init__(self, target: Target, out: Output) -> None:
+        self.target = target
+        self.out = out
+        self._opened: list[grpc.Channel] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for channel in self._opened:
+            channel.close()
+
+    @property
+    def now(self) -> datetime:
+        """The time, UTC."""
+        return datetime.now(UTC)
+
+    @cached_property
+    def _channel(self) -> grpc.Channel:
+        channel = _open(self.target)
+        self._opened.append(channel)
+        return channel
+
+    @cached_property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((wire.AUTHORIZATION, f"Bearer {find_token(self.target.token_file, os.environ)}"),)
+
+    @cached_property
+    def tasks(self) -> TaskServiceStub:
+        """TaskService."""
+        return TaskServiceStub(self._channel)
+
+    @cached_property
+    def workspaces(self) -> WorkspaceServiceStub:
+        """WorkspaceService."""
+        return WorkspaceServiceStub(self._channel)
+
+    @cached_property
+    def fleet(self) -> FleetServiceStub:
+        """FleetService."""
+        return FleetServiceStub(self._channel)
+
+    @cached_property
+    def assets(self) -> AssetServiceStub:
+        """AssetService."""
+        return AssetServiceStub(self._channel)
+
+    def call(self, method: Callable[..., Answer], request: Any, *, limit_s: float = CALL_LIMIT_S) -> Answer:
+        """One answer. `request` is an iterator for Upload. Raises Problem."""
+        try:
+            return method(request, metadata=self._metadata, timeout=limit_s)
+        except grpc.RpcError as error:
+            raise self.problem(error) from error
+
+    def stream(self, method: Callable[..., Iterator[Answer]], request: Any, *, limit_s: float | None) -> Iterator[Answer]:
+        """Answers one after the other; the call ends when the iterator is closed. Raises grpc.RpcError: see `problem`."""
+        call = method(request, metadata=self._metadata, timeout=limit_s)
+        try:
+            yield from call
+        finally:
+            call.cancel()  # type: ignore[attr-defined]  # it is a grpc.Call too
+
+    def problem(self, error: grpc.RpcError) -> Problem:
+        """An error of a call, as one line that says what to do."""
+        code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+        if told := error_of(error):
+            retry = f" Try again in {duration_text(told.retry_after_ms / 1000)}." if told.retry_after_ms else ""
+            return Problem(told.message + retry, _EXITS.get(code, Exit.FAILED))
+        details = (error.details() or "") if isinstance(error, grpc.Call) else ""
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return Problem(
+                f"The control plane does not answer at {self.target.server} ({details.rsplit(': ', 1)[-1]}). Start it with "
+                f"`ngpu-controlplane run`, or name another with --server or NGPU_SERVER.",
+                Exit.UNREACHABLE,
+            )
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Problem(f"The control plane at {self.target.server} took too long to answer.", Exit.UNREACHABLE)
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return Problem(f"What answers at {self.target.server} does not know this call: is it an NGPU of this version?")
+        return Problem(f"{details or 'The call failed'} ({code.name})", _EXITS.get(code, Exit.FAILED))
+
+
+def error_of(error: grpc.RpcError) -> Error | None:
+    """What the control plane itself says of the error; None if it did not get to say anything."""
+    if isinstance(error, grpc.Call):
+        for key, value in error.trailing_metadata() or ():
+            if key == wire.ERROR and isinstance(value, bytes):
+                return Error.FromString(value)
+    return None
+
+
+def find_token(file: Path | None, environment: Mapping[str, str]) -> str:
+    """The token: --token-file, NGPU_TOKEN, NGPU_TOKEN_FILE, the control plane's own of this directory, the user's.
+
+    Raises Problem.
+    """
+    if file is None and (token := environment.get("NGPU_TOKEN", "").strip()):
+        return _checked(token, "NGPU_TOKEN")
+    if file is None and environment.get("NGPU_TOKEN_FILE"):
+        file = Path(environment["NGPU_TOKEN_FILE"])
+    usual = (Path(".ngpu/controlplane/operator.token"), Path.home() / ".config/ngpu/token")
+    if file is None:
+        file = next((path for path in usual if path.exists()), None)
+    if file is None:
+        raise Problem(
+            f"There is no token: set NGPU_TOKEN or NGPU_TOKEN_FILE, use --token-file, or write it to {usual[1]}. The operator's "
+            "token lies in the control plane's state directory; a workspace's id is a token for that workspace.",
+            Exit.NOT_ALLOWED,
+        )
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return _checked(opened.read(_TOKEN_BYTES).strip(), str(file))
+    except (OSError, UnicodeError) as error:
+        raise Problem(f"The token cannot be read: {error}", Exit.NOT_ALLOWED) from error
+
+
+def _checked(token: str, source: str) -> str:
+    # gRPC would refuse it with words about metadata.
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise Problem(f"What {source} holds is not a token.", Exit.NOT_ALLOWED)
+    return token
+
+
+def _open(target: Target) -> grpc.Channel:
+    if not target.tls and target.tls_ca is None:
+        if not (target.plaintext or _stays_here(target.server)):
+            raise Problem(
+                f"The token would travel to {target.server} unencrypted. Use --tls (with --tls-ca FILE for a CA of your own), or "
+                "--plaintext where the network is yours alone.",
+                Exit.USAGE,
+            )
+        return grpc.insecure_channel(target.server, wire.CLIENT_OPTIONS)
+    try:
+        roots = target.tls_ca.read_bytes() if target.tls_ca else None
+    except OSError as error:
+        raise Problem(f"The CA's certificate cannot be read: {error}", Exit.USAGE) from error
+    return grpc.secure_channel(target.server, grpc.ssl_channel_credentials(roots), wire.CLIENT_OPTIONS)
+
+
+def _stays_here(server: str) -> bool:
+    host = server.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or server.startswith("unix:")

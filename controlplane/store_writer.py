@@ -1,0 +1,249 @@
+"""The one thread that writes: group commit.
+
+It takes all writes that wait, runs them in one transaction, commits, and then answers every caller: the price of a
+commit (a disk's flush) is shared by all who came while the last one ran. There is no timer: a write that finds the
+thread idle is committed at once.
+
+A batch is first run as if nothing could go wrong, writes of one kind together. If one goes wrong, the batch is rolled
+back and run again write by write, each in a savepoint, so that it fails alone.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+import structlog
+
+from controlplane.errors import Unavailable
+from controlplane.store_database import is_down, is_lost, reason, unavailable
+
+#: Writes that may wait. A disk that hangs must not fill the memory.
+QUEUE_WRITES: Final = 10_000
+#: Bytes of bodies that may wait.
+QUEUE_BYTES: Final = 256 * 1024 * 1024
+#: Writes in one transaction, so that the first does not wait for ever for the last.
+BATCH_WRITES: Final = 1000
+#: The pause after a failure of the database: the first and the longest. What comes meanwhile waits.
+BACKOFF_S: Final = (0.05, 1.0)
+
+log = structlog.get_logger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: A kind of write: does to all items what would be done to each in turn, and gives a result for each. It may be run
+#: again after a rollback, and even after a commit that nobody heard of. If it cannot do as promised for every one of
+#: several items it raises anything; for a single item it raises what the caller is to get.
+Kind = Callable[[sa.Connection, Sequence[Item]], Sequence[Result]]
+
+
+@dataclass(slots=True, eq=False)
+class _Write:
+    kind: Kind[Any, Any]
+    item: Any
+    key: str | None
+    size_bytes: int
+    future: asyncio.Future[Any]
+    outcome: Any = None
+
+
+class Writer:
+    """Takes writes from the event loop's thread and commits them in its own, in order.
+
+    `connect` makes the connection, at the first write and after every failure of the database; it is called in the
+    writer's thread only.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], sa.Connection],
+        *,
+        queue_writes: int = QUEUE_WRITES,
+        queue_bytes: int = QUEUE_BYTES,
+        backoff_s: tuple[float, float] = BACKOFF_S,
+    ) -> None:
+        self._connect = connect
+        self._queue_writes = queue_writes
+        self._queue_bytes = queue_bytes
+        self._backoff_s = backoff_s
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Write] = deque()
+        # Only touched in the loop's thread: what is in the queue or in the running batch.
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._connection: sa.Connection | None = None
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Writes that are not answered yet."""
+        return self._waiting
+
+    def put(
+        self, kind: Kind[Item, Result], item: Item, *, key: str | None = None, size_bytes: int = 0
+    ) -> asyncio.Future[Result]:
+        """Put a write into the queue. The future is done once it is on disk, or refused.
+
+        Writes take effect in the order of the calls, as far as anyone can tell: those with different keys touch
+        different rows, so that one may be done before another. One without a key stays in its place.
+        Raises Unavailable if the queue is full or closed. A caller that goes away leaves the write where it is.
+        """
+        if self._closing.is_set():
+            raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
+        if self._waiting >= self._queue_writes or self._waiting_bytes + size_bytes > self._queue_bytes:
+            raise Unavailable("The database is slower than what comes in; try again soon.", retry_after_s=1.0)
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._waiting += 1
+        self._waiting_bytes += size_bytes
+        self._queue.append(_Write(kind, item, key, size_bytes, future))
+        if not self._wake.is_set():
+            self._wake.set()
+        return future
+
+    async def close(self) -> None:
+        """Commit what waits, refuse what comes. Returns when every future is done."""
+        self._closing.set()
+        self._wake.set()
+        await asyncio.shield(self._ended)
+
+    # In the writer's thread.
+
+    def _run(self) -> None:
+        try:
+            self._commit_all()
+        finally:
+            self._closing.set()
+            self._disconnect()
+            self._call(self._end)
+
+    def _commit_all(self) -> None:
+        pause_s = 0.0
+        while self._queue or not self._closing.is_set():
+            if not self._queue:
+                self._wake.wait()
+                # Before the queue is looked at again: what comes later sets it again.
+                self._wake.clear()
+                continue
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_WRITES))]
+            if self._commit(batch):
+                pause_s = 0.0
+            elif self._closing.is_set():
+                return
+            else:
+                pause_s = min(max(2 * pause_s, self._backoff_s[0]), self._backoff_s[1])
+                self._closing.wait(pause_s)
+
+    def _commit(self, batch: list[_Write]) -> bool:
+        """Do the batch and answer it. False if the database does not answer."""
+        used = self._connection is not None
+        up = True
+        try:
+            try:
+                self._write(batch)
+            except Exception as error:
+                # A connection that was lost while nothing was to do says so only now.
+                if not (used and is_lost(error)):
+                    raise
+                self._disconnect()
+                self._write(batch)
+        except Exception as error:
+            up = not is_down(error)
+            log.exception("store_commit_failed", writes=len(batch), exc_info=up, error=reason(error))
+            self._disconnect()
+            for write in batch:
+                write.outcome = error if up else unavailable()
+        self._call(self._answer, batch)
+        return up
+
+    def _write(self, batch: list[_Write]) -> None:
+        if self._connection is None:
+            self._connection = self._connect()
+        try:
+            with self._connection.begin():
+                for run in _runs(batch):
+                    results = run[0].kind(self._connection, [write.item for write in run])
+                    for write, result in zip(run, results, strict=True):
+                        write.outcome = result
+        except Exception as error:
+            if is_down(error):
+                raise
+        else:
+            return
+        with self._connection.begin():
+            for write in batch:
+                try:
+                    with self._connection.begin_nested():
+                        (write.outcome,) = write.kind(self._connection, [write.item])
+                except Exception as error:
+                    if is_down(error):
+                        raise
+                    write.outcome = error
+
+    def _disconnect(self) -> None:
+        if self._connection is None:
+            return
+        try:
+            self._connection.invalidate()
+            self._connection.close()
+        except Exception as error:  # it is being thrown away
+            log.debug("store_disconnect_failed", error=str(error))
+        self._connection = None
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # The loop was closed and the writer was not: nobody is left to be answered.
+            log.warning("store_loop_closed")
+
+    # In the loop's thread.
+
+    def _answer(self, batch: Iterable[_Write]) -> None:
+        for write in batch:
+            self._waiting -= 1
+            self._waiting_bytes -= write.size_bytes
+            if write.future.done():  # the caller went away; the write was done all the same
+                continue
+            if isinstance(write.outcome, BaseException):
+                write.future.set_exception(write.outcome)
+            else:
+                write.future.set_result(write.outcome)
+
+    def _end(self) -> None:
+        left = list(self._queue)
+        self._queue.clear()
+        for write in left:
+            write.outcome = Unavailable("The control plane is stopping and its database does not answer.")
+        self._answer(left)
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+def _runs(batch: Iterable[_Write]) -> list[list[_Write]]:
+    """Bring writes of one kind together as far as nobody can tell: none passes one with its own key or without a key.
+
+    A run is executed as one statement with many rows, which costs a third of as many statements.
+    """
+    runs: list[list[_Write]] = []
+    last_of_kind: dict[Kind[Any, Any], int] = {}
+    last_of_key: dict[str, int] = {}
+    for write in batch:
+        if write.key is None:
+            last_of_kind.clear()
+            runs.append([write])
+            continue
+        at = last_of_kind.get(write.kind, -1)
+        if at < 0 or at < last_of_key.get(write.key, -1):
+            at = last_of_kind[write.kind] = len(runs)
+            runs.append([])
+        runs[at].append(write)
+        last_of_key[write.key] = at
+    return runs

@@ -1,0 +1,43 @@
+"""Who calls: the four spellings of `Authorization` that clients of the original send, and the `BtcAddress` header.
+
+A workspace's id is decimal digits alone. That is checked here because the control plane's GetWorkspace also takes names,
+which begin with a letter: nobody gets at a workspace by knowing what it is called.
+"""
+
+import re
+from typing import Final
+
+from multidict import CIMultiDictProxy
+
+from httpbridge.errors import BadRequest, Unauthorized
+
+_WORKSPACE_ID: Final = re.compile(r"(?:ngpu_)?([0-9]{1,64})", re.ASCII)
+#: The longest Bitcoin address in use has 62 characters; longer ones are the control plane's to judge, not ours to carry.
+BTC_ADDRESS_CHARACTERS: Final = 128
+_BTC_ADDRESS: Final = re.compile(rf"[\x21-\x7e]{{0,{BTC_ADDRESS_CHARACTERS}}}")
+
+
+def workspace_id(headers: CIMultiDictProxy[str]) -> str:
+    """The workspace's id from `Bearer <id>`, `Bearer ngpu_<id>`, `<id>` or `ngpu_<id>`; "" without the header.
+
+    Raises Unauthorized if the header is there and holds anything else, or is there twice.
+    """
+    value = headers.get("Authorization")
+    if value is None:
+        return ""
+    if len(headers.getall("Authorization")) > 1:
+        raise Unauthorized("There is more than one Authorization header; send one")
+    scheme, _, rest = value.strip().partition(" ")
+    secret = rest.strip() if scheme.lower() == "bearer" else value.strip()
+    match = _WORKSPACE_ID.fullmatch(secret)
+    if match is None:
+        raise Unauthorized("The Authorization header holds no workspace id: send `Authorization: Bearer <workspace id>`")
+    return match[1]
+
+
+def btc_address(value: str) -> str:
+    """`value`, if it can be an address at all; whether it is one the control plane says. Raises BadRequest."""
+    value = value.strip()
+    if _BTC_ADDRESS.fullmatch(value) is None:
+        raise BadRequest("The BTC address is malformed: it is at most 128 letters and digits")
+    return value

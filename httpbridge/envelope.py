@@ -1,0 +1,223 @@
+"""The documented envelope, both ways: out of a caller's body the container's, into ours the container's answer.
+
+`data` is never parsed into Python objects: a string travels byte for byte, other JSON as it was written less the
+white space (numbers keep their spelling), and what is not JSON is not touched at all.
+"""
+
+import codecs
+import re
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from typing import Final, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType, field
+
+from httpbridge import credentials
+from httpbridge.errors import BadRequest
+
+JSON: Final = "application/json"
+TEXT: Final = "text/plain; charset=utf-8"
+BASE64: Final = "base64"
+
+#: Media types under which clients of the original send JSON: some say so, `curl -d` says it is a form.
+_MAY_BE_JSON: Final = frozenset({"", "application/x-www-form-urlencoded", "text/plain", "application/octet-stream"})
+
+
+_OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
+
+
+class Payload(NamedTuple):
+    """What the container gets."""
+
+    body: bytes
+    #: "" for none.
+    content_type: str
+    btc_address: str
+
+
+class _Envelope(Struct):
+    data: Raw | UnsetType = UNSET
+    btc_address: Raw | UnsetType = UNSET
+
+
+_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
+_MEMBERS: Final = msgspec.json.Decoder(dict[str, Raw])
+_ANY: Final = msgspec.json.Decoder(Raw)
+_STRING: Final = msgspec.json.Decoder(str)
+encode: Final = msgspec.json.Encoder().encode
+
+
+def open_(body: bytes, content_type: str, content_encoding: str = "") -> Payload:
+    """The container's body out of a caller's. Raises BadRequest.
+
+    * A JSON object with `data`: the envelope. A string is the body as it stands (`application/json` if it is JSON itself, as
+      frameworks like FastAPI insist on that, else `text/plain`; no type if empty); other JSON is serialised compactly.
+    * A JSON object without `data`: itself the body, less `btc_address`.
+    * Anything else: the body as it stands, under the type it came with.
+
+    Whether it is JSON is seen by the type and, where that says little, by the body.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    says_json = media_type == JSON or media_type.endswith("+json")
+    if not body or content_encoding or not (says_json or (media_type in _MAY_BE_JSON and _OBJECT.match(body))):
+        return Payload(body, content_type, "")
+    try:
+        return _open_json(body, content_type if says_json else JSON)
+    except msgspec.ValidationError:  # an array or a bare value
+        return Payload(body, content_type, "")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if says_json:
+            raise BadRequest(f"The body is not valid JSON: {_where(error)}") from None
+        return Payload(body, content_type, "")
+
+
+def _open_json(body: bytes, content_type: str) -> Payload:
+    envelope = _ENVELOPE.decode(body)
+    address = "" if envelope.btc_address is UNSET else _address(envelope.btc_address)
+    data = envelope.data
+    if data is UNSET:
+        _must_be_utf8(body)
+        if envelope.btc_address is not UNSET:
+            members = _MEMBERS.decode(body)
+            del members["btc_address"]
+            body = encode(members)
+        return Payload(body, content_type, address)
+    if memoryview(data)[:1] == b'"':
+        inner = _STRING.decode(data).encode()
+        return Payload(inner, _type_of(inner), address)
+    inner = msgspec.json.format(bytes(data), indent=-1)
+    _must_be_utf8(inner)
+    return Payload(inner, JSON, address)
+
+
+def _must_be_utf8(body: bytes) -> None:
+    """Values that are copied unseen must be UTF-8 all the same. Raises UnicodeDecodeError."""
+    if not body.isascii():
+        body.decode()
+
+
+def _address(raw: Raw) -> str:
+    try:
+        value = msgspec.json.decode(raw, type=str | None)
+    except msgspec.ValidationError:
+        raise BadRequest("btc_address is a string") from None
+    return credentials.btc_address(value or "")
+
+
+def _type_of(body: bytes) -> str:
+    if not body:
+        return ""
+    try:
+        _ANY.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return TEXT
+    return JSON
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return str(error).removeprefix("JSON is malformed: ")
+
+
+def text(body: bytes) -> tuple[str, str | UnsetType]:
+    """A container's body as `(data, data_encoding)`: itself where it is UTF-8, else base64."""
+    try:
+        return body.decode(), UNSET
+    except UnicodeDecodeError:
+        return b64encode(body).decode(), BASE64
+
+
+async def stream_string(chunks: AsyncIterator[bytes], *, is_utf8: bool) -> AsyncIterator[bytes]:
+    """The inside of the JSON string (without its quotes) that holds a body, piece by piece as the body comes."""
+    if not is_utf8:
+        left = b""
+        async for chunk in chunks:
+            left += chunk
+            whole = len(left) - len(left) % 3
+            yield b64encode(left[:whole])
+            left = left[whole:]
+        yield b64encode(left)
+        return
+    # The node saw that it is UTF-8; should it not be, a reader is better off with U+FFFD than with half an answer.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    async for chunk in chunks:
+        yield encode(decoder.decode(chunk))[1:-1]
+    yield encode(decoder.decode(b"", final=True))[1:-1]
+
+
+class Said(Struct):
+    """Every answer without more to say, errors among them."""
+
+    result_code: int
+    msg: str
+
+
+class Answered(Struct):
+    """A synchronous call's answer."""
+
+    result_code: int
+    msg: str
+    data: str
+    data_encoding: str | UnsetType = UNSET
+    task_id: str = field(name="taskID", default="")
+
+
+class Accepted(Struct):
+    """A task's acceptance, with the three spellings of its id that clients read."""
+
+    result_code: int
+    msg: str
+    task_id: str = field(name="taskID")
+    task_id_camel: str = field(name="taskId")
+    task_id_snake: str = field(name="task_id")
+
+
+class Queried(Struct):
+    """A task, asked after."""
+
+    result_code: int
+    msg: str
+    task_id: str = field(name="taskID")
+    data: str
+    data_encoding: str | UnsetType
+    result_size: int
+    seconds: int = field(name="task_dursion")
+
+
+class Cancelled(Struct):
+    """A task, cancelled or asked to be."""
+
+    result_code: int
+    msg: str
+    task_id: str = field(name="taskID")
+    state: int
+
+
+class Detailed(Struct, kw_only=True):
+    """`getDetailed`, `getTask`: all that is recorded, under the original's keys and in their order."""
+
+    id: int
+    userkey: str
+    btcaddress: str
+    workspaceid: str
+    taskid: str
+    requrl: str
+    method: str
+    userip: str
+    nodeip: str
+    nodeaddr: str
+    requesttime: str
+    responsetime: str
+    request: str
+    state: int
+    response: str
+    record_dursion: int = field(name="recordDursion")
+    videodursion: int = 0
+    gpudursion: int
+    watermarktime: str = ""
+    watermarkres: str = ""
+    ext: dict[str, object]

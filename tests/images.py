@@ -1,0 +1,176 @@
+"""Test images made without a registry, and a registry to push them to.
+
+An image is a root file system of a few Debian packages and one script, given to `docker import`. Its tag is a hash of what it is made
+of, so that it is built once per machine and two test runs side by side share it.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import docker
+
+ECHO = Path(__file__).with_name("echo.py")
+#: An interpreter and what it links; the rest of its standard library needs more, the modules that echo.py imports do not.
+PACKAGES = (
+    "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib",
+    "libc6", "zlib1g", "libexpat1", "libssl3", "busybox-static",
+)  # fmt: skip
+PYTHON = "/usr/bin/python3.11"
+#: The registry fixture's user, and the bcrypt hash of the password (htpasswd is in no package that we need otherwise).
+USERNAME, PASSWORD = "puller", "let-me-in"
+HTPASSWD = "puller:$2b$05$abcdefghijklmnopqrstuu3Jd./u/rH1RxB6auX5v7gLP6uWhKCgG\n"
+
+
+def why_no_images() -> str:
+    """Why test images cannot be built here; "" if they can."""
+    missing = [tool for tool in ("apt-get", "dpkg") if not shutil.which(tool)]
+    return f"needs Debian's {' and '.join(missing)} to build images" if missing else ""
+
+
+def echo_image(api: docker.APIClient) -> str:
+    """The reference of an image that runs echo.py; builds it (some 5 s) if this machine has none yet."""
+    digest = hashlib.sha256(repr((PACKAGES, 1)).encode() + ECHO.read_bytes()).hexdigest()[:16]
+    return _image(api, f"ngpu-test-echo:{digest}", {"srv/echo.py": ECHO.read_bytes()}, ["CMD " + json.dumps([PYTHON, "-u", "/srv/echo.py"])])
+
+
+def variant(api: docker.APIClient, name: str, *changes: str, extra_bytes: int = 0) -> str:
+    """An image of the echo image with Dockerfile instructions (`USER 1000`, `ENV A=b`) and a layer of incompressible bytes on top."""
+    base = echo_image(api)
+    tag = hashlib.sha256(repr((base, changes, extra_bytes)).encode()).hexdigest()[:16]
+    reference = f"ngpu-test-{name}:{tag}"
+    if api.images(reference):
+        return reference
+    lines = [f"FROM {base}", *changes]
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as tar:
+        if extra_bytes:
+            lines.append("COPY extra /extra")
+            _add(tar, "extra", hashlib.shake_256(tag.encode()).digest(extra_bytes))
+        _add(tar, "Dockerfile", "\n".join(lines).encode())
+    context.seek(0)
+    for event in api.build(fileobj=context, custom_context=True, tag=reference, rm=True, decode=True):
+        if "error" in event:
+            raise RuntimeError(event["error"])
+    return reference
+
+
+def echo_directory(images: Path, name: str = "echo", env: Mapping[str, str] | None = None) -> str:
+    """The same server as an image directory of the process engine below `images`; returns its reference."""
+    directory = images / name.replace("/", "_").replace(":", "_")
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ECHO, directory / "echo.py")
+    lines = ["command = " + json.dumps([sys.executable, "-u", "echo.py"]), "[env]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in (env or {}).items()]
+    (directory / "image.toml").write_text("\n".join(lines) + "\n")
+    return name
+
+
+@contextlib.contextmanager
+def registry(*, credentials: bool = False) -> Iterator[str]:
+    """A registry on a free port of 127.0.0.1, its `host:port`; with `credentials` it wants USERNAME and PASSWORD."""
+    with tempfile.TemporaryDirectory(prefix="ngpu-registry-") as directory:
+        root = Path(directory)
+        port = _free_port()
+        auth = ""
+        if credentials:
+            (root / "htpasswd").write_text(HTPASSWD)
+            auth = f"auth: {{htpasswd: {{realm: test, path: {root}/htpasswd}}}}\n"
+        (root / "config.yml").write_text(
+            f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}/data}}}}\n"
+            f"http: {{addr: '127.0.0.1:{port}'}}\n{auth}"
+        )
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(root / "config.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            _wait_until_open(port, process)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def push(api: docker.APIClient, image: str, registry_address: str, name: str, *, credentials: bool = False) -> str:
+    """Push a local image to the registry under that name, forget it here, and return its reference."""
+    reference = f"{registry_address}/{name}"
+    api.tag(image, *reference.rsplit(":", 1))
+    auth = {"username": USERNAME, "password": PASSWORD} if credentials else None
+    for event in api.push(reference, stream=True, decode=True, auth_config=auth):
+        if "error" in event:
+            raise RuntimeError(event["error"])
+    api.remove_image(reference)
+    return reference
+
+
+def _image(api: docker.APIClient, reference: str, files: Mapping[str, bytes], changes: list[str]) -> str:
+    if api.images(reference):
+        return reference
+    with tempfile.TemporaryDirectory(prefix="ngpu-image-") as directory:
+        # apt's own user must be able to write here.
+        Path(directory).chmod(0o777)  # noqa: S103
+        subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=directory, check=True, capture_output=True)
+        root = Path(directory) / "root"
+        for package in sorted(Path(directory).glob("*.deb")):
+            subprocess.run(["dpkg", "-x", str(package), str(root)], check=True, capture_output=True)
+        for unwanted in ("usr/share", "usr/lib/python3.11/pydoc_data", "usr/lib/x86_64-linux-gnu/gconv"):
+            shutil.rmtree(root / unwanted, ignore_errors=True)
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        for name in ("tmp", "etc", "proc", "sys", "dev"):
+            (root / name).mkdir(exist_ok=True)
+        # `sh`, `sleep`, `cat` and the like, for tests that look around.
+        for tool in ("sh", "sleep", "cat", "id", "ls"):
+            (root / "bin" / tool).symlink_to("busybox")
+        tar_path = Path(directory) / "root.tar"
+        with tarfile.open(tar_path, "w") as tar:
+            tar.add(root, arcname=".", filter=_plain)
+        repository, tag = reference.rsplit(":", 1)
+        answer = json.loads(api.import_image(src=str(tar_path), repository=repository, tag=tag, changes=changes).splitlines()[-1])
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+    return reference
+
+
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = "root"
+    if member.name == "./tmp":
+        member.mode = 0o1777
+    return member
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _wait_until_open(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError("docker-registry ended at once")
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(0.05)
+    raise RuntimeError("docker-registry does not listen")
