@@ -9,10 +9,11 @@ import enum
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 import coincurve
 from eth_hash.auto import keccak
@@ -76,24 +77,55 @@ class KnownToken:
     revoke_time: datetime | None = None
 
 
-class Session:
-    """One login of a node. `ended` is set once it is over: a newer one began, the node was revoked, it went silent.
+class Ending:
+    """A reason to end, once there is one. The first stays."""
 
-    `error` then says which.
-    """
+    def __init__(self) -> None:
+        self.error: NgpuError | None = None
+        self._event = asyncio.Event()
+
+    def end(self, error: NgpuError) -> None:
+        """End for that reason."""
+        if self.error is None:
+            self.error = error
+            self._event.set()
+
+    async def wait(self) -> NoReturn:
+        """Wait for the reason, and raise it."""
+        await self._event.wait()
+        assert self.error is not None
+        raise self.error
+
+
+class Session:
+    """One login of a node, and the streams under it. Over once a newer began, the node was revoked or went silent."""
 
     def __init__(self, node_addr: str, token_hash: bytes, boot_id: str) -> None:
         self.node_addr = node_addr
         self.token_hash = token_hash
         self.boot_id = boot_id
-        self.ended = asyncio.Event()
-        self.error: NgpuError = Superseded()
+        self.error: NgpuError | None = None
+        self._streams: dict[str, Ending] = {}
 
     def end(self, error: NgpuError) -> None:
-        """End it for that reason. The first reason stays."""
-        if not self.ended.is_set():
-            self.error = error
-            self.ended.set()
+        """End it and its streams for that reason. The first reason stays."""
+        self.error = self.error or error
+        for stream in self._streams.values():
+            stream.end(self.error)
+
+    @contextmanager
+    def stream(self, kind: str) -> Iterator[Ending]:
+        """A stream of that kind is up; an older one, whose end may not have been noticed yet, ends as Superseded."""
+        if (older := self._streams.get(kind)) is not None:
+            older.end(Superseded())
+        ending = self._streams[kind] = Ending()
+        if self.error is not None:
+            ending.end(self.error)
+        try:
+            yield ending
+        finally:
+            if self._streams.get(kind) is ending:
+                del self._streams[kind]
 
 
 class Access:
@@ -114,13 +146,19 @@ class Access:
         self._tokens: dict[bytes, KnownToken] = {}
         self._sessions: dict[bytes, Session] = {}
         self._session_of: dict[str, Session] = {}
+        self._previous: dict[str, bytes] = {}
         # In order of their end: dicts keep the order of insertion, and all live equally long.
         self._nonces: dict[bytes, tuple[str, float]] = {}
 
     def load(self, tokens: Iterable[KnownToken]) -> None:
-        """Know these tokens too, or know them anew (after a revocation)."""
+        """Know these tokens too."""
         for token in tokens:
             self._tokens[token.secret_hash] = token
+
+    def revoke(self, token_id: str) -> None:
+        """Let the token's holder in no more. No error if it is not known."""
+        for token in [token for token in self._tokens.values() if token.id == token_id]:
+            self._tokens[token.secret_hash] = replace(token, revoke_time=self._clock())
 
     def principal(self, authorization: str | None) -> Principal:
         """Who sends `authorization` (`Bearer SECRET`, or the secret alone). Raises Unauthenticated."""
@@ -128,7 +166,7 @@ class Access:
         digest = ids.secret_hash(bearer)
         session = self._sessions.get(digest)
         if session is not None:
-            if session.ended.is_set():
+            if session.error is not None:
                 raise session.error
             return Principal(Kind.NODE, session.node_addr, session)
         token = self._tokens.get(digest)
@@ -183,25 +221,25 @@ class Access:
     def begin_session(self, node_addr: str, boot_id: str) -> str:
         """A new session's token. The node's older session ends as Superseded."""
         self.end_session(node_addr, Superseded())
+        if (older := self._session_of.get(node_addr)) is not None:
+            # One back is kept, so that its late calls hear why; the ones before are forgotten.
+            self._sessions.pop(self._previous.get(node_addr, b""), None)
+            self._previous[node_addr] = older.token_hash
         token = ids.token_secret("session", self._random_bytes)
         session = Session(node_addr, ids.secret_hash(token), boot_id)
-        self._sessions[session.token_hash] = session
-        self._session_of[node_addr] = session
+        self._sessions[session.token_hash] = self._session_of[node_addr] = session
         return token
 
     def end_session(self, node_addr: str, error: NgpuError) -> None:
-        """End the node's session, if it has one. Its token stays known until the next begins: late calls hear why."""
+        """End the node's session and its streams, if it has one."""
         session = self._session_of.get(node_addr)
-        if session is None:
-            return
-        if session.ended.is_set():
-            self._sessions.pop(session.token_hash, None)
-        session.end(error)
+        if session is not None:
+            session.end(error)
 
     def session_of(self, node_addr: str) -> Session | None:
         """The node's session, if one is up."""
         session = self._session_of.get(node_addr)
-        return None if session is None or session.ended.is_set() else session
+        return None if session is None or session.error is not None else session
 
 
 def proof_text(purpose: str, node_addr: str, nonce: bytes) -> bytes:

@@ -1,30 +1,67 @@
-"""Desired replicas against reported ones: the loop that applies `rollout.plan`, and the door for heartbeats.
+"""Desired replicas against reported ones: the door for what nodes say and are told, and the loop that applies plans.
 
-Public signatures first; see the class.
+What to do is decided in `rollout`. Every step of a plan is one write of the fleet, and only then the dispatcher hears of it. Between any two of them the
+process may die: the next one plans from the rows and from what the nodes say anew.
 """
 
-from typing import Protocol
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Final, Protocol
 
 import msgspec
+import structlog
 
+from controlplane import explain, health, ids, rollout
+from controlplane.errors import NgpuError
 from controlplane.explain import Decision
-from controlplane.report import Report
+from controlplane.fleet import Fleet, Replica
+from controlplane.placement import DEFAULT_POLICY, Policy
+from controlplane.report import ReplicaState, Report
+from controlplane.rollout import Action, Place, Unplaced, Update, World
 from controlplane.spec import Spec
+
+_log = structlog.get_logger(__name__)
+
+#: A plan is made at latest so long after the last, whether there are news or not.
+PLAN_EVERY_S: Final = 5.0
+#: How often it is looked for what nobody announces: silence of a node, the end of what a drained replica ran.
+LOOK_EVERY_S: Final = 1.0
+#: Least pause between two plans, so that what happens together is planned together; and the pause in units of how
+#: long the last plan took, so that planning never takes more than a tenth of the loop it shares with the dispatcher.
+PAUSE_S: Final = 0.05
+PAUSE_PER_PLAN: Final = 9.0
+#: After a failed write.
+RETRY_S: Final = 1.0
 
 
 class Tasks(Protocol):
-    """What the deployer tells the dispatcher, and the one thing it asks."""
+    """What the deployer tells the dispatcher, and the one thing it asks; see dispatcher.Dispatcher."""
 
-    def set_capacity(self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int) -> None: ...
-    def replica_gone(self, replica_id: str) -> None: ...
-    def node_lost(self, node_addr: str) -> None: ...
-    def workspace_deleted(self, uid: str) -> None: ...
-    def in_flight(self, replica_id: str) -> int:
-        """Attempts that run there or may: a drained replica stops at 0."""
+    def set_capacity(
+        self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
+    ) -> None:
+        """How many tasks a replica may run at once; told again with every report."""
+
+    def replica_gone(self, replica_id: str) -> None:
+        """Its container is no more."""
+
+    def node_lost(self, node_addr: str) -> None:
+        """Do not wait for the node any longer."""
+
+    def workspace_deleted(self, workspace_uid: str) -> None:
+        """It takes no more tasks. Told again after a restart."""
+
+    def running_on(self, replica_id: str) -> int:
+        """Attempts the replica has in flight: a drained one is stopped at 0."""
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """A replica that should run on a node (node.proto)."""
+    """A replica that should run on a node (node.proto). `spec_hash`: same hash, same container."""
 
     replica_id: str
     workspace_name: str
@@ -36,22 +73,261 @@ class Assignment(msgspec.Struct, frozen=True):
 
 
 class Deployer:
-    """Keeps as many replicas of each workspace as are wanted."""
+    """Keeps as many replicas of each workspace as are wanted. The fleet must have been loaded."""
 
-    async def run(self) -> None:
-        """Plan and apply, woken by changes and at latest every 5 s, until cancelled."""
+    def __init__(
+        self,
+        fleet: Fleet,
+        tasks: Tasks,
+        *,
+        lost_after_s: float = 15.0,
+        policy: Policy = DEFAULT_POLICY,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+        random: ids.Random = secrets.token_bytes,
+    ) -> None:
+        self._fleet = fleet
+        self._tasks = tasks
+        self._lost_after_s = lost_after_s
+        self._policy = policy
+        self._clock = clock
+        self._monotonic = monotonic
+        self._random = random
+        self._sessions: dict[str, int] = {}
+        self._turn = 0
+        #: Nodes that the dispatcher was told not to wait for.
+        self._given_up: frozenset[str] = frozenset()
+        #: Deleted workspaces that the dispatcher knows of.
+        self._deleted: set[str] = set()
+        #: Replicas whose container must start anew. Only here: the sign came once, and with a restart of ours it is
+        #: lost, as it is with a lost report.
+        self._doomed: set[str] = set()
+        self._hashes: dict[str, tuple[Spec, str]] = {}
+        #: How long the last plan took to make.
+        self._plan_s = 0.0
+
+    # What nodes say.
 
     def session_up(self, node_addr: str, ip: str) -> int:
-        """A Heartbeat stream has begun. Gives the session's number."""
+        """A Heartbeat stream has begun; gives its number. Raises NodeUnknown, NodeRevoked."""
+        self._fleet.session_up(node_addr, ip)
+        self._sessions[node_addr] = self._sessions.get(node_addr, 0) + 1
+        return self._sessions[node_addr]
 
     def session_down(self, node_addr: str, clean: bool, session: int | None = None) -> None:
-        """It has ended; `clean`: with a goodbye. Ignored if `session` is given and a newer one is up."""
+        """It has ended; `clean`: with a goodbye. Says nothing if a session with a later number is up."""
+        if session is not None and session != self._sessions.get(node_addr):
+            return
+        self._fleet.session_down(node_addr)
+        # One that broke may be back in a moment, and its Execute stream may stand; after a goodbye nobody answers.
+        if clean:
+            for replica in self._fleet.replicas_on(node_addr):
+                self._offer(replica, 0)
 
     def report(self, node_addr: str, report: Report) -> None:
         """All that is on a node: one Heartbeat message."""
+        self._fleet.report(node_addr, report)
+        replicas = self._fleet.replicas_on(node_addr)
+        for replica in replicas:
+            self._offer(replica, self._capacity(replica))
+        restarting = {reading.gpu_id for reading in report.readings if health.restarts(reading)}
+        if restarting:
+            self._doomed.update(replica.id for replica in replicas if not restarting.isdisjoint(replica.gpu_ids))
+            self._fleet.news.set()
+
+    def _capacity(self, replica: Replica) -> int:
+        node = self._fleet.node(replica.node_addr)
+        said = node.said.get(replica.id)
+        if said is None or said.state is not ReplicaState.READY or not replica.active or node.revoked:
+            return 0
+        # A node's word counts up to what the customer allows.
+        return min(said.capacity, self._fleet.workspace(replica.workspace_uid).spec.concurrency)
+
+    def _offer(self, replica: Replica, capacity: int) -> None:
+        self._tasks.set_capacity(
+            replica.id, replica.workspace_uid, replica.node_addr, capacity, gpu_ids=replica.gpu_ids
+        )
+
+    # What nodes are told.
 
     def desired(self, node_addr: str) -> list[Assignment]:
-        """All that should be on it. Changes are told by `fleet.node_changes`."""
+        """All that should be on a node. `fleet.node_changes` tells when it changes."""
+        if self._fleet.node(node_addr).revoked:
+            return []
+        return [
+            self._assignment(replica) for replica in self._fleet.replicas_on(node_addr) if replica.stop_time is None
+        ]
+
+    def _assignment(self, replica: Replica) -> Assignment:
+        workspace = self._fleet.workspace(replica.workspace_uid)
+        spec, spec_hash = self._hashes.get(replica.id, (None, ""))
+        if spec is not workspace.spec:
+            spec_hash = hash_of(workspace.spec, replica.gpu_ids)
+            self._hashes[replica.id] = workspace.spec, spec_hash
+        return Assignment(
+            replica_id=replica.id,
+            workspace_name=workspace.name,
+            generation=replica.generation,
+            spec=workspace.spec,
+            gpu_ids=replica.gpu_ids,
+            spec_hash=spec_hash,
+            draining=replica.drain_time is not None,
+        )
+
+    # The loop.
+
+    async def run(self) -> None:
+        """Plan and apply, woken by news and at latest every PLAN_EVERY_S, until cancelled."""
+        planned_s = -PLAN_EVERY_S
+        while True:
+            if self._monotonic() - planned_s >= PLAN_EVERY_S or self._is_due():
+                planned_s = self._monotonic()
+                pause_s = await self._try_step()
+                await asyncio.sleep(pause_s)
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._fleet.news.wait()
+            except TimeoutError:
+                pass
+
+    def _is_due(self) -> bool:
+        return (
+            self._fleet.news.is_set()
+            or self._lost() | self._revoked() != self._given_up
+            or any(self._is_drained(replica) for replica in self._fleet.replicas())
+        )
+
+    def _is_drained(self, replica: Replica) -> bool:
+        draining = replica.drain_time is not None and replica.stop_time is None
+        return draining and not self._tasks.running_on(replica.id)
+
+    async def _try_step(self) -> float:
+        """Gives how long to pause."""
+        try:
+            await self.step()
+            await self._fleet.save_seen()
+        except NgpuError as error:
+            _log.warning("plan_failed", error=type(error).__name__, reason=str(error))
+            self._fleet.news.set()
+            return RETRY_S
+        return max(PAUSE_S, PAUSE_PER_PLAN * self._plan_s)
+
+    async def step(self) -> int:
+        """Make one plan and apply it; gives the number of its actions. Raises as the store does."""
+        self._fleet.news.clear()
+        self._tell()
+        began_s = self._monotonic()
+        actions = rollout.plan(self._world())
+        self._plan_s = self._monotonic() - began_s
+        await self._apply(actions)
+        return len(actions)
+
+    def _world(self) -> World:
+        fleet = self._fleet
+        self._turn += 1
+        return World(
+            time=self._clock(),
+            now_s=self._monotonic(),
+            workspaces=[
+                workspace
+                for workspace in fleet.workspaces(deleted=True)
+                if not workspace.deleted or fleet.replicas_of(workspace.uid)
+            ],
+            nodes={node.addr: node for node in fleet.nodes(revoked=True)},
+            replicas=fleet.replicas(),
+            new_id=lambda: ids.replica_id(self._random),
+            running=self._tasks.running_on,
+            image_bytes=fleet.image_bytes,
+            doomed=frozenset(self._doomed),
+            turn=self._turn,
+            lost_after_s=self._lost_after_s,
+            policy=self._policy,
+        )
+
+    async def _apply(self, actions: Sequence[Action]) -> None:
+        updates = [action for action in actions if isinstance(action, Update)]
+        if updates:
+            await self._fleet.update_replicas([update.replica for update in updates])
+            for update in updates:
+                self._tell_update(update)
+        placed = [action.replica for action in actions if isinstance(action, Place)]
+        if placed:
+            await self._fleet.add_replicas(placed)
+            for replica in placed:
+                _log.info("replica_placed", replica=replica.id, workspace=replica.workspace_uid, node=replica.node_addr)
+        for action in actions:
+            if isinstance(action, Unplaced):
+                await self._fleet.keep_unplaced(action.workspace_uid, action.decision)
+
+    def _tell_update(self, update: Update) -> None:
+        replica = update.replica
+        if replica.gone_time is not None:
+            event = "replica_gone"
+            self._tasks.replica_gone(replica.id)
+            self._hashes.pop(replica.id, None)
+        else:
+            event = "replica_drained" if replica.stop_time is None else "replica_stopped"
+            self._offer(replica, 0)
+        if replica.stop_time is not None:
+            self._doomed.discard(replica.id)
+        _log.info(event, replica=replica.id, node=replica.node_addr, reason=update.reason)
+
+    def _tell(self) -> None:
+        """Tell the dispatcher of nodes that are given up and of workspaces that were deleted."""
+        given_up = self._lost() | self._revoked()
+        for addr in given_up - self._given_up:
+            node = self._fleet.node(addr)
+            _log.warning("node_given_up", node=addr, name=node.name, revoked=node.revoked)
+            for replica in self._fleet.replicas_on(addr):
+                self._offer(replica, 0)
+            self._tasks.node_lost(addr)
+            if node.report is not None:
+                self._fleet.count_failure(addr)
+        self._given_up = given_up
+        for workspace in self._fleet.workspaces(deleted=True):
+            if workspace.deleted and workspace.uid not in self._deleted:
+                self._tasks.workspace_deleted(workspace.uid)
+                self._deleted.add(workspace.uid)
+
+    def _lost(self) -> frozenset[str]:
+        return rollout.lost_nodes(self._fleet.nodes(), self._monotonic(), self._lost_after_s)
+
+    def _revoked(self) -> frozenset[str]:
+        return frozenset(node.addr for node in self._fleet.nodes(revoked=True) if node.revoked)
+
+    # Why.
 
     def explain(self, workspace: str) -> tuple[str, tuple[Decision, ...]]:
-        """The whole in words, and the decisions, newest first. Raises NotFound."""
+        """How a workspace's replicas stand, in words; and why they are where they are, or nowhere, newest first.
+
+        Raises NotFound.
+        """
+        of = self._fleet.workspace(workspace)
+        replicas = [replica for replica in self._fleet.replicas_of(of.uid) if replica.stop_time is None]
+        states = Counter(self._fleet.state_of(replica).state for replica in replicas)
+        summary = f"{states.pop(ReplicaState.READY, 0)} of {of.wanted} replicas of {of.name} are ready"
+        for state, count in sorted(states.items()):
+            summary += f", {count} {state.name.lower()}"
+        summary += "; it was deleted." if of.deleted else "."
+        decisions = [explain.decode(replica.explanation) for replica in replicas]
+        if of.unplaced is not None:
+            summary += f" {explain.summary(of.unplaced)}"
+            decisions.append(of.unplaced)
+        kept = [decision for decision in decisions if decision is not None]
+        return summary, tuple(sorted(kept, key=lambda decision: decision.time, reverse=True))
+
+
+def hash_of(spec: Spec, gpu_ids: Sequence[str]) -> str:
+    """Of all that makes a container what it is: 16 hex digits. Not of what may change while it runs."""
+    made_of = (
+        spec.image,
+        spec.command,
+        spec.env,
+        spec.ports,
+        spec.cpus,
+        spec.memory_bytes,
+        spec.shm_bytes,
+        spec.writable_paths,
+        tuple(gpu_ids),
+    )
+    return hashlib.sha256(msgspec.json.encode(made_of, order="deterministic")).hexdigest()[:16]

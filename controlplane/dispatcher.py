@@ -1,151 +1,441 @@
-"""Brings queued tasks and free slots together. (Signatures; being filled in.)"""
+"""Brings queued tasks and free slots together: the door through which callers, nodes and the deployer come.
+
+What they say is turned into steps of `lifecycle` here. A node that is not connected keeps what it runs for a grace (it
+finishes and spools it); after that its attempts are given up, and whatever is said of them later is acknowledged and
+changes nothing. No task of asyncio per request: callers wait on futures, all times are in one heap.
+"""
 
 import asyncio
-from collections.abc import Collection, Sequence
-from datetime import datetime
+import random
+import time
+from collections.abc import Callable, Collection, Iterator
+from datetime import UTC, datetime
+from math import inf
+from typing import Final
 
 import msgspec
+import structlog
 
-from controlplane.model import State
-from controlplane.slots import AttemptResult, Failure, Link, Request, Response
+from controlplane import retries, routing
+from controlplane.callers import Fleet, refuse
+from controlplane.errors import NotFound, QueueFull, Unavailable
+from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics, node_lost, workspace_deleted
+from controlplane.model import Cause, Delivery, State
+from controlplane.recovery import Graces, taken_up
+from controlplane.slots import AttemptResult, Failure, Link, Slots
+from controlplane.store import Store
+from controlplane.tasks import (
+    UNASSIGNED,
+    NewTask,
+    OpenAttempt,
+    OpenTask,
+    Phase,
+    TaskView,
+    row_of,
+    view_of_row,
+)
+
+__all__ = ["Dispatcher", "Graces", "Metrics", "NewTask", "NoMetrics", "TaskView"]
+
+#: An attempt that a connected node does not mention so long after it was given out is lost.
+HELD_AFTER_S: Final = 30.0
+#: A replica that is gone has so long to have the results of its last tasks come in.
+RESULT_GRACE_S: Final = 10.0
+#: How long a caller of `cancel` waits for the disk before it is shown the task as it is.
+CANCEL_WAIT_S: Final = 30.0
+#: How long `stop` waits for ends that are being written, so that their callers get their answers.
+STOP_S: Final = 5.0
+#: Reads of tasks that go on with a request that is not in memory, at the same time.
+READERS: Final = 4
+#: Least and most of the advice when to try again with a full queue.
+RETRY_AFTER_S: Final = (1.0, 60.0)
+
+log = structlog.get_logger(__name__)
 
 
-class NewTask(msgspec.Struct, frozen=True):
-    """A task to accept; everything already resolved and checked by `api` (workspace, port, path, sizes, assets)."""
+class NoMetrics:
+    """Counts nothing."""
 
-    task_id: str
-    workspace_uid: str
-    port: int
-    request: Request
-    repeatable: bool = True
-    btc_address: str = ""
-    idempotency_key: str | None = None
-    request_hash: bytes | None = None
-    user_ip: str = ""
-    origin_url: str = ""
-    operation: str = ""
+    def task_accepted(self, workspace: str) -> None:
+        """See Metrics."""
+
+    def task_started(self, workspace: str, waited_s: float) -> None:
+        """See Metrics."""
+
+    def attempt_failed(self, workspace: str, reason: str) -> None:
+        """See Metrics."""
+
+    def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
+        """See Metrics."""
 
 
-class TaskView(msgspec.Struct, frozen=True):
-    """A task as Schedule, Query and Cancel answer it."""
-
-    task_id: str
-    workspace_uid: str
-    state: State
-    attempt: int
-    create_time: datetime
-    start_time: datetime | None = None
-    end_time: datetime | None = None
-    failure: Failure | None = None
-    response: Response | None = None
-    #: Only while QUEUED.
-    queue_position: int = 0
-    waiting_for: str = ""
+def utcnow() -> datetime:
+    """The wall clock."""
+    return datetime.now(UTC)
 
 
 class Dispatcher:
-    """Accepts tasks, gives them out, takes their results."""
+    """Accepts tasks, gives them out, takes their results. `start` first, then `run`; `stop` before the store is closed.
 
-    def accept(self, new: NewTask, *, wait_s: float, cancel_on_hangup: bool = False) -> asyncio.Future[TaskView]:
-        """The hot path, for Batch streams: no task is made. Cancelling the future is the caller's hang-up.
+    `jitter`: random numbers from 0 to 1, for backoffs.
+    """
 
-        The future resolves when the task's end is on disk or `wait_s` is over, but never before the task itself is on disk.
-        Its errors: NotFound (workspace), QueueFull, Conflict (idempotency key with another request), Unavailable.
+    def __init__(
+        self,
+        store: Store,
+        slots: Slots,
+        fleet: Fleet,
+        *,
+        graces: Graces = Graces(),  # noqa: B008 frozen
+        clock: Callable[[], datetime] = utcnow,
+        monotonic: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._fleet = fleet
+        self._graces = graces
+        self._clock = clock
+        self._monotonic = monotonic
+        self._metrics = metrics or NoMetrics()
+        self._life = Lifecycle(
+            store, slots, fleet, clock=clock, monotonic=monotonic, jitter=jitter, metrics=self._metrics
+        )
+        self._places = 0
+        self._stopping = False
+
+    # Callers.
+
+    def accept(self, new: NewTask, *, wait_s: float, cancel_on_hangup: bool = False) -> "asyncio.Future[TaskView]":
+        """The hot path: no task of asyncio is made. Cancelling the future is the caller's hang-up.
+
+        The future is done when the task's end is on disk or `wait_s` is over, but never before the task itself is on
+        disk. Raises NotFound (workspace), QueueFull, Unavailable, at once or through the future, and through it
+        Conflict (the idempotency key came with another request).
         """
-        raise NotImplementedError
+        if self._stopping:
+            raise Unavailable("The control plane is stopping; try again soon.", retry_after_s=1.0)
+        workspace = self._fleet.workspace(new.workspace_uid)
+        if workspace.deleted:
+            raise NotFound("The workspace has been deleted.")
+        life, slots = self._life, self._slots
+        now, create_time = self._monotonic(), self._clock()
+        limits = workspace.spec.limits
+        queue = life.queues.of(workspace.uid)
+        pool = slots.pool(workspace.uid)
+        if len(queue) >= limits.queue_length:
+            least, most = RETRY_AFTER_S
+            slots_there = sum(replica.capacity for replica in pool.replicas.values()) or 1
+            raise QueueFull(retry_after_s=min(max(pool.mean_s * len(queue) / slots_there, least), most))
+        self._places += 1
+        task = OpenTask(
+            id=new.task_id,
+            workspace_uid=workspace.uid,
+            workspace_name=workspace.name,
+            place=self._places,
+            port=new.port,
+            request=new.request,
+            repeatable=new.repeatable,
+            limits=limits,
+            create_time=create_time,
+            accepted_at=now,
+            total_at=now + limits.total_time_s,
+            phase=Phase.WAITING if new.idempotency_key is None else Phase.RECORDING,
+            state=State.QUEUED,
+        )
+        row = row_of(new, create_time)
+        direct = None
+        if new.idempotency_key is None and not queue:
+            direct = next(iter(routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)), None)
+        if direct is None:
+            insert = self._store.add_task(row)
+            life.tasks[task.id] = task
+            # One with a key waits for its insert: it may turn out to be known.
+            task.ready = new.idempotency_key is None
+            life.enqueue(task)
+            if task.ready:
+                life.fill(workspace.uid)
+        else:
+            attempt = life.place(task, pool.replicas[direct.replica_id], direct.reason)
+            life.running(task)
+            row.state = State.RUNNING
+            row.attempt = attempt.number
+            row.replica_id = attempt.replica_id
+            row.node_addr = attempt.node_addr
+            row.start_time = row.assign_time = attempt.assign_time
+            row.assign_reason = attempt.reason
+            insert = self._store.add_task(row)
+            life.tasks[task.id] = task
+            life.send(task)
+        future = life.callers.wait(task, wait_s, cancels=cancel_on_hangup)
+        insert.add_done_callback(lambda done: life.inserted(task, done))
+        self._metrics.task_accepted(task.workspace_name)
+        return future
 
     async def submit(self, new: NewTask, *, wait_s: float, cancel_on_hangup: bool = False) -> TaskView:
         """`accept` for callers that can await; CancelledError in the awaiting caller is the hang-up."""
         return await self.accept(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
 
-    def ask(self, task_id: str, *, wait_s: float = 0.0) -> asyncio.Future[TaskView]:
-        """The task as it is; with `wait_s` when it ends, at the latest after that time. Errors: NotFound, Unavailable."""
-        raise NotImplementedError
+    def ask(
+        self, task_id: str, *, wait_s: float = 0.0, seen: tuple[int, State] | None = None
+    ) -> "asyncio.Future[TaskView]":
+        """The task as it is; with `wait_s` when it ends, or is elsewhere than at `seen` (attempt, state), or that time is over.
 
-    async def query(self, task_id: str, *, wait_s: float = 0.0) -> TaskView:
+        The future's errors: NotFound, Unavailable.
+        """
+        task = self._life.tasks.get(task_id)
+        if task is not None:
+            return self._life.callers.wait(task, wait_s, seen=seen)
+        return asyncio.create_task(self._read(task_id), name=f"ask-{task_id}")
+
+    async def query(self, task_id: str, *, wait_s: float = 0.0, seen: tuple[int, State] | None = None) -> TaskView:
         """`ask` for callers that can await."""
-        return await self.ask(task_id, wait_s=wait_s)
+        task = self._life.tasks.get(task_id)
+        if task is not None:
+            return await self._life.callers.wait(task, wait_s, seen=seen)
+        return await self._read(task_id)
 
     async def cancel(self, task_id: str) -> TaskView:
-        """End a task that has not ended; returns when that is on disk. An ended one is returned unchanged. Errors: NotFound."""
-        raise NotImplementedError
+        """End a task that has not ended; returns when that is on disk. An ended one is returned as it is. Raises NotFound."""
+        task = self._life.tasks.get(task_id)
+        if task is None:
+            return await self._read(task_id)
+        future = self._life.callers.wait(task, CANCEL_WAIT_S)
+        self._life.end(task, Failure(Cause.CUSTOMER, "CANCELLED", "It was cancelled."))
+        return await future
+
+    async def _read(self, task_id: str) -> TaskView:
+        row = await self._store.task(task_id)
+        if row is None:
+            raise NotFound("There is no such task.")
+        task = self._life.tasks.get(task_id)
+        return view_of_row(row) if task is None else self._life.callers.view(task)
 
     def position(self, task_id: str) -> int | None:
         """How many tasks of its workspace are before it; None unless it is queued."""
-        raise NotImplementedError
+        task = self._life.tasks.get(task_id)
+        if task is None or task.state is not State.QUEUED:
+            return None
+        return self._life.queues.of(task.workspace_uid).position(task)
 
     def queued(self, workspace_uid: str) -> int:
-        """Tasks of the workspace that wait."""
-        raise NotImplementedError
+        """Tasks of the workspace that have no slot."""
+        return len(self._life.queues.of(workspace_uid))
 
     def running(self, workspace_uid: str) -> int:
-        """Tasks of the workspace that run."""
-        raise NotImplementedError
+        """Attempts that the workspace's replicas have in flight."""
+        return sum(len(replica.in_flight) for replica in self._slots.pool(workspace_uid).replicas.values())
 
-    def running_on(self, replica_id: str) -> int:
-        """Attempts the replica has in flight, given-up ones included; 0 means it may be stopped."""
-        raise NotImplementedError
+    def in_flight(self, replica_id: str) -> int:
+        """Attempts that run there or may, given-up ones included: a drained replica may stop at 0."""
+        replica = self._slots.replica(replica_id)
+        return 0 if replica is None else len(replica.in_flight)
 
-    def attempt_is_current(self, node_addr: str, attempt_id: str) -> bool:
-        """May this node fetch the attempt's request and deliver its response? False once it is given up (fencing)."""
-        raise NotImplementedError
+    # Nodes.
 
-    # -- what nodes say
+    def is_current(self, node_addr: str, attempt_id: str) -> bool:
+        """May this node fetch the attempt's request and deliver its response? Not any more once it is given up."""
+        task = self._life.attempts.get(attempt_id)
+        return (
+            task is not None
+            and task.phase is Phase.RUNNING
+            and task.attempt is not None
+            and task.attempt.node_addr == node_addr
+        )
 
-    def node_up(self, node_addr: str, link: Link, running: Collection[str], ended: Collection[str], *, node_ip: str = "") -> None:
-        """An Execute stream of the node is there and its Resume was read. A newer link replaces an older."""
-        raise NotImplementedError
+    def node_up(
+        self, node_addr: str, link: Link, running: Collection[str], ended: Collection[str], *, node_ip: str = ""
+    ) -> None:
+        """An Execute stream of the node is there and its Resume was read, its results not yet. A newer link replaces an older."""
+        now = self._monotonic()
+        held = {*running, *ended}
+        workspaces = self._slots.connect(node_addr, link, node_ip, set(running), now)
+        for task, attempt in self._running_on(node_addr):
+            if attempt.id in held:
+                attempt.lost_at = inf
+                attempt.lost_by = None
+                attempt.run_at = now + task.limits.run_time_s + RUN_GRACE_S
+                self._life.heed(task)
+            else:
+                # What a node has begun with it keeps: this it has never got, unless it said otherwise before.
+                delivery = Delivery.SENT if attempt.sent else Delivery.NOT_SENT
+                self._life.fail(task, delivery, node_lost("Its node lost its connection before it had the request."))
+        for attempt_id in running:
+            if not self.is_current(node_addr, attempt_id):
+                link.cancel(attempt_id)
+        for uid in workspaces:
+            self._life.fill(uid)
 
     def node_down(self, node_addr: str, link: Link, unsent: Collection[str] = ()) -> None:
-        """The stream ended. `unsent`: attempts whose Start never left the outbox. No effect if `link` is not the current one."""
-        raise NotImplementedError
+        """The stream has ended. `unsent`: attempts whose Start never left the outbox. Nothing happens if a newer link is there."""
+        now = self._monotonic()
+        if not self._slots.disconnect(node_addr, link, now):
+            return
+        for task, attempt in self._running_on(node_addr):
+            if attempt.id in unsent:
+                self._slots.release(attempt.id, node_addr)
+                self._life.fail(task, Delivery.NOT_SENT, node_lost("Its node's connection broke before it was sent."))
+            else:
+                self._await_node(task, attempt, now + self._graces.reconnect_s)
+
+    def _await_node(self, task: OpenTask, attempt: OpenAttempt, until: float) -> None:
+        if not task.repeatable:
+            until = max(until, self._monotonic() + self._graces.hold_s)
+        attempt.lost_at = until
+        attempt.lost_by = node_lost("The node that ran it was lost.")
+        # Its node enforces the run time; what it says when it comes back is believed.
+        attempt.run_at = inf
+        self._life.heed(task)
 
     def node_lost(self, node_addr: str) -> None:
-        """Do not wait for the node any longer (grace over, or revoked)."""
-        raise NotImplementedError
+        """Do not wait for the node any longer, except with what may not be repeated. Nothing happens while it is connected."""
+        if self._slots.link(node_addr) is not None:
+            return
+        now = self._monotonic()
+        for task, attempt in self._running_on(node_addr):
+            if task.repeatable:
+                attempt.lost_at = min(attempt.lost_at, now)
+                self._life.heed(task)
 
     def held(self, node_addr: str, attempt_ids: Collection[str]) -> None:
-        """What a heartbeat says the node holds; attempts that are missing for long are lost."""
-        raise NotImplementedError
+        """What a heartbeat says the node holds. A safety net: what it has not mentioned for long is lost, and its slot free."""
+        missing = self._slots.missing(node_addr, set(attempt_ids), self._monotonic() - HELD_AFTER_S)
+        for attempt_id in missing:
+            replica = self._slots.release(attempt_id, node_addr)
+            task = self._life.attempts.get(attempt_id)
+            if task is not None and task.phase is Phase.RUNNING:
+                assert task.attempt is not None
+                failure = node_lost("Its node does not know of it any more.")
+                self._life.fail(task, task.attempt.delivery, failure)
+            if replica is not None:
+                self._life.fill(replica.workspace_uid)
 
     def sent(self, node_addr: str, attempt_id: str) -> None:
         """The attempt's request has been sent whole to the container."""
-        raise NotImplementedError
+        task = self._life.attempts.get(attempt_id)
+        if task is not None and task.attempt is not None and task.attempt.node_addr == node_addr:
+            task.attempt.sent = True
 
     def result(self, node_addr: str, result: AttemptResult) -> None:
-        """An attempt has ended. Acknowledged on the node's link once that is on disk; a given-up attempt's at once."""
-        raise NotImplementedError
+        """An attempt has ended: its slot is free at once. It is acknowledged when that is on disk; one given up, now."""
+        replica = self._slots.release(result.attempt_id, node_addr)
+        task = self._life.attempts.get(result.attempt_id)
+        attempt = None if task is None else task.attempt
+        if task is None or attempt is None or attempt.node_addr != node_addr:
+            link = self._slots.link(node_addr)
+            if link is not None:
+                link.ack(result.attempt_id)
+        else:
+            task.acks = ((node_addr, attempt.id),)
+            if task.phase is Phase.RUNNING:
+                if result.response is not None:
+                    if replica is not None:
+                        now = self._monotonic()
+                        self._slots.observe(replica, now - attempt.given_at, now)
+                    self._life.complete(task, result)
+                else:
+                    failure = result.failure or Failure(
+                        Cause.PLATFORM, "INTERNAL", "Its node did not say what happened."
+                    )
+                    if replica is not None and failure.cause is Cause.PLATFORM:
+                        replica.failures += 1
+                    self._life.fail(task, result.delivery, failure, result)
+        if replica is not None:
+            self._life.fill(replica.workspace_uid)
 
-    # -- what fleet and deployer say
+    # The deployer.
 
-    def set_capacity(
-        self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
-    ) -> None:
-        """How many tasks the replica may run at once; 0 while it is not ready or draining."""
-        raise NotImplementedError
+    def set_capacity(self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int) -> None:
+        """How many tasks the replica may run at once; 0 while it is not ready, or draining."""
+        replica = self._slots.known(replica_id, workspace_uid, node_addr, self._monotonic())
+        replica.capacity = capacity
+        placed = self._fleet.replica(replica_id)
+        if placed is not None:
+            replica.gpu_ids_json = msgspec.json.encode(placed.gpu_ids)
+        if capacity:
+            self._life.fill(workspace_uid)
 
     def replica_gone(self, replica_id: str) -> None:
-        """Its container is no more: what it had in flight is lost with it."""
-        raise NotImplementedError
+        """Its container is no more. Results of its last tasks may still be on their way, on another stream."""
+        now = self._monotonic()
+        for attempt_id in self._slots.remove(replica_id):
+            task = self._life.attempts.get(attempt_id)
+            attempt = None if task is None else task.attempt
+            if task is not None and attempt is not None and task.phase is Phase.RUNNING and attempt.lost_by is None:
+                attempt.lost_at = now + RESULT_GRACE_S
+                attempt.lost_by = Failure(Cause.PLATFORM, retries.REPLICA_LOST, "The container that ran it was lost.")
+                self._life.heed(task)
 
-    def workspace_changed(self, workspace_uid: str) -> None:
-        """Its spec changed (limits)."""
-        raise NotImplementedError
+    def workspace_deleted(self, uid: str) -> None:
+        """Its queued tasks fail with WORKSPACE_DELETED, running ones finish."""
+        for task in list(self._life.tasks.values()):
+            if task.workspace_uid == uid and (task.phase in UNASSIGNED or task.phase is Phase.REQUEUEING):
+                self._life.end(task, workspace_deleted())
 
-    def workspace_deleted(self, workspace_uid: str) -> None:
-        """Queued tasks fail with WORKSPACE_DELETED, running ones finish."""
-        raise NotImplementedError
+    def _running_on(self, node_addr: str) -> Iterator[tuple[OpenTask, OpenAttempt]]:
+        for task in list(self._life.attempts.values()):
+            attempt = task.attempt
+            if attempt is not None and attempt.node_addr == node_addr and task.phase is Phase.RUNNING:
+                yield task, attempt
 
-    # -- life
+    # Life.
 
     async def start(self) -> None:
-        """Take up again what was open when the last process ended. Before anything else is called."""
-        raise NotImplementedError
+        """Take up again what was open when the last process ended; once, before anything else, after the fleet was loaded."""
+        async for page in self._store.open_tasks():
+            for row in page:
+                self._places += 1
+                task = await taken_up(
+                    row,
+                    self._places,
+                    self._store,
+                    self._fleet,
+                    graces=self._graces,
+                    clock=self._clock(),
+                    now=self._monotonic(),
+                )
+                self._life.resume(task)
+        if self._life.tasks:
+            log.info("tasks_taken_up", tasks=len(self._life.tasks), running=len(self._life.attempts))
 
     async def run(self) -> None:
-        """Enforce time limits and graces until cancelled."""
-        raise NotImplementedError
+        """Enforce times and do late reads, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(READERS):
+                group.create_task(self._read_late(), name=f"dispatcher-reader-{number}")
+            group.create_task(self._keep_time(), name="dispatcher-timer")
+
+    async def _read_late(self) -> None:
+        while True:
+            read = await self._life.reads.get()
+            await read()
+
+    async def _keep_time(self) -> None:
+        life = self._life
+        while True:
+            life.sooner.clear()
+            until = life.tick()
+            timeout = None if until == inf else max(0.0, until - self._monotonic())
+            try:
+                await asyncio.wait_for(life.sooner.wait(), timeout)
+            except TimeoutError:
+                continue
+
+    def tick(self) -> None:
+        """Do what is due now. `run` does so in time."""
+        self._life.tick()
 
     async def stop(self) -> None:
-        """Refuse new tasks, answer waiting callers with Unavailable, let what is being written reach the disk."""
-        raise NotImplementedError
+        """Refuse new tasks, let ends that are being written reach the disk, answer whoever still waits with Unavailable."""
+        self._stopping = True
+        writing = [task.writing for task in self._life.tasks.values() if task.writing is not None]
+        if writing:
+            await asyncio.wait(writing, timeout=STOP_S)
+        for task in self._life.tasks.values():
+            refuse(
+                task,
+                Unavailable(
+                    f"The control plane is stopping; task {task.id} goes on: ask for it again.", retry_after_s=1.0
+                ),
+            )

@@ -1,141 +1,308 @@
-"""The fleet as it stands: workspaces, routes, nodes and replicas in memory, loaded once, written through.
+"""The fleet: the picture in memory, loaded once, and every change of it written through.
 
-Rule of this file: nothing is shown before it is on disk. A change is checked against the picture, written, and only then
-made in the picture, one at a time under a lock; so that what a caller was told survives kill -9, and two callers never
-both get the same name. What nodes report (sessions, reports, health) lives in memory and is stated anew by the nodes.
+Rule of this file: nothing is shown before it is on disk. A change is checked against the picture, written, and only
+then made in the picture, one at a time under a lock; so what a caller was told survives kill -9, and no two callers get
+the same name.
 """
 
-import enum
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+import asyncio
+import functools
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
-from controlplane.changes import Changes
+from controlplane import admission, census, health, ids, model
+from controlplane.census import Node, Replica, Route, Workspace
+from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated
 from controlplane.explain import Decision
-from controlplane.health import Health
 from controlplane.model import Availability
-from controlplane.report import Inventory, ReplicaReport, Report
+from controlplane.picture import Picture
 from controlplane.spec import Spec
 
+__all__ = ["Fleet", "Node", "Replica", "Route", "Rows", "Workspace"]
 
-class Workspace(msgspec.Struct, frozen=True):
-    """A workspace. `unplaced`: why fewer replicas run than wanted; None: none are missing."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-    uid: str
-    id: str
-    spec: Spec
-    generation: int
-    create_time: datetime
-    delete_time: datetime | None = None
-    unplaced: Decision | None = None
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def wanted(self) -> int:
-        """Replicas wanted: none once it is being deleted."""
+#: A node's `last_seen_time` is at most so old on disk; it is for people, and a write per heartbeat would buy nothing.
+SEEN_S: Final = 60.0
+#: Nodes written in one go.
+SAVED_AT_ONCE: Final = 500
+#: Most nodes and public names: the picture is in memory.
+NODES: Final = 100_000
+ROUTES: Final = 100_000
+NODE_NAME_LENGTH: Final = 63
 
 
-class Route(msgspec.Struct, frozen=True):
-    """A public name for a path of a workspace. `port` is a declared one, `path` begins with "/"."""
+class Rows(Protocol):
+    """What the fleet asks of the store; see store.Store."""
 
-    name: str
-    workspace_uid: str
-    port: int
-    path: str
-    create_time: datetime
-
-
-class Replica(msgspec.Struct, frozen=True):
-    """One container of a workspace on one node, from its placement until it is known to be gone."""
-
-    id: str
-    workspace_uid: str
-    node_addr: str
-    generation: int
-    gpu_ids: tuple[str, ...]
-    create_time: datetime
-    drain_time: datetime | None = None
-    stop_time: datetime | None = None
-    #: explain.Decision as JSON.
-    explanation: bytes = b""
-
-    @property
-    def active(self) -> bool:
-        """Wanted, and takes tasks."""
+    async def workspaces(self) -> list[model.Workspace]: ...  # noqa: D102
+    async def routes(self) -> list[model.Route]: ...  # noqa: D102
+    async def nodes(self) -> list[model.Node]: ...  # noqa: D102
+    async def replicas(self) -> list[model.Replica]: ...  # noqa: D102
+    def add_workspace(self, row: model.Workspace) -> asyncio.Future[None]: ...  # noqa: D102
+    def update_workspace(self, row: model.Workspace) -> asyncio.Future[None]: ...  # noqa: D102
+    def delete_workspace(self, uid: str, now: datetime) -> asyncio.Future[None]: ...  # noqa: D102
+    def put_route(self, row: model.Route) -> asyncio.Future[None]: ...  # noqa: D102
+    def delete_route(self, name: str) -> asyncio.Future[None]: ...  # noqa: D102
+    def enroll_node(self, row: model.Node, token_id: str) -> asyncio.Future[None]: ...  # noqa: D102
+    def update_node(self, row: model.Node) -> asyncio.Future[None]: ...  # noqa: D102
+    def add_replicas(self, rows: Sequence[model.Replica]) -> asyncio.Future[None]: ...  # noqa: D102
+    def update_replicas(self, rows: Sequence[model.Replica]) -> asyncio.Future[None]: ...  # noqa: D102
 
 
-class Node(msgspec.Struct, frozen=True):
-    """A node that has enrolled, and what it last said.
+def _change(
+    method: Callable[Concatenate["Fleet", Arguments], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate["Fleet", Arguments], Coroutine[Any, Any, Result]]:
+    """A method that changes the fleet: alone, and to its end even if its caller goes away.
 
-    `report` is None until it has reported since this start; `health` is by GPU id, in the inventory's order.
+    Else a caller that hangs up between the write and its showing would leave what is on disk out of the picture.
     """
 
-    addr: str
-    name: str
-    enroll_time: datetime
-    availability: Availability = Availability.OPEN
-    last_seen_time: datetime | None = None
-    revoke_time: datetime | None = None
-    ip: str = ""
-    inventory: Inventory = Inventory()
-    connected: bool = False
-    report: Report | None = None
-    health: Mapping[str, Health] = {}
+    @functools.wraps(method)
+    async def alone(self: "Fleet", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return await self._alone(lambda: method(self, *args, **kwargs))
+
+    return alone
 
 
-class Fleet:
-    """The picture and every change of it."""
+class Fleet(Picture):
+    """The picture, and every change of it. Changes raise Unavailable as the store does; they may be asked for again."""
 
-    #: Touched with a workspace's uid when it or one of its replicas changes.
-    workspace_changes: Changes
-    #: Touched with a node's address when what it should run, its availability or its standing changes.
-    node_changes: Changes
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+        random: ids.Random = secrets.token_bytes,
+    ) -> None:
+        super().__init__(clock=clock, monotonic=monotonic)
+        self._rows = rows
+        self._random = random
+        self._saved_time: dict[str, datetime] = {}
+        self._lock = asyncio.Lock()
+        self._running: set[asyncio.Task[Any]] = set()
+        #: What is on disk may differ from the picture.
+        self._stale = True
 
+    @_change
     async def load(self) -> None:
-        """Read the picture from the store; once, before anything else."""
+        """Read the picture, before anything else; again only after a failed write. Every change does so first."""
 
-    # workspaces
+    async def close(self) -> None:
+        """Let changes that were begun end."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    @_change
     async def create_workspace(self, spec: Spec) -> Workspace:
-        """Raises InvalidArgument with every fault, Conflict if the name is taken."""
+        """Returns once it is on disk. Raises InvalidArgument with every fault, Conflict if the name is taken."""
+        admission.admit(spec)
+        if spec.name in self._uid_of_name:
+            raise Conflict(f"There is a workspace {spec.name!r} already: choose another name, or delete that one.")
+        workspace = Workspace(
+            uid=ids.workspace_uid(self._random),
+            id=ids.workspace_id(self._random),
+            spec=spec,
+            generation=1,
+            create_time=self._clock(),
+        )
+        await self._on_disk(self._rows.add_workspace(census.workspace_row(workspace)))
+        return self._show_workspace(workspace)
 
-    async def scale_workspace(self, key: str, replicas: int) -> Workspace: ...
-    async def delete_workspace(self, key: str) -> Workspace: ...
-    def workspace(self, key: str) -> Workspace:
-        """By id, uid or (living ones) name. Deleted ones are found by id and uid. Raises NotFound."""
+    @_change
+    async def scale_workspace(self, key: str, replicas: int) -> Workspace:
+        """Set the number of replicas. Raises NotFound (also if it is being deleted), InvalidArgument."""
+        admission.admit_replicas(replicas)
+        workspace = self._living(key)
+        return await self._update_workspace(replace(workspace, spec=replace(workspace.spec, replicas=replicas)))
 
-    def workspaces(self, *, deleted: bool = False) -> list[Workspace]:
-        """By name; with `deleted` also those."""
+    @_change
+    async def delete_workspace(self, key: str) -> Workspace:
+        """Take it and its routes away; its replicas end once what they run is done. Idempotent. Raises NotFound."""
+        workspace = self.workspace(key)
+        if workspace.deleted:
+            return workspace
+        now = self._clock()
+        await self._on_disk(self._rows.delete_workspace(workspace.uid, now))
+        self._routes = {name: route for name, route in self._routes.items() if route.workspace_uid != workspace.uid}
+        return self._show_workspace(replace(workspace, delete_time=now))
 
-    def workspace_of(self, id: str) -> str | None:
-        """The uid of the workspace with that id (its credential), deleted or not: for Access."""
+    @_change
+    async def keep_unplaced(self, uid: str, decision: Decision | None) -> None:
+        """Keep why replicas of a workspace are missing; None: none are."""
+        await self._update_workspace(replace(self.workspace(uid), unplaced=decision))
 
-    # routes
+    async def _update_workspace(self, workspace: Workspace) -> Workspace:
+        if workspace == self._workspaces[workspace.uid]:
+            return workspace
+        await self._on_disk(self._rows.update_workspace(census.workspace_row(workspace)))
+        return self._show_workspace(workspace)
+
+    def _living(self, key: str) -> Workspace:
+        workspace = self.workspace(key)
+        if workspace.deleted:
+            raise NotFound("The workspace was deleted.")
+        return workspace
+
+    @_change
     async def publish_route(self, name: str, workspace: str, *, port: int = 0, path: str = "") -> Route:
-        """Give or move a public name. Raises InvalidArgument, NotFound."""
+        """Give a public name, or move it. Port 0: the workspace's first; path "": "/" and the name.
 
-    async def delete_route(self, name: str) -> None: ...
-    def route(self, name: str) -> Route | None: ...
-    def routes(self) -> list[Route]: ...
+        Raises NotFound, InvalidArgument with every fault.
+        """
+        target = self._living(workspace)
+        admission.admit_route(name, port, path, target.spec.ports)
+        if name not in self._routes and len(self._routes) >= ROUTES:
+            raise Conflict(f"There are {ROUTES} routes, which is the most: delete one first.")
+        route = Route(name, target.uid, port or target.spec.ports[0], path or f"/{name}", self._clock())
+        await self._on_disk(self._rows.put_route(census.route_row(route)))
+        self._routes[name] = route
+        return route
 
-    # nodes
-    async def enroll_node(self, addr: str, name: str, *, ip: str = "", token_id: str = "") -> Node:
-        """Make a node known; uses the one-time token up in the same transaction. Its name is made unique. Idempotent."""
+    @_change
+    async def delete_route(self, name: str) -> None:
+        """Take a public name away. Idempotent."""
+        if name in self._routes:
+            await self._on_disk(self._rows.delete_route(name))
+            del self._routes[name]
 
-    async def set_availability(self, key: str, availability: Availability) -> Node: ...
-    async def revoke_node(self, key: str) -> Node: ...
-    def node(self, key: str) -> Node:
-        """By address (any case) or name. Raises NotFound."""
+    @_change
+    async def enroll_node(self, addr: str, name: str, *, token_id: str, ip: str = "") -> Node:
+        """Make a node known, and spend its one-time token in the same transaction. No error if it is known already.
 
-    def nodes(self, *, revoked: bool = False) -> list[Node]:
-        """By name."""
+        `name` is made fit and unique. Raises NodeRevoked, and Unauthenticated if the token will not do.
+        """
+        known = self._nodes.get(addr)
+        if known is not None:
+            if known.revoked:
+                raise NodeRevoked
+            return known
+        if len(self._nodes) >= NODES:
+            raise Conflict(f"{NODES} nodes are known, which is the most.")
+        node = Node(addr, self._free_name(name), self._clock(), ip=ip, heard_s=self._monotonic())
+        await self._on_disk(self._rows.enroll_node(census.node_row(node), token_id))
+        return self._show_node(node)
 
-    # replicas
-    def replica(self, replica_id: str) -> Replica | None: ...
-    def replicas_of(self, workspace_uid: str) -> list[Replica]:
-        """All not known to be gone, oldest first."""
+    def _free_name(self, name: str) -> str:
+        name = re.sub(r"[^a-z0-9.-]+", "-", name.lower())[:NODE_NAME_LENGTH].strip("-.") or "node"
+        free, number = name, 2
+        while free in self._addr_of_name:
+            suffix = f"-{number}"
+            free, number = name[: NODE_NAME_LENGTH - len(suffix)] + suffix, number + 1
+        return free
 
-    def replicas_on(self, node_addr: str) -> list[Replica]: ...
-    def replica_report(self, replica: Replica) -> ReplicaReport:
-        """How it stands: as its node last said, ASSIGNED before that, LOST while the node is not connected."""
+    @_change
+    async def set_availability(self, key: str, availability: Availability) -> Node:
+        """What it may take. To open it again is the operator's word that its GPUs were tested. Raises NodeUnknown."""
+        node = self.node(key)
+        if node.availability is availability:
+            return node
+        await self._write_node(node.addr, availability=availability)
+        if availability is Availability.OPEN:
+            there = {gpu.id for gpu in node.inventory.gpus}
+            memories = self._memories.get(node.addr, {})
+            self._memories[node.addr] = {id: health.tested(memory) for id, memory in memories.items() if id in there}
+        return self._nodes[node.addr]
+
+    @_change
+    async def revoke_node(self, key: str) -> Node:
+        """Cut it off for good. Idempotent. Raises NodeUnknown."""
+        node = self.node(key)
+        if not node.revoked:
+            await self._write_node(node.addr, revoke_time=self._clock())
+            self.session_down(node.addr)
+        return self._nodes[node.addr]
+
+    async def _write_node(self, addr: str, **changes: Any) -> None:
+        await self._on_disk(self._rows.update_node(census.node_row(replace(self._nodes[addr], **changes))))
+        # It may have reported meanwhile.
+        self._show_node(replace(self._nodes[addr], **changes))
+
+    @_change
+    async def save_seen(self) -> None:
+        """Write what nodes said of themselves and is not on disk, and when they were seen if that is long ago."""
+        recent = self._clock() - timedelta(seconds=SEEN_S)
+        due = [node for node in self._nodes.values() if node.addr in self._unsaved or self._long_unsaved(node, recent)]
+        written = [(node, self._rows.update_node(census.node_row(node))) for node in due[:SAVED_AT_ONCE]]
+        for node, done in written:
+            await self._on_disk(done)
+            self._unsaved.discard(node.addr)
+            self._saved_time[node.addr] = node.last_seen_time or node.enroll_time
+
+    def _long_unsaved(self, node: Node, recent: datetime) -> bool:
+        seen = node.last_seen_time
+        return seen is not None and self._saved_time.get(node.addr, seen) < min(recent, seen)
+
+    @_change
+    async def add_replicas(self, replicas: Sequence[Replica]) -> None:
+        """Place them; all or none."""
+        await self._on_disk(self._rows.add_replicas([census.replica_row(replica) for replica in replicas]))
+        self._show_replicas(replicas)
+
+    @_change
+    async def update_replicas(self, replicas: Sequence[Replica]) -> None:
+        """Write them as they are to be; all or none. Those with a `gone_time` leave the picture."""
+        await self._on_disk(self._rows.update_replicas([census.replica_row(replica) for replica in replicas]))
+        self._show_replicas(replicas)
+
+    # How changes are made.
+
+    async def _alone(self, change: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        task = asyncio.create_task(self._locked(change), name="fleet-change")
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def _locked(self, change: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        async with self._lock:
+            if self._stale:
+                await self._read()
+            return await change()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller was told, or has gone away
+
+    async def _on_disk(self, done: Awaitable[None]) -> None:
+        try:
+            await done
+        except Unauthenticated:
+            raise  # says nothing of the picture
+        except Exception:
+            # Whether it was written is open, or the rows are not what the picture says.
+            self._stale = True
+            raise
+
+    async def _read(self) -> None:
+        workspaces, routes = await self._rows.workspaces(), await self._rows.routes()
+        nodes, replicas = await self._rows.nodes(), await self._rows.replicas()
+        known_replicas = dict(self._replicas)
+        for index in (self._uid_of_name, self._replicas, self._replicas_of, self._replicas_on):
+            index.clear()
+        for workspace in workspaces:
+            self._show_workspace(census.workspace_of(workspace))
+        self._routes = {row.name: census.route_of(row) for row in routes}
+        for row in nodes:
+            node = census.node_of(row, self._monotonic())
+            known = self._nodes.get(row.addr)
+            if known is None:
+                # GPUs known from before our start, so that it is noticed if one is missing now.
+                self._memories[row.addr] = {gpu.id: health.Memory() for gpu in node.inventory.gpus}
+            else:
+                node = replace(known, name=node.name, availability=node.availability, revoke_time=node.revoke_time)
+            self._show_node(node)
+        for replica in map(census.replica_of, replicas):
+            before = known_replicas.get(replica.id)
+            shown = before is not None and before.stop_time is not None
+            stop_report = before.stop_report if before and shown else self._nodes[replica.node_addr].reports
+            self._show_replicas([replace(replica, stop_report=stop_report)])
+        self._stale = False

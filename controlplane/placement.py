@@ -38,7 +38,7 @@ class NodeView(msgspec.Struct, frozen=True):
     """One node as placement sees it.
 
     `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: normalised references and
-    sizes. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers it still has that are no replicas of
+    sizes. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers it has that are no replicas of
     ours. `here`: replicas by workspace uid.
     """
 

@@ -18,8 +18,6 @@ NEWEST_WEIGHT: Final = 0.2
 NEWEST_WEIGHT_OF_ALL: Final = 0.02
 #: After so long without a task a replica's average is half way back to its workspace's.
 RELAX_S: Final = 60.0
-#: How many tasks from the head of a queue are planned for at once.
-PLANNED: Final = 64
 #: Added to the expected finish for each failure in a row: such a replica is taken when no other is free, and so gets its
 #: trial. Without it one that fails at once would look like the fastest of all and eat the queue.
 FAILURE_PENALTY_S: Final = 1e6
@@ -129,17 +127,35 @@ def renewed(pace_s: float, seconds: float, weight: float) -> float:
 
 
 _STATE_WORDS: Final = {
-    ReplicaState.ASSIGNED: "placed, not yet taken up by its node",
-    ReplicaState.PULLING: "pulling its image",
+    ReplicaState.ASSIGNED: "placed, its node has not begun with it",
+    ReplicaState.PULLING: "pulling",
     ReplicaState.STARTING: "starting",
-    ReplicaState.READY: "ready, draining or not connected for tasks",
-    ReplicaState.BACKOFF: "failed, to be tried again",
+    ReplicaState.READY: "taking no new tasks",
+    ReplicaState.BACKOFF: "failed and to be tried again",
     ReplicaState.STOPPING: "stopping",
     ReplicaState.LOST: "on a node that is not connected",
 }
 
 
 def waiting_for(replicas: Collection[Candidate], reports: Iterable[ReplicaReport]) -> str:
-    """Why no slot is free, in words. `reports`: how the workspace's replicas stand, ready or not."""
-    busy = sum(1 for replica in replicas if replica.in_use and not replica.free)
-    ...
+    """Why no slot is free, in words. `reports`: how all replicas of the workspace stand, ready or not."""
+    able = sum(1 for replica in replicas if replica.capacity)
+    if any(replica.free for replica in replicas):
+        return "a slot is free; it is next"
+    stands = Counter(_stand(report) for report in reports if report.state is not ReplicaState.READY or not able)
+    others = ", ".join(
+        f"{count} {words}" for words, count in sorted(stands.items(), key=lambda item: (-item[1], item[0]))
+    )
+    if able:
+        busy = "the only replica is busy" if able == 1 else f"{able} replicas, all busy"
+        return f"{busy}; besides {others}" if others else busy
+    return f"no replica is ready: {others}" if others else "no replica is placed yet"
+
+
+def _stand(report: ReplicaReport) -> str:
+    words = _STATE_WORDS[report.state]
+    if report.state in {ReplicaState.PULLING, ReplicaState.STARTING}:
+        words += f" ({report.progress} %)"
+    if report.state is ReplicaState.BACKOFF and report.message:
+        words += f" ({report.message[:200]})"
+    return words

@@ -4,18 +4,21 @@ Knows nothing of SQL or protobuf. The set in flight is restated by the node at e
 free is always counted from it: there is no counter that could drift.
 """
 
+from collections.abc import Collection
 from datetime import datetime
-from typing import Protocol
+from math import inf
+from typing import Final, Protocol
 
 import msgspec
 
+from controlplane import routing
 from controlplane.model import Cause, Delivery
 
 Headers = tuple[tuple[str, bytes], ...]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A request as the container gets it. `body` is empty where `size` is over wire.INLINE_BYTES: then it lies in the body store."""
+    """A request as the container gets it. Where `size` is over wire.INLINE_BYTES, `body` is empty: it lies in the body store."""
 
     method: str
     path: str
@@ -26,7 +29,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A response as the container gave it. `body` is empty where `size` is over wire.INLINE_BYTES: then it lies in the body store."""
+    """A response as the container gave it. Where `size` is over wire.INLINE_BYTES, `body` is empty, as in Request."""
 
     status: int
     headers: Headers = ()
@@ -81,3 +84,207 @@ class Link(Protocol):
 
     def ack(self, attempt_id: str) -> None:
         """The attempt's end is on disk, or it was given up: forget it."""
+
+
+class Node:
+    """A node that has been connected in this life of the control plane, or on which something may still run."""
+
+    __slots__ = ("addr", "down_since", "ip", "link", "replicas", "strangers")
+
+    def __init__(self, addr: str, now: float) -> None:
+        self.addr = addr
+        self.ip = ""
+        self.link: Link | None = None
+        #: Monotonic; meaningless while there is a link.
+        self.down_since = now
+        self.replicas: dict[str, Replica] = {}
+        #: Running attempts that nobody here knows, of replicas nobody here knows: they are being cancelled, and until then
+        #: each costs every replica of the node a slot.
+        self.strangers: set[str] = set()
+
+
+class Replica:
+    """A replica and what it has in flight. What it satisfies is routing.Candidate."""
+
+    __slots__ = (
+        "capacity",
+        "failures",
+        "gpu_ids_json",
+        "id",
+        "in_flight",
+        "node",
+        "pace_s",
+        "pace_time",
+        "workspace_uid",
+    )
+
+    def __init__(self, replica_id: str, workspace_uid: str, node: Node) -> None:
+        self.id = replica_id
+        self.workspace_uid = workspace_uid
+        self.node = node
+        self.capacity = 0
+        #: As its ledger rows have it.
+        self.gpu_ids_json = b"[]"
+        #: Attempt id -> since when, monotonic. Attempts that were given up count until the node says that they are over.
+        self.in_flight: dict[str, float] = {}
+        self.pace_s = 0.0
+        self.pace_time = 0.0
+        self.failures = 0
+
+    @property
+    def free(self) -> int:
+        """How many more it could take now."""
+        node = self.node
+        if node.link is None:
+            return 0
+        free = self.capacity - len(self.in_flight) - len(node.strangers)
+        return free if free > 0 else 0
+
+
+class Pool:
+    """The replicas of one workspace."""
+
+    __slots__ = ("mean_s", "replicas")
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, Replica] = {}
+        #: Average seconds of its tasks, over all replicas; 0: none seen.
+        self.mean_s = 0.0
+
+
+#: Since when an attempt is in flight that its node has not been given yet: no restatement can speak of it.
+RESERVED: Final = inf
+
+_EMPTY: Final = Pool()
+
+
+class Slots:
+    """All replicas, by workspace and by node. Bounded by the fleet: replicas go with `remove`."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._pools: dict[str, Pool] = {}
+        self._where: dict[str, Replica] = {}
+
+    # -- replicas
+
+    def known(self, replica_id: str, workspace_uid: str, node_addr: str, now: float) -> Replica:
+        """The replica; one heard of for the first time takes nothing yet."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            node = self._node(node_addr, now)
+            replica = Replica(replica_id, workspace_uid, node)
+            self._replicas[replica_id] = node.replicas[replica_id] = replica
+            self._pools.setdefault(workspace_uid, Pool()).replicas[replica_id] = replica
+        return replica
+
+    def remove(self, replica_id: str) -> list[str]:
+        """It is no more. Gives the attempts that were in flight there; nothing can be taken there any longer."""
+        replica = self._replicas.pop(replica_id, None)
+        if replica is None:
+            return []
+        del replica.node.replicas[replica_id]
+        pool = self._pools[replica.workspace_uid]
+        del pool.replicas[replica_id]
+        if not pool.replicas:
+            del self._pools[replica.workspace_uid]
+        for attempt_id in replica.in_flight:
+            del self._where[attempt_id]
+        return list(replica.in_flight)
+
+    def replica(self, replica_id: str) -> Replica | None:
+        """By id."""
+        return self._replicas.get(replica_id)
+
+    def pool(self, workspace_uid: str) -> Pool:
+        """The workspace's replicas; an empty one if there are none."""
+        return self._pools.get(workspace_uid, _EMPTY)
+
+    # -- attempts
+
+    def reserve(self, attempt_id: str, replica: Replica) -> None:
+        """Keep a slot for an attempt that is not given to the node yet."""
+        replica.in_flight[attempt_id] = RESERVED
+        self._where[attempt_id] = replica
+
+    def take(self, attempt_id: str, replica: Replica, now: float) -> None:
+        """The attempt is given to the node and in flight there from now on."""
+        replica.in_flight[attempt_id] = now
+        self._where[attempt_id] = replica
+
+    def release(self, attempt_id: str, node_addr: str) -> Replica | None:
+        """The attempt is over, by word of this node; gives the replica it was on, None if it was on none of that node."""
+        replica = self._where.get(attempt_id)
+        if replica is None:
+            node = self._nodes.get(node_addr)
+            if node is not None:
+                node.strangers.discard(attempt_id)
+            return None
+        if replica.node.addr != node_addr:
+            return None
+        del self._where[attempt_id], replica.in_flight[attempt_id]
+        return replica
+
+    def observe(self, replica: Replica, seconds: float, now: float) -> None:
+        """A task ran there for so long and was answered."""
+        replica.pace_s = routing.renewed(replica.pace_s, seconds, routing.NEWEST_WEIGHT)
+        replica.pace_time = now
+        replica.failures = 0
+        pool = self._pools.get(replica.workspace_uid)
+        if pool is not None:
+            pool.mean_s = routing.renewed(pool.mean_s, seconds, routing.NEWEST_WEIGHT_OF_ALL)
+
+    # -- nodes
+
+    def connect(self, node_addr: str, link: Link, ip: str, running: Collection[str], now: float) -> set[str]:
+        """The node is there over this link, and runs these attempts and no others. Gives the workspaces it has replicas of."""
+        node = self._node(node_addr, now)
+        node.link = link
+        node.ip = ip
+        for replica in node.replicas.values():
+            over = [held for held, since in replica.in_flight.items() if since is not RESERVED and held not in running]
+            for attempt_id in over:
+                del self._where[attempt_id], replica.in_flight[attempt_id]
+        node.strangers = {attempt_id for attempt_id in running if attempt_id not in self._where}
+        return {replica.workspace_uid for replica in node.replicas.values()}
+
+    def disconnect(self, node_addr: str, link: Link, now: float) -> bool:
+        """The link is gone. False if it was not the node's current one: then nothing has changed."""
+        node = self._nodes.get(node_addr)
+        if node is None or node.link is not link:
+            return False
+        node.link = None
+        node.down_since = now
+        return True
+
+    def missing(self, node_addr: str, held: Collection[str], given_before: float) -> list[str]:
+        """Attempts given to the connected node before that time which it does not say it holds."""
+        node = self._nodes.get(node_addr)
+        if node is None or node.link is None:
+            return []
+        if node.strangers:
+            node.strangers.intersection_update(held)
+        return [
+            attempt_id
+            for replica in node.replicas.values()
+            for attempt_id, since in replica.in_flight.items()
+            if since < given_before and attempt_id not in held
+        ]
+
+    def link(self, node_addr: str) -> Link | None:
+        """The way to the node, if it is connected."""
+        node = self._nodes.get(node_addr)
+        return None if node is None else node.link
+
+    def most_are_silent(self, now: float, within_s: float) -> bool:
+        """Have more nodes fallen silent within that time than are connected, and more than one? Then the fault is likely ours."""
+        up = sum(1 for node in self._nodes.values() if node.link is not None)
+        silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < within_s)
+        return silent > max(up, 1)
+
+    def _node(self, addr: str, now: float) -> Node:
+        node = self._nodes.get(addr)
+        if node is None:
+            node = self._nodes[addr] = Node(addr, now)
+        return node

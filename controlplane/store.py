@@ -1,225 +1,316 @@
 """Every read and write of rows: one method, one transaction.
 
-Writes are put into the writer's queue at once, in the order of the calls, and give a future that is done when they are on disk (or
-refused); a caller may go on meanwhile, and need not await in order. All writes are repeatable: one that was answered with
-Unavailable may or may not have happened, and may be given again as it is.
+Writes are put into the writer's queue at once, in the order of the calls, and give a future that is done when they are
+on disk, or refused; a caller may go on meanwhile, and need not await in order. Every write may be given twice: one that
+was answered with Unavailable may or may not have happened, and may be given again as it is.
 
-Errors of every method: Unavailable (the database does not answer, its disk is full, too much waits, or the store is closed; writes
-raise it at the call when the queue is full, else through the future).
+Errors of every method: Unavailable (the database does not answer, its disk is full, too much waits, or the store is
+closed). Writes raise it at the call if the queue is full or closed, and through the future else.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from asyncio import Future
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Self
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import msgspec
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
+from controlplane import store_fleet, store_tasks
+from controlplane.errors import Unavailable
+from controlplane.migrations import check_current
 from controlplane.model import Attempt, Node, Replica, Route, State, Task, Token, Workspace
+from controlplane.store_database import connect_to, is_down, is_lost, reason, unavailable
+from controlplane.store_tasks import End, Page, TaskQuery, check_move
+from controlplane.store_writer import Writer
 
+__all__ = ["End", "Page", "Store", "TaskQuery"]
 
-class End(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task ended. `state` is a terminal one; the fields are those of model.Task."""
+#: Threads that read, each with a connection of its own.
+READERS: Final = 4
+#: Reads that may wait or run.
+READS: Final = 1000
 
-    state: State
-    end_time: datetime
-    response_status: int = 0
-    response_headers_json: bytes = b"[]"
-    response_body: bytes | None = None
-    response_size: int = 0
-    response_is_utf8: bool = False
-    gpu_us: int = 0
-    cause: int = 0
-    failure_reason: str = ""
-    failure_message: str = ""
+log = structlog.get_logger(__name__)
 
-
-class TaskQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which tasks of a workspace to list."""
-
-    workspace_uid: str
-    #: Inclusive; None: from the first.
-    start: datetime | None = None
-    #: Exclusive; None: to the last.
-    end: datetime | None = None
-    #: Only those whose last attempt was on this node.
-    node_addr: str = ""
-    #: Only those in one of these; empty: all.
-    states: frozenset[State] = frozenset()
-    #: At most this many; 0: all.
-    limit: int = 0
-    #: Go on after the page with this cursor.
-    cursor: str = ""
-    #: Fill `Page.tasks`.
-    full: bool = False
-
-
-class Page(msgspec.Struct, frozen=True):
-    """At most PAGE_TASKS tasks."""
-
-    task_ids: list[str]
-    #: Only with TaskQuery.full: the same tasks, without headers and bodies.
-    tasks: list[Task]
-    #: To go on after this page; empty: that was the last.
-    cursor: str
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Store:
-    """The database."""
+    """The database, opened with `Store.open`."""
 
     @classmethod
     async def open(cls, url: str) -> Self:
-        """Open the database at `url` (`sqlite:////absolute/path`, `postgresql+psycopg://...`), which must have been migrated.
+        """Open the database at `url` (`sqlite:////absolute/path`, `postgresql+psycopg://...`), which must be migrated.
 
-        Raises Unavailable if it cannot be reached, is not migrated, or is in use by another control plane.
+        Raises Unavailable if it cannot be reached or is not migrated, ValueError for a URL that is none.
         """
-        raise NotImplementedError
+        await asyncio.to_thread(check_current, url)
+        return cls(url)
+
+    def __init__(self, url: str) -> None:
+        self._writing = connect_to(url)
+        self._reading = connect_to(url, connections=READERS, read_only=True)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
+        self._reads = 0
+        self._closed = False
+        self._writer = Writer(self._writing.connect)
 
     async def close(self) -> None:
         """Finish what is in the queue, refuse everything else, let go of the database."""
-        raise NotImplementedError
+        self._closed = True
+        await self._writer.close()
+        await asyncio.to_thread(self._readers.shutdown)
+        self._writing.dispose()
+        self._reading.dispose()
 
     @property
     def waiting(self) -> int:
-        """Writes in the queue."""
-        raise NotImplementedError
+        """Writes that are not answered yet."""
+        return self._writer.waiting
 
     # Tasks.
 
-    def add_task(self, task: Task) -> "asyncio.Future[Task | None]":
+    def add_task(self, task: Task) -> Future[Task | None]:
         """Record a new task: QUEUED with attempt 0, or RUNNING with attempt 1 and the columns of its assignment.
 
-        Gives None; or, if the workspace has a task with this `idempotency_key`, that task (nothing is added), or Conflict if its `request_hash`
-        is another. So one with a key must not be started before the future is done; one without may.
+        Gives None; or, if the workspace has a task with this `idempotency_key`, that task (nothing is added), or
+        Conflict if its `request_hash` is another. So a task with a key must not be started before the future is done;
+        one without may.
         """
-        raise NotImplementedError
+        if (task.state, task.attempt) not in ((State.QUEUED, 0), (State.RUNNING, 1)):
+            raise ValueError(f"a new task is not {task.state!r} with attempt {task.attempt}")
+        # A copy: the caller may change its task before the writer comes to it.
+        row = task.__dict__.copy()
+        del row["number"]
+        return self._writer.put(store_tasks.add, row, key=task.id, size_bytes=len(task.request_body or b""))
 
     def assign(
         self, task_id: str, number: int, *, replica_id: str, node_addr: str, assign_time: datetime, reason: str
-    ) -> "asyncio.Future[None]":
-        """QUEUED -> RUNNING with attempt `number`, which is one more than the last. Raises StaleAttempt if the task is not there."""
-        raise NotImplementedError
+    ) -> Future[None]:
+        """QUEUED -> RUNNING with attempt `number`, one more than the last. Raises StaleAttempt if it is not there."""
+        move = _move(task_id, State.QUEUED, State.RUNNING) | {
+            "of_attempt": number - 1,
+            "attempt": number,
+            "replica_id": replica_id,
+            "node_addr": node_addr,
+            "assign_time": assign_time,
+            "assign_reason": reason,
+        }
+        return self._writer.put(store_tasks.assign, move, key=task_id)
 
-    def finish(self, attempt: Attempt, end: End) -> "asyncio.Future[None]":
+    def finish(self, attempt: Attempt, end: End) -> Future[None]:
         """RUNNING -> its end, and `attempt` into the ledger.
 
         Raises StaleAttempt if that attempt of the task is not the one running; the same end given again is no error.
         """
-        raise NotImplementedError
+        check_move(State.RUNNING, end.state, ends=True)
+        move = (
+            _move(attempt.task_id, State.RUNNING, end.state)
+            | {"of_attempt": attempt.number}
+            | msgspec.structs.asdict(end)
+        )
+        item = move, attempt.__dict__.copy()
+        size_bytes = len(end.response_body or b"")
+        return self._writer.put(store_tasks.finish, item, key=attempt.task_id, size_bytes=size_bytes)
 
-    def requeue(self, attempt: Attempt) -> "asyncio.Future[None]":
-        """RUNNING -> QUEUED, and `attempt` into the ledger. Raises as `finish`. The task keeps the attempt's number until the next."""
-        raise NotImplementedError
+    def requeue(self, attempt: Attempt) -> Future[None]:
+        """RUNNING -> QUEUED, and `attempt` into the ledger. The task keeps the attempt's number until the next.
 
-    def end_queued(self, task_id: str, end: End) -> "asyncio.Future[None]":
-        """QUEUED -> FAILED or CANCELLED. Raises StaleAttempt if the task is not queued; the same end given again is no error."""
-        raise NotImplementedError
+        Raises as `finish`.
+        """
+        move = _move(attempt.task_id, State.RUNNING, State.QUEUED) | {"of_attempt": attempt.number}
+        return self._writer.put(store_tasks.requeue, (move, attempt.__dict__.copy()), key=attempt.task_id)
+
+    def end_queued(self, task_id: str, end: End) -> Future[None]:
+        """QUEUED -> FAILED or CANCELLED. Raises StaleAttempt if it is not queued; the same end again is no error."""
+        check_move(State.QUEUED, end.state, ends=True)
+        move = _move(task_id, State.QUEUED, end.state) | msgspec.structs.asdict(end)
+        return self._writer.put(store_tasks.end_queued, move, key=task_id)
 
     async def task(self, task_id: str) -> Task | None:
         """The task, with its inline bodies."""
-        raise NotImplementedError
+        return await self._read(store_tasks.task, task_id)
 
     async def attempts(self, task_id: str) -> list[Attempt]:
         """The ended attempts of a task, oldest first."""
-        raise NotImplementedError
+        return await self._read(store_tasks.attempts, task_id)
 
-    def open_tasks(self) -> AsyncIterator[list[Task]]:
+    async def open_tasks(self) -> AsyncIterator[list[Task]]:
         """All tasks that have not ended, in order of acceptance, in pages."""
-        raise NotImplementedError
+        after = 0
+        while page := await self._read(store_tasks.open_page, after):
+            yield page
+            after = page[-1].number or 0
 
-    def list_tasks(self, query: TaskQuery) -> AsyncIterator[Page]:
+    async def list_tasks(self, query: TaskQuery) -> AsyncIterator[Page]:
         """Tasks in order of acceptance, oldest first; complete for those accepted before the call; at least one page.
 
         Raises InvalidArgument if the cursor is none of ours.
         """
-        raise NotImplementedError
+        last = await self._read(store_tasks.last_number)
+        left = query.limit
+        while True:
+            page = await self._read(store_tasks.page, query, last)
+            yield page
+            left -= len(page.task_ids)
+            if not page.cursor or left == 0:
+                return
+            query = msgspec.structs.replace(query, cursor=page.cursor, limit=max(left, 0))
 
     async def expirable_tasks(self, before: datetime, limit: int = 500) -> list[tuple[str, int]]:
-        """Id and last attempt's number of tasks that ended before `before` and still have their bodies; oldest first.
+        """Id and last attempt's number of tasks that ended before `before` and have their bodies still; oldest first.
 
         Delete their bodies from the body store, then call `expire_bodies`: in this order a crash leaves nothing behind.
         """
-        raise NotImplementedError
+        return await self._read(store_tasks.expirable, before, limit)
 
-    def expire_bodies(self, task_ids: Sequence[str], now: datetime) -> "asyncio.Future[None]":
+    def expire_bodies(self, task_ids: Sequence[str], now: datetime) -> Future[None]:
         """Delete the inline bodies of ended tasks and set their `expire_time`."""
-        raise NotImplementedError
+        return self._write(store_tasks.expire, tuple(task_ids), now)
 
     # The fleet.
 
-    def add_workspace(self, row: Workspace) -> "asyncio.Future[None]":
+    def add_workspace(self, row: Workspace) -> Future[None]:
         """Raises Conflict if a living workspace has that name."""
-        raise NotImplementedError
+        return self._write(store_fleet.add, [row.model_copy()])
 
-    def update_workspace(self, row: Workspace) -> "asyncio.Future[None]":
+    def update_workspace(self, row: Workspace) -> Future[None]:
         """Write all columns of a known workspace. Raises NotFound, Conflict (the name)."""
-        raise NotImplementedError
+        return self._write(store_fleet.update, [row.model_copy()])
 
-    def delete_workspace(self, uid: str, now: datetime) -> "asyncio.Future[None]":
+    def delete_workspace(self, uid: str, now: datetime) -> Future[None]:
         """Set its `delete_time` (the first call's stays) and delete its routes. Raises NotFound."""
-        raise NotImplementedError
+        return self._write(store_fleet.delete_workspace, uid, now)
 
     async def workspaces(self) -> list[Workspace]:
         """All, also deleted ones, by time of creation."""
-        raise NotImplementedError
+        return await self._read(store_fleet.read, Workspace, "create_time", "uid")
 
-    def put_route(self, row: Route) -> "asyncio.Future[None]":
+    def put_route(self, row: Route) -> Future[None]:
         """Add the route, or replace the one of that name."""
-        raise NotImplementedError
+        return self._write(store_fleet.put_route, row.model_copy())
 
-    def delete_route(self, name: str) -> "asyncio.Future[None]":
+    def delete_route(self, name: str) -> Future[None]:
         """No error if there is none."""
-        raise NotImplementedError
+        return self._write(store_fleet.delete_route, name)
 
     async def routes(self) -> list[Route]:
         """All, by name."""
-        raise NotImplementedError
+        return await self._read(store_fleet.read, Route, "name")
 
-    def add_node(self, row: Node) -> "asyncio.Future[None]":
+    def enroll_node(self, row: Node, token_id: str) -> Future[None]:
+        """Spend a node's one-time token on this node and add it, in one transaction.
+
+        Raises Conflict if the address or the name is known, and as `use_token`.
+        """
+        return self._write(store_fleet.enroll_node, row.model_copy(), token_id)
+
+    def add_node(self, row: Node) -> Future[None]:
         """Raises Conflict if the address or the name is known."""
-        raise NotImplementedError
+        return self._write(store_fleet.add, [row.model_copy()])
 
-    def update_node(self, row: Node) -> "asyncio.Future[None]":
+    def update_node(self, row: Node) -> Future[None]:
         """Write all columns of a known node. Raises NotFound, Conflict (the name)."""
-        raise NotImplementedError
+        return self._write(store_fleet.update, [row.model_copy()])
 
     async def nodes(self) -> list[Node]:
         """All, also revoked ones, by name."""
-        raise NotImplementedError
+        return await self._read(store_fleet.read, Node, "name")
 
-    def add_replicas(self, rows: Sequence[Replica]) -> "asyncio.Future[None]":
+    def add_replicas(self, rows: Sequence[Replica]) -> Future[None]:
         """All or none. Raises Conflict if one is known."""
-        raise NotImplementedError
+        return self._write(store_fleet.add, [row.model_copy() for row in rows])
 
-    def update_replicas(self, rows: Sequence[Replica]) -> "asyncio.Future[None]":
+    def update_replicas(self, rows: Sequence[Replica]) -> Future[None]:
         """Write all columns of known replicas; all or none. Raises NotFound."""
-        raise NotImplementedError
+        return self._write(store_fleet.update, [row.model_copy() for row in rows])
 
     async def replicas(self) -> list[Replica]:
         """Those not known to be gone, by time of creation."""
-        raise NotImplementedError
+        return await self._read(store_fleet.replicas_there)
 
     # Tokens.
 
-    def add_token(self, row: Token) -> "asyncio.Future[None]":
+    def add_token(self, row: Token) -> Future[None]:
         """Raises Conflict if its id or secret is known."""
-        raise NotImplementedError
+        return self._write(store_fleet.add, [row.model_copy()])
 
     async def token(self, secret_hash: bytes) -> Token | None:
         """The token with this secret, even if it is expired, used or revoked."""
-        raise NotImplementedError
+        return await self._read(store_fleet.token, secret_hash)
 
     async def tokens(self) -> list[Token]:
         """All, by time of creation."""
-        raise NotImplementedError
+        return await self._read(store_fleet.read, Token, "create_time", "id")
 
-    def revoke_token(self, token_id: str, now: datetime) -> "asyncio.Future[None]":
+    def revoke_token(self, token_id: str, now: datetime) -> Future[None]:
         """Set its `revoke_time` (the first call's stays). Raises NotFound."""
-        raise NotImplementedError
+        return self._write(store_fleet.revoke_token, token_id, now)
 
-    def use_token(self, secret_hash: bytes, node_addr: str, now: datetime) -> "asyncio.Future[None]":
+    def use_token(self, secret_hash: bytes, node_addr: str, now: datetime) -> Future[None]:
         """Spend a one-time token of a node on this node; again for the same node is no error.
 
-        Raises Unauthenticated with words that say whether it is unknown, not a node's, revoked, expired, or used by another node.
+        Raises Unauthenticated, saying whether it is unknown, not a node's, revoked, expired, or used by another node.
         """
-        raise NotImplementedError
+        return self._write(store_fleet.use_token, store_fleet.token_has(secret_hash), node_addr, now)
+
+    # How.
+
+    def _write(
+        self,
+        function: Callable[Concatenate[sa.Connection, Arguments], Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Future[Result]:
+        def kind(connection: sa.Connection, _items: Sequence[None]) -> Sequence[Result]:
+            return [function(connection, *args, **kwargs)]
+
+        return self._writer.put(kind, None)
+
+    async def _read(
+        self,
+        function: Callable[Concatenate[sa.Connection, Arguments], Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        if self._closed:
+            raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
+        if self._reads >= READS:
+            raise Unavailable("The database is slower than what is asked of it; try again soon.", retry_after_s=1.0)
+
+        def read() -> Result:
+            with self._reading.connect() as connection:
+                return function(connection, *args, **kwargs)
+
+        self._reads += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, _answered, read)
+        finally:
+            self._reads -= 1
+
+
+def _answered(read: Callable[[], Result]) -> Result:
+    """Read; once more if the connection turns out to be lost: it may have been so since the last read."""
+    try:
+        try:
+            return read()
+        except SQLAlchemyError as error:
+            if not is_lost(error):
+                raise
+            return read()
+    except SQLAlchemyError as error:
+        if not is_down(error):
+            raise
+        log.warning("store_read_failed", error=reason(error))
+        raise unavailable() from error
+
+
+def _move(task_id: str, before: State, after: State) -> dict[str, Any]:
+    check_move(before, after)
+    return {"of_task": task_id, "of_state": before, "state": after}

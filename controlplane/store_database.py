@@ -16,6 +16,19 @@ LOCK_WAIT_S: Final = 5
 #: SQLite's log is cut back to this after a checkpoint.
 _LOG_BYTES: Final = 64 * 1024 * 1024
 
+_SQLITE_DOWN: Final = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOTADB,
+}
+
 #: A PostgreSQL that is cut off is noticed after some 10 s, not after the kernel's 15 minutes.
 _POSTGRES: Final[dict[str, Any]] = {
     "connect_timeout": LOCK_WAIT_S,
@@ -46,6 +59,8 @@ def connect_to(url: str, *, connections: int = 1, read_only: bool = False) -> sa
         max_overflow=0,
         # Parameters are bodies and credentials: not for messages and logs.
         hide_parameters=True,
+        # Each read is one statement: a transaction around it would cost two more.
+        **({"isolation_level": "AUTOCOMMIT"} if read_only else {}),
     )
     if backend == "sqlite":
         _prepare_sqlite(engine, read_only=read_only)
@@ -58,8 +73,6 @@ def table_of(row: type[SQLModel]) -> sa.Table:
 
 
 def _prepare_sqlite(engine: sa.Engine, *, read_only: bool) -> None:
-    begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
-
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, _record: object) -> None:
         # Python's module would begin transactions by rules of its own.
@@ -74,14 +87,21 @@ def _prepare_sqlite(engine: sa.Engine, *, read_only: bool) -> None:
         ):
             connection.execute(f"PRAGMA {pragma}").close()
 
+    if read_only:
+        return
+
     @sa.event.listens_for(engine, "begin")
     def on_begin(connection: sa.Connection) -> None:
         # A transaction that begins as a reader and then writes may find that it cannot, and no waiting would help it.
-        connection.exec_driver_sql(begin)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def is_down(error: BaseException) -> bool:
     """True if the error is the database's (locked, disk full, connection lost, stopping) and not the statement's."""
+    cause = getattr(error, "orig", None)
+    if isinstance(cause, sqlite3.Error):
+        # The class tells nothing: "no such table" is an OperationalError too.
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in _SQLITE_DOWN
     return isinstance(error, exc.OperationalError | exc.InterfaceError | exc.InternalError | exc.TimeoutError)
 
 

@@ -1,7 +1,7 @@
 """Tasks and the ledger of their attempts, as SQL: statements built once, and what is done with them in a transaction.
 
-Fencing is in the WHERE clauses: a move from RUNNING only touches the task if that very attempt is the one running. Every
-write may be given twice: the second finds its own traces and changes nothing.
+Fencing is in the WHERE clauses: a move from RUNNING only touches the task if that very attempt is the one running.
+Every write may be given twice: the second finds its own traces and changes nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -186,7 +186,7 @@ def _leave(connection: sa.Connection, move: sa.Update, items: Sequence[tuple[Row
         connection.execute(_ADD_ATTEMPT, ledger)
     else:
         (new,) = ledger
-        if new not in (attempt.__dict__ for attempt in attempts(connection, new["task_id"])):
+        if not any(attempt.__dict__ == new for attempt in attempts(connection, new["task_id"])):
             raise StaleAttempt
     return [None] * len(items)
 
@@ -201,12 +201,10 @@ def end_queued(connection: sa.Connection, items: Sequence[Row]) -> Sequence[None
     return [None] * len(items)
 
 
-def expire(connection: sa.Connection, items: Sequence[tuple[Sequence[str], datetime]]) -> Sequence[None]:
-    """Delete the inline bodies of ended tasks. Items: ids, time."""
-    for task_ids, now in items:
-        if task_ids:
-            connection.execute(_EXPIRE, [{"of_task": task_id, "expire_time": now} for task_id in task_ids])
-    return [None] * len(items)
+def expire(connection: sa.Connection, task_ids: Sequence[str], now: datetime) -> None:
+    """Delete the inline bodies of ended tasks."""
+    if task_ids:
+        connection.execute(_EXPIRE, [{"of_task": task_id, "expire_time": now} for task_id in task_ids])
 
 
 # Reads.
@@ -247,7 +245,7 @@ def page(connection: sa.Connection, query: TaskQuery, last: int) -> Page:
     """The tasks after the query's cursor, up to the one numbered `last`. Raises InvalidArgument for a bad cursor."""
     count = min(query.limit or PAGE_TASKS, PAGE_TASKS)
     after = _position(query.cursor) if query.cursor else (query.start or datetime.min.replace(tzinfo=UTC), -1)
-    # One comparison of pairs, not an OR: this is what both databases answer from the index without reading what went before.
+    # One comparison of pairs: this is what both databases answer from the index without reading what went before.
     where = [
         _c.workspace_uid == query.workspace_uid,
         sa.tuple_(_c.create_time, _c.number)

@@ -1,4 +1,4 @@
-"""One Batch stream to the control plane and a table of futures: what makes a call cost a dictionary entry, not an RPC.
+"""One Batch stream to the control plane and a table of futures: a call costs a dictionary entry, not an RPC.
 
 Whatever waits when the writer is free goes in one frame, without a timer: a lone call leaves at once, many share the
 60-120 us that a gRPC operation costs. When the stream breaks every call without an answer ends as Unavailable, because
@@ -7,8 +7,9 @@ only the caller can know whether asking again is safe; the stream is then opened
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
 
 import grpc
 import structlog
@@ -20,31 +21,34 @@ from httpbridge.errors import Unavailable
 FIRST_BACKOFF_S: Final = 0.2
 MOST_BACKOFF_S: Final = 5.0
 
+#: A stream that lived for so long was a good one: what comes after it is not a repetition.
+GOOD_STREAM_S: Final = 10.0
+
 log = structlog.get_logger(__name__)
 
 
 class Stream(Protocol):
     """What we ask of a bidirectional gRPC call."""
 
-    async def read(self) -> object:
+    def read(self) -> Awaitable[Any]:
         """The next frame, or grpc.aio.EOF."""
 
-    async def write(self, request: pb.BatchRequest) -> None:
-        """Send a frame; returns when the transport takes it."""
+    def write(self, request: pb.BatchRequest) -> Awaitable[None]:
+        """Send a frame; done when the transport has taken it."""
 
     def cancel(self) -> bool:
         """End the call."""
 
 
 class Batch:
-    """Calls in, answers out; at most `outstanding` without an answer.
+    """Calls in, answers out; at most `outstanding` of them without an answer.
 
-    `open_stream` waits until the control plane can be reached and opens the stream; it may fail, and is then tried again.
+    `open_stream` waits until the control plane can be reached, then opens the stream.
     """
 
     def __init__(
         self,
-        open_stream: Callable[[], "asyncio.Future[Stream]"] | Callable[[], "asyncio.Task[Stream]"],
+        open_stream: Callable[[], Awaitable[Stream]],
         *,
         outstanding: int = wire.BATCH_OUTSTANDING,
         chance: Callable[[], float] = random.random,
@@ -53,11 +57,150 @@ class Batch:
         self._outstanding = outstanding
         self._chance = chance
         self._answers: dict[int, asyncio.Future[pb.Answer]] = {}
-        self._calls: dict[int, pb.Call] = {}
-        self._abandoned: list[int] = []
-        self._something = asyncio.Event()
+        #: Full frames, and the one that calls are put into until the writer takes it.
+        self._full: deque[pb.BatchRequest] = deque()
+        self._frame = pb.BatchRequest()
+        self._frame_bytes = 0
+        self._waiting = asyncio.Event()
         self._last_id = 0
         self.is_up = False
-        #: Frames and calls sent, for the metrics.
-        self.frames = 0
-        self.calls = 0
+        #: What was sent, for the metrics.
+        self.frames_sent = 0
+        self.calls_sent = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Calls without an answer."""
+        return len(self._answers)
+
+    async def schedule(self, request: pb.ScheduleRequest, *, limit_s: float) -> pb.Answer:
+        """TaskService.Schedule. If this is cancelled, the call is abandoned. `limit_s`: past this an answer is not believed in.
+
+        Raises Unavailable.
+        """
+        call = self._add(request.ByteSize())
+        call.schedule.CopyFrom(request)
+        return await self._answer(call.id, limit_s)
+
+    async def query(self, request: pb.QueryRequest, *, limit_s: float) -> pb.Answer:
+        """TaskService.Query; else as `schedule`."""
+        call = self._add(request.ByteSize())
+        call.query.CopyFrom(request)
+        return await self._answer(call.id, limit_s)
+
+    async def cancel(self, request: pb.CancelRequest, *, limit_s: float) -> pb.Answer:
+        """TaskService.Cancel; else as `schedule`."""
+        call = self._add(request.ByteSize())
+        call.cancel.CopyFrom(request)
+        return await self._answer(call.id, limit_s)
+
+    def _add(self, size: int) -> pb.Call:
+        if not self.is_up:
+            raise Unavailable("The control plane cannot be reached; try again soon")
+        if len(self._answers) >= self._outstanding:
+            raise Unavailable("Too many calls are being worked on; try again soon")
+        if self._frame_bytes >= wire.BATCH_BYTES or len(self._frame.calls) >= wire.BATCH_ITEMS:
+            self._full.append(self._frame)
+            self._frame = pb.BatchRequest()
+            self._frame_bytes = 0
+        self._frame_bytes += size
+        self._last_id += 1
+        self._waiting.set()
+        return self._frame.calls.add(id=self._last_id)
+
+    async def _answer(self, call_id: int, limit_s: float) -> pb.Answer:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[pb.Answer] = loop.create_future()
+        self._answers[call_id] = answer
+        timer = loop.call_later(limit_s, self._give_up, call_id)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._abandon(call_id)
+            raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, call_id: int) -> None:
+        answer = self._answers.get(call_id)
+        if answer is not None and not answer.done():
+            self._abandon(call_id)
+            answer.set_exception(Unavailable("The control plane did not answer in time; try again soon"))
+
+    def _abandon(self, call_id: int) -> None:
+        if self._answers.pop(call_id, None) is not None and self.is_up:
+            self._frame.abandoned.append(call_id)
+            self._waiting.set()
+
+    async def run(self) -> None:
+        """Keep the stream up until cancelled."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            began = loop.time()
+            try:
+                stream = await self._open_stream()
+                reason = await self._use(stream)
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            failures = 0 if loop.time() - began > GOOD_STREAM_S else failures + 1
+            # Half of it by chance, so that bridges which lost one control plane do not come back as one.
+            pause_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures) * (0.5 + self._chance() / 2)
+            log.warning("batch_stream_lost", reason=reason, retry_in_s=round(pause_s, 2))
+            await asyncio.sleep(pause_s)
+
+    async def _use(self, stream: Stream) -> str:
+        """Read until the stream ends. Returns why it did."""
+        self.is_up = True
+        log.info("batch_stream_up")
+        writer = asyncio.create_task(self._write(stream), name="batch-writer")
+        # The reader is what notices a broken stream; a writer that died of something else must take it along.
+        writer.add_done_callback(lambda _: stream.cancel())
+        try:
+            while (frame := await stream.read()) is not grpc.aio.EOF:
+                for answer in frame.answers:
+                    waiting = self._answers.pop(answer.id, None)
+                    if waiting is not None and not waiting.done():
+                        waiting.set_result(answer)
+        except asyncio.CancelledError:
+            # grpc.aio says the same whether the task or the call was cancelled.
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            return f"writer: {writer.exception()!r}" if writer.done() and not writer.cancelled() else "cancelled"
+        finally:
+            self.is_up = False
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._forget()
+        return "ended by the control plane"
+
+    async def _write(self, stream: Stream) -> None:
+        while True:
+            await self._waiting.wait()
+            frame = self._full.popleft() if self._full else self._take()
+            if not self._full and not self._frame.calls and not self._frame.abandoned:
+                self._waiting.clear()
+            await stream.write(frame)
+            self.frames_sent += 1
+            self.calls_sent += len(frame.calls)
+
+    def _take(self) -> pb.BatchRequest:
+        frame = self._frame
+        self._frame = pb.BatchRequest()
+        self._frame_bytes = 0
+        return frame
+
+    def _forget(self) -> None:
+        """The stream is gone: nothing of it may reach the next one, whose control plane knows none of these ids."""
+        self._full.clear()
+        self._take()
+        self._waiting.clear()
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            if not answer.done():
+                answer.set_exception(
+                    Unavailable(
+                        "The connection to the control plane broke before it answered. The task may have been accepted: "
+                        "send an Idempotency-Key to be able to ask again safely"
+                    )
+                )

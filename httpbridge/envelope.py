@@ -7,7 +7,8 @@ white space (numbers keep their spelling), and what is not JSON is not touched a
 import codecs
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Final, NamedTuple
 
 import msgspec
@@ -131,22 +132,23 @@ def text(body: bytes) -> tuple[str, str | UnsetType]:
         return b64encode(body).decode(), BASE64
 
 
-async def stream_string(chunks: AsyncIterator[bytes], *, is_utf8: bool) -> AsyncIterator[bytes]:
+async def stream_string(chunks: AsyncGenerator[bytes, None], *, is_utf8: bool) -> AsyncGenerator[bytes, None]:
     """The inside of the JSON string (without its quotes) that holds a body, piece by piece as the body comes."""
-    if not is_utf8:
-        left = b""
-        async for chunk in chunks:
-            left += chunk
-            whole = len(left) - len(left) % 3
-            yield b64encode(left[:whole])
-            left = left[whole:]
-        yield b64encode(left)
-        return
-    # The node saw that it is UTF-8; should it not be, a reader is better off with U+FFFD than with half an answer.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    async for chunk in chunks:
-        yield encode(decoder.decode(chunk))[1:-1]
-    yield encode(decoder.decode(b"", final=True))[1:-1]
+    async with aclosing(chunks):
+        if is_utf8:
+            # The node saw that it is UTF-8; should it not be, a reader is better off with U+FFFD than with half an answer.
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            async for chunk in chunks:
+                yield encode(decoder.decode(chunk))[1:-1]
+            yield encode(decoder.decode(b"", final=True))[1:-1]
+        else:
+            left = b""
+            async for chunk in chunks:
+                left += chunk
+                whole = len(left) - len(left) % 3
+                yield b64encode(left[:whole])
+                left = left[whole:]
+            yield b64encode(left)
 
 
 class Said(Struct):

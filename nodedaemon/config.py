@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from nodedaemon import log
 from nodedaemon.errors import ConfigFault
 
 GIB = 1024**3
@@ -79,8 +85,8 @@ class Config(BaseSettings):
     metrics_listen: Annotated[str, AfterValidator(_is_address_or_empty)] = Field(
         "", description="HOST:PORT for Prometheus metrics; empty: off"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_form: Literal["auto", "json", "console"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_form: log.Form = Field("auto", description="auto: console on a terminal, else JSON lines")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -98,18 +104,6 @@ class Config(BaseSettings):
             raise ValueError("; ".join(faults))
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line and file come in as arguments, the environment between them: see `load`."""
-        return init_settings, env_settings
-
     @property
     def images_dir(self) -> Path:
         """Where the process engine looks for images."""
@@ -117,8 +111,39 @@ class Config(BaseSettings):
 
 
 def load(file: Path | None, options: Mapping[str, Any]) -> Config:
-    """Read the file (if any), the environment, and `options` of the command line. Raises ConfigFault with every fault."""
-    raise NotImplementedError
+    """What the file (if any), the environment and `options` of the command line say; the later wins.
+
+    Raises ConfigFault with every fault.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except OSError as fault:
+            raise ConfigFault(f"{file} cannot be read: {fault.strerror}.") from None
+        except ValueError as fault:
+            raise ConfigFault(f"{file} is not TOML: {fault}.") from None
+
+    class FromAll(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+
+    try:
+        return FromAll(**options)
+    except ValidationError as faults:
+        lines = [
+            f"  {'.'.join(map(str, fault['loc'])) or 'together'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in faults.errors()
+        ]
+        raise ConfigFault("\n".join(["The configuration is not valid:", *lines])) from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -128,6 +153,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-_ = (tomllib, ValidationError, ConfigFault)

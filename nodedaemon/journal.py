@@ -1,8 +1,8 @@
 """Which attempts a container has seen: so that a daemon that was killed can say so when it is back.
 
-One line before the first byte of a request goes out, one when the attempt's end is acknowledged or safely on disk. The
-lines are written, not flushed to the platter: what a killed process wrote survives it; a machine that lost its power took
-the containers with it, and the control plane counts what such a node held as sent.
+One line before the first byte of a request goes out, one when the attempt's end is acknowledged or safely on disk.
+The lines are written, not synced: what a killed process wrote survives it, and a machine that lost its power took the
+containers with it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ REWRITE_BYTES: Final = 1024 * 1024
 
 
 class Journal:
-    """Lines `S attempt` (sent) and `E attempt` (ended), appended to one file. `interrupted`: what a killed daemon left."""
+    """Lines `S attempt` (sent) and `E attempt` (ended) in one file. `interrupted`: what a killed daemon left open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

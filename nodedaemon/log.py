@@ -1,39 +1,47 @@
-"""How the node daemon logs: structlog, JSON lines when nobody watches, readable lines on a terminal.
+"""Logs: one line per event on stderr, JSON where nobody watches, coloured where somebody does.
 
-Event names are constants, data are fields. Never a body, a credential or a whole address; never a line per request.
+Event names are constants, data are fields. Never bodies, never credentials, never a line per request.
 """
 
 import logging
 import sys
-from typing import Any
+from typing import Literal
 
 import structlog
 
+Form = Literal["auto", "json", "console"]
 
-def setup(level: str = "info", form: str = "auto") -> None:
-    """Send all logs to stderr. `form`: `json`, `console`, or `auto` (console on a terminal)."""
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(default=str)
-    shared: list[Any] = [
+
+def set_up(level: str = "info", form: Form = "auto") -> None:
+    """Configure structlog, and bring the libraries' own logging into the same lines. `auto`: by whether stderr is a terminal."""
+    shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
+        structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if not console:
-        shared.append(structlog.processors.format_exc_info)
-    threshold = logging.getLevelNamesMapping()[level.upper()]
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    last: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
     structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        # Drops what is below the level before any work is done for it.
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
-    # Libraries (grpc, docker, asyncio) log through the standard library: the same sink, warnings and up.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
-    logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # These speak of every request to the engine, and of every connection, at "debug" and "info".
+    for name in ("asyncio", "docker", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

@@ -40,7 +40,7 @@ class Pulls:
         if shared is None:
             shared = self._running[key] = _Pull()
             shared.task = asyncio.create_task(self._do(image, credentials, shared), name=f"pull {image}")
-            shared.task.add_done_callback(lambda _: self._running.pop(key))
+            shared.task.add_done_callback(lambda _: self._forget(key, shared))
         shared.listeners.append(progress)
         progress(shared.percent)
         try:
@@ -49,8 +49,14 @@ class Pulls:
         finally:
             shared.listeners.remove(progress)
             if not shared.listeners and not shared.task.done():
+                # Forgotten first: whoever comes now begins a new one, and is not cancelled with this one.
+                self._forget(key, shared)
                 shared.task.cancel()
                 await asyncio.gather(shared.task, return_exceptions=True)
+
+    def _forget(self, key: tuple[str, Credentials | None], shared: _Pull) -> None:
+        if self._running.get(key) is shared:
+            del self._running[key]
 
     async def _do(self, image: str, credentials: Credentials | None, shared: _Pull) -> str:
         async with self._room:

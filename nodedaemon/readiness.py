@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import re
 import urllib.parse
 
 from nodedaemon.engine import Address, Readiness
 
 #: One look takes no longer than this.
 LOOK_S = 5.0
-#: A port published by Docker's proxy accepts even when nobody listens behind it, and closes at once: how long to watch for that.
+#: A port published by Docker's proxy accepts even when nobody listens behind it, and closes at once: how long to
+#: watch for that.
 CLOSED_AT_ONCE_S = 0.02
 
 
@@ -51,10 +53,11 @@ async def _get(
     )
     what = f"GET {readiness.path} on port {readiness.port}"
     try:
-        version, status, *_ = (await reader.readuntil(b"\n")).split()
-        if not version.startswith(b"HTTP/"):
-            raise ValueError
-        code = int(status)
-    except (ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        line = await reader.readuntil(b"\n")
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        line = b""
+    answer = re.match(rb"HTTP/1\.[01] (\d{3})\b", line)
+    if not answer:
         return f"{what} is not answered in HTTP"
-    return "" if code < 500 else f"{what} is answered with status {code}"
+    status = int(answer[1])
+    return "" if status < 500 else f"{what} is answered with status {status}"

@@ -1,7 +1,8 @@
-"""What runs in test containers: an HTTP server that echoes, and does everything wrong on request. Standard library only.
+"""What runs in test containers: an HTTP server that echoes, and does everything wrong on request. Standard library
+only.
 
-Listens on every port that the environment names (`NGPU_PORT_<declared>`), else on 8080. Each request is one line on stdout,
-`METHOD PATH`, so that a test can count executions in the container's own log.
+Listens on every port that the environment names (`NGPU_PORT_<declared>`), else on 8080. Each request is one line on
+stdout, `METHOD PATH`, so that a test can count executions in the container's own log.
 
 ANY  /echo (or anything else)   the request's body, with X-Echo-Method, X-Echo-Path and its Content-Type
 GET  /about                     JSON: method, path, headers, environment, uid, pid, cwd, start time
@@ -18,8 +19,9 @@ GET  /oomchild                  a child process does, and is killed; answers its
 GET  /write?path=/x             tries to write a file: "ok" or the error
 GET  /connect?host=h&port=p     tries to open a TCP connection: "ok" or the error
 
-Environment: ECHO_EXIT=code ends at once; ECHO_DELAY=s begins to listen after that; ECHO_DEAF=1 never listens; ECHO_SAY=text is
-printed first; ECHO_EAT=1 eats memory at start; ECHO_STUBBORN=1 ignores SIGTERM; ECHO_CHILD=1 has a child that outlives it.
+Environment: ECHO_EXIT=code ends at once; ECHO_DELAY=s begins to listen after that; ECHO_DEAF=1 never listens;
+ECHO_SAY=text is printed first; ECHO_EAT=1 eats memory at start; ECHO_STUBBORN=1 ignores SIGTERM; ECHO_CHILD=1 has a
+child that outlives it.
 """
 
 import http.server

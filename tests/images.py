@@ -1,7 +1,7 @@
 """Test images made without a registry, and a registry to push them to.
 
-An image is a root file system of a few Debian packages and one script, given to `docker import`. Its tag is a hash of what it is made
-of, so that it is built once per machine and two test runs side by side share it.
+An image is a root file system of a few Debian packages and one script, given to `docker import`. Its tag is a hash
+of what it is made of, so that it is built once per machine and two test runs side by side share it.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from pathlib import Path
 import docker
 
 ECHO = Path(__file__).with_name("echo.py")
-#: An interpreter and what it links; the rest of its standard library needs more, the modules that echo.py imports do not.
+#: An interpreter and what it links; the rest of its standard library needs more, the modules that echo.py imports do
+#: not.
 PACKAGES = (
     "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib",
     "libc6", "zlib1g", "libexpat1", "libssl3", "busybox-static",
@@ -41,11 +42,16 @@ def why_no_images() -> str:
 def echo_image(api: docker.APIClient) -> str:
     """The reference of an image that runs echo.py; builds it (some 5 s) if this machine has none yet."""
     digest = hashlib.sha256(repr((PACKAGES, 1)).encode() + ECHO.read_bytes()).hexdigest()[:16]
-    return _image(api, f"ngpu-test-echo:{digest}", {"srv/echo.py": ECHO.read_bytes()}, ["CMD " + json.dumps([PYTHON, "-u", "/srv/echo.py"])])
+    return _image(
+        api,
+        f"ngpu-test-echo:{digest}",
+        {"srv/echo.py": ECHO.read_bytes()},
+        ["CMD " + json.dumps([PYTHON, "-u", "/srv/echo.py"])],
+    )
 
 
 def variant(api: docker.APIClient, name: str, *changes: str, extra_bytes: int = 0) -> str:
-    """An image of the echo image with Dockerfile instructions (`USER 1000`, `ENV A=b`) and a layer of incompressible bytes on top."""
+    """The echo image with Dockerfile instructions (`USER 1000`, `ENV A=b`) and a layer of random bytes on top."""
     base = echo_image(api)
     tag = hashlib.sha256(repr((base, changes, extra_bytes)).encode()).hexdigest()[:16]
     reference = f"ngpu-test-{name}:{tag}"
@@ -104,7 +110,8 @@ def registry(*, credentials: bool = False) -> Iterator[str]:
 def push(api: docker.APIClient, image: str, registry_address: str, name: str, *, credentials: bool = False) -> str:
     """Push a local image to the registry under that name, forget it here, and return its reference."""
     reference = f"{registry_address}/{name}"
-    api.tag(image, *reference.rsplit(":", 1))
+    repository, tag = reference.rsplit(":", 1)
+    api.tag(image, repository, tag)
     auth = {"username": USERNAME, "password": PASSWORD} if credentials else None
     for event in api.push(reference, stream=True, decode=True, auth_config=auth):
         if "error" in event:
@@ -118,7 +125,7 @@ def _image(api: docker.APIClient, reference: str, files: Mapping[str, bytes], ch
         return reference
     with tempfile.TemporaryDirectory(prefix="ngpu-image-") as directory:
         # apt's own user must be able to write here.
-        Path(directory).chmod(0o777)  # noqa: S103
+        Path(directory).chmod(0o777)
         subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=directory, check=True, capture_output=True)
         root = Path(directory) / "root"
         for package in sorted(Path(directory).glob("*.deb")):
@@ -137,7 +144,9 @@ def _image(api: docker.APIClient, reference: str, files: Mapping[str, bytes], ch
         with tarfile.open(tar_path, "w") as tar:
             tar.add(root, arcname=".", filter=_plain)
         repository, tag = reference.rsplit(":", 1)
-        answer = json.loads(api.import_image(src=str(tar_path), repository=repository, tag=tag, changes=changes).splitlines()[-1])
+        answer = json.loads(
+            api.import_image(src=str(tar_path), repository=repository, tag=tag, changes=changes).splitlines()[-1]
+        )
         if "error" in answer:
             raise RuntimeError(answer["error"])
     return reference

@@ -6,12 +6,13 @@ else. Methods of the services are plain coroutines (or async generators) of a re
 
 import asyncio
 import collections
+import functools
 import re
 import secrets
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import grpc
 import structlog
@@ -21,12 +22,12 @@ from ngpu import wire
 from ngpu.v1 import http_pb2
 
 from controlplane.access import Access, Kind, Principal
-from controlplane.errors import Forbidden, NgpuError
+from controlplane.errors import Forbidden, NgpuError, Unavailable
 
 _log = structlog.get_logger(__name__)
 
-In_co = TypeVar("In_co", covariant=True)
-Out_contra = TypeVar("Out_contra", contravariant=True)
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 _OPERATOR: Final = frozenset({Kind.OPERATOR})
 _FRONT: Final = frozenset({Kind.OPERATOR, Kind.SERVICE})
@@ -73,18 +74,27 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.FleetService.Explain": _OWNER,
 }
 
+#: Answers what it has before it ends at a stop.
+_ENDS_BY_ITSELF: Final = "ngpu.v1.TaskService.Batch"
+
 _NOBODY: Final = Principal(Kind.NOBODY, "")
 _CODES: Final = {code.name: code for code in grpc.StatusCode}
 
 
-class Stream(Protocol[In_co, Out_contra]):
-    """The two ends of a streaming call. `read` gives grpc.aio.EOF at the end; only one task may be in it."""
+class Stream(Generic[In, Out]):
+    """The two ends of a streaming call. Only one task may be in `read`, and one in `write`."""
 
-    async def read(self) -> In_co:
-        """The next message, or grpc.aio.EOF."""
+    def __init__(self, context: Any) -> None:
+        self._context = context
 
-    async def write(self, message: Out_contra) -> None:
-        """Send it, or wait until there is room; only one task may be in it."""
+    async def read(self) -> In | None:
+        """The next message; None: there are no more."""
+        message = await self._context.read()
+        return None if message is grpc.aio.EOF else message
+
+    async def write(self, message: Out) -> None:
+        """Send it; waits while the other side has no room."""
+        await self._context.write(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,8 @@ class Caller:
     principal: Principal
     ip: str
     request_id: str
+    #: Raises Unauthenticated once the credential no longer holds: for streams, which outlive revocations.
+    check: Callable[[], Principal]
 
 
 class Gate:
@@ -103,32 +115,41 @@ class Gate:
         self._access = access
         self._new_request_id = new_request_id
         self.calls: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._stopping = False
 
-    def guard(self, service: ServiceDescriptor, api: object) -> grpc.GenericRpcHandler:
-        """Handlers for every method of `service`, each a method of `api` of the same name in snake case.
+    def guard(self, service: ServiceDescriptor, apis: Sequence[object]) -> grpc.GenericRpcHandler:
+        """Handlers for every method of `service`, each a method of one of `apis` of the same name in snake case.
 
-        Raises KeyError for a method that is not in ROLES, AttributeError for one that `api` lacks.
+        Raises KeyError for a method that is not in ROLES, AttributeError for one that `apis` lack.
         """
         return grpc.method_handlers_generic_handler(
             service.full_name,
-            {method.name: self._handler(method, getattr(api, _snake(method.name))) for method in service.methods},
+            {method.name: self._handler(method, _behaviour(apis, method.name)) for method in service.methods},
         )
 
+    def stop(self) -> None:
+        """End the streams, with Unavailable. New calls still come in until the server is stopped."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.cancel()
+
     def _handler(self, method: MethodDescriptor, inner: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        name, roles = method.name, ROLES[method.full_name]
+        roles = ROLES[method.full_name]
 
         async def unary(request: Any, context: Any) -> Any:
-            return await self._run(name, roles, context, lambda caller: inner(request, caller))
+            return await self._run(method, roles, context, lambda caller: inner(request, caller))
 
         async def server_stream(request: Any, context: Any) -> None:
-            async def write_all(messages: AsyncIterator[Any]) -> None:
-                async for message in messages:
+            async def write_all(caller: Caller) -> None:
+                async for message in inner(request, caller):
+                    caller.check()
                     await context.write(message)
 
-            await self._run(name, roles, context, lambda caller: write_all(inner(request, caller)))
+            await self._run(method, roles, context, write_all)
 
         async def client_stream(_: Any, context: Any) -> Any:
-            return await self._run(name, roles, context, lambda caller: inner(context, caller))
+            return await self._run(method, roles, context, lambda caller: inner(Stream(context), caller))
 
         make, behaviour = {
             (False, False): (grpc.unary_unary_rpc_method_handler, unary),
@@ -143,17 +164,26 @@ class Gate:
         )
 
     async def _run(
-        self, name: str, roles: frozenset[Kind], context: Any, inner: Callable[[Caller], Awaitable[Any]]
+        self,
+        method: MethodDescriptor,
+        roles: frozenset[Kind],
+        context: Any,
+        inner: Callable[[Caller], Awaitable[Any]],
     ) -> Any:
-        request_id = ""
+        name, request_id = method.name, ""
+        stream = asyncio.current_task() if method.server_streaming and method.full_name != _ENDS_BY_ITSELF else None
         try:
+            if stream is not None:
+                self._streams.add(stream)
             metadata = dict(context.invocation_metadata())
             request_id = str(metadata.get(wire.REQUEST_ID, ""))
-            caller = Caller(self._principal(roles, metadata.get(wire.AUTHORIZATION)), ip_of(context.peer()), request_id)
-            answer = await inner(caller)
+            check = functools.partial(self._principal, roles, metadata.get(wire.AUTHORIZATION))
+            answer = await inner(Caller(check(), ip_of(context.peer()), request_id, check))
         except asyncio.CancelledError:
-            self.calls[name, "CANCELLED"] += 1
-            raise
+            if not self._stopping or stream is None or context.done():
+                self.calls[name, "CANCELLED"] += 1
+                raise
+            error: NgpuError = Unavailable("The control plane is stopping; try again soon.")
         except Exception as caught:
             if context.done():
                 # The caller has gone: what broke is our writing to him.
@@ -163,6 +193,9 @@ class Gate:
         else:
             self.calls[name, "OK"] += 1
             return answer
+        finally:
+            if stream is not None:
+                self._streams.discard(stream)
         self.calls[name, error.code] += 1
         message = error_message(error)
         await context.abort(_CODES[error.code], message.message, ((wire.ERROR, message.SerializeToString()),))
@@ -206,5 +239,9 @@ def ip_of(peer: str) -> str:
     return rest.rpartition(":")[0].strip("[]") if family in {"ipv4", "ipv6"} else ""
 
 
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
+def _behaviour(apis: Sequence[object], method: str) -> Callable[..., Any]:
+    name = re.sub(r"(?<!^)([A-Z])", r"_\1", method).lower()
+    for api in apis:
+        if hasattr(api, name):
+            return getattr(api, name)  # type: ignore[no-any-return]
+    raise AttributeError(f"nobody serves {method}")

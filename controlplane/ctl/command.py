@@ -83,7 +83,7 @@ def connected(function: Callable[..., None]) -> Callable[..., None]:
         with ending_well(), _shared(**shared) as session:
             function(session, **arguments)
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature instead
+    del run.__wrapped__  # typer would read its signature instead
     run.__signature__ = inspect.Signature([*own, *_SHARED.values()])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *_SHARED.values())}
     return run

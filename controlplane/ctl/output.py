@@ -1,9 +1,10 @@
 """What a command prints: answers on stdout, as text, as JSON or bare; everything said beside them on stderr."""
 
+import contextlib
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from google.protobuf.json_format import MessageToDict
@@ -84,6 +85,15 @@ class Output:
         """A line on stdout as it is."""
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[Callable[[str], None]]:
+        """Shows, on a terminal, what is waited for: call it with every news, and with "" when the waiting is over."""
+        if self.quiet or not self.stderr.is_terminal:
+            yield lambda _: None
+            return
+        with self.stderr.status("") as status:
+            yield lambda text: status.update(cell(text)) if text else status.stop()
 
     def say(self, text: str, style: str = "") -> None:
         """A line on stderr, unless `--quiet`: progress, hints, what to do next."""

@@ -1,10 +1,12 @@
 """Waiting for a workspace to serve, and showing how far each replica is: live on a terminal, line by line elsewhere."""
 
+import contextlib
 import time
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import grpc
+from ngpu.v1 import workspace_pb2 as pb
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,9 +16,8 @@ from rich.text import Text
 
 from controlplane.ctl.output import Output, cell, plain
 from controlplane.ctl.problem import Problem
-from controlplane.ctl.session import Session, error_of
+from controlplane.ctl.session import Session
 from controlplane.ctl.units import duration_text
-from ngpu.v1 import workspace_pb2 as pb
 
 #: Between attempts to watch again after the stream broke.
 RETRY_S: Final = 1.0
@@ -31,7 +32,7 @@ _STYLES: Final = {
 }
 
 
-def state_text(state: pb.ReplicaState) -> Text:
+def state_text(state: pb.ReplicaState.ValueType) -> Text:
     """`pulling`, in its colour."""
     name = pb.ReplicaState.Name(state).removeprefix("REPLICA_STATE_").lower()
     return Text(name, _STYLES.get(state, "yellow"))
@@ -48,48 +49,43 @@ def count_text(workspace: pb.Workspace) -> str:
     return f"{workspace.ready_replicas} of {workspace.spec.replicas} replica{plural} ready"
 
 
-class _View(Protocol):
-    def update(self, workspace: pb.Workspace) -> None: ...
-
-
-def await_serving(session: Session, name: str, limit_s: float) -> pb.Workspace:
-    """The workspace, once all its replicas are ready. Raises Problem if that is not so within `limit_s`."""
-    deadline = time.monotonic() + limit_s
-    if session.out.quiet:
-        return _watch(session, name, deadline, limit_s, lambda _: None)
-    if not session.out.stderr.is_terminal:
-        return _watch(session, name, deadline, limit_s, _Lines(session.out).update)
-    picture = _Picture()
-    with Live(picture, console=session.out.stderr, refresh_per_second=8):
-        return _watch(session, name, deadline, limit_s, picture.update)
-
-
-def _watch(
-    session: Session, name: str, deadline: float, limit_s: float, update: Callable[[pb.Workspace], None]
+def await_serving(
+    session: Session, name: str, limit_s: float, *, sleep: Callable[[float], None] = time.sleep
 ) -> pb.Workspace:
-    last = pb.Workspace()
-    request = pb.WatchWorkspaceRequest(workspace=name)
-    while (rest := deadline - time.monotonic()) > 0:
-        try:
-            for event in session.stream(session.workspaces.WatchWorkspace, request, limit_s=rest):
-                last = event.workspace
-                update(last)
-                if last.HasField("delete_time"):
-                    raise Problem(f"The workspace {last.spec.name} has been deleted.")
-                if is_serving(last):
-                    return last
-        except grpc.RpcError as error:
-            # A control plane that is being restarted is worth waiting for; one that has never answered is not.
-            if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-                break
-            if _code(error) is not grpc.StatusCode.UNAVAILABLE or not last.spec.name or error_of(error):
-                raise session.problem(error) from error
-        time.sleep(min(RETRY_S, max(0.0, deadline - time.monotonic())))
+    """The workspace, once all its replicas are ready. Raises Problem if that is not so within `limit_s`."""
+    with _view(session.out) as show:
+        deadline = time.monotonic() + limit_s
+        last = pb.Workspace()
+        request = pb.WatchWorkspaceRequest(workspace=name)
+        while (rest := deadline - time.monotonic()) > 0:
+            try:
+                for event in session.stream(session.workspaces.WatchWorkspace, request, limit_s=rest):
+                    last = event.workspace
+                    show(last)
+                    if last.HasField("delete_time"):
+                        raise Problem(f"The workspace {last.spec.name} has been deleted.")
+                    if is_serving(last):
+                        return last
+            except grpc.RpcError as error:
+                # A control plane that is being restarted is worth waiting for; one that has never answered is not.
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    break
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or not last.spec.name:
+                    raise session.problem(error) from error
+            sleep(min(RETRY_S, max(0.0, deadline - time.monotonic())))
     raise Problem(_too_late(last, name, limit_s))
 
 
-def _code(error: grpc.RpcError) -> grpc.StatusCode:
-    return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+@contextlib.contextmanager
+def _view(out: Output) -> Iterator[Callable[[pb.Workspace], None]]:
+    if out.quiet:
+        yield lambda _: None
+    elif not out.stderr.is_terminal:
+        yield _Lines(out).update
+    else:
+        picture = _Picture()
+        with Live(picture, console=out.stderr, refresh_per_second=8):
+            yield picture.update
 
 
 def _too_late(workspace: pb.Workspace, name: str, limit_s: float) -> str:
@@ -119,7 +115,7 @@ class _Lines:
             share = f" {replica.progress}%" if 0 < replica.progress < 100 and not _is_ready(replica) else ""
             text = f"{replica.id} on {replica.node_name or replica.node_addr}: {state_text(replica.state)}{share}"
             detail = f" ({replica.message})" if replica.message else ""
-            # Messages that count bytes change all the time: they alone are no news, unless it is that something is wrong.
+            # Messages that count bytes change all the time: they alone are no news, unless something is wrong.
             wrong = replica.message if replica.state == pb.REPLICA_STATE_BACKOFF else ""
             self._say(replica.id, (replica.state, replica.progress // STEP, wrong), plain(text + detail))
 

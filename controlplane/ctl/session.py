@@ -1,4 +1,4 @@
-"""The connection to the control plane: which one, with which token, and what its errors mean for whoever typed the command."""
+"""The connection to the control plane: which one, with which token, and what its errors mean to whoever typed."""
 
 import ipaddress
 import os
@@ -12,16 +12,16 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import grpc
-
-from controlplane.ctl.output import Output
-from controlplane.ctl.problem import Exit, Problem
-from controlplane.ctl.units import duration_text
 from ngpu import wire
 from ngpu.v1.asset_pb2_grpc import AssetServiceStub
 from ngpu.v1.fleet_pb2_grpc import FleetServiceStub
 from ngpu.v1.http_pb2 import Error
 from ngpu.v1.task_pb2_grpc import TaskServiceStub
 from ngpu.v1.workspace_pb2_grpc import WorkspaceServiceStub
+
+from controlplane.ctl.output import Output
+from controlplane.ctl.problem import Exit, Problem
+from controlplane.ctl.units import duration_text
 
 DEFAULT_SERVER: Final = "127.0.0.1:50051"
 #: For an answer that is not waited for on purpose.
@@ -52,7 +52,7 @@ class Target:
 
 
 class Session(AbstractContextManager["Session"]):
-    """What a command works with: the services, called with the token, and the output. The channel is made at first use."""
+    """What a command works with: the output, and the services, with the token over a channel opened when needed."""
 
     def __init__(self, target: Target, out: Output) -> None:
         self.target = target
@@ -110,8 +110,10 @@ class Session(AbstractContextManager["Session"]):
         except grpc.RpcError as error:
             raise self.problem(error) from error
 
-    def stream(self, method: Callable[..., Iterator[Answer]], request: Any, *, limit_s: float | None) -> Iterator[Answer]:
-        """Answers one after the other; the call ends when the iterator is closed. Raises grpc.RpcError: see `problem`."""
+    def stream(
+        self, method: Callable[..., Iterator[Answer]], request: Any, *, limit_s: float | None
+    ) -> Iterator[Answer]:
+        """Answers one by one; the call ends when the iterator is closed. Raises grpc.RpcError: see `problem`."""
         call = method(request, metadata=self._metadata, timeout=limit_s)
         try:
             yield from call
@@ -120,30 +122,31 @@ class Session(AbstractContextManager["Session"]):
 
     def problem(self, error: grpc.RpcError) -> Problem:
         """An error of a call, as one line that says what to do."""
-        code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+        code = error.code()
         if told := error_of(error):
             retry = f" Try again in {duration_text(told.retry_after_ms / 1000)}." if told.retry_after_ms else ""
             return Problem(told.message + retry, _EXITS.get(code, Exit.FAILED))
-        details = (error.details() or "") if isinstance(error, grpc.Call) else ""
+        details = error.details() or ""
         if code is grpc.StatusCode.UNAVAILABLE:
             return Problem(
-                f"The control plane does not answer at {self.target.server} ({details.rsplit(': ', 1)[-1]}). Start it with "
-                f"`ngpu-controlplane run`, or name another with --server or NGPU_SERVER.",
+                f"The control plane does not answer at {self.target.server} ({details.rsplit(': ', 1)[-1]}). Start it "
+                "with `ngpu-controlplane run`, or name another with --server or NGPU_SERVER.",
                 Exit.UNREACHABLE,
             )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Problem(f"The control plane at {self.target.server} took too long to answer.", Exit.UNREACHABLE)
         if code is grpc.StatusCode.UNIMPLEMENTED:
-            return Problem(f"What answers at {self.target.server} does not know this call: is it an NGPU of this version?")
+            return Problem(
+                f"What answers at {self.target.server} does not know this call: is it an NGPU of this version?"
+            )
         return Problem(f"{details or 'The call failed'} ({code.name})", _EXITS.get(code, Exit.FAILED))
 
 
 def error_of(error: grpc.RpcError) -> Error | None:
     """What the control plane itself says of the error; None if it did not get to say anything."""
-    if isinstance(error, grpc.Call):
-        for key, value in error.trailing_metadata() or ():
-            if key == wire.ERROR and isinstance(value, bytes):
-                return Error.FromString(value)
+    for item in error.trailing_metadata() or ():
+        if item.key == wire.ERROR and isinstance(item.value, bytes):
+            return Error.FromString(item.value)
     return None
 
 
@@ -161,8 +164,8 @@ def find_token(file: Path | None, environment: Mapping[str, str]) -> str:
         file = next((path for path in usual if path.exists()), None)
     if file is None:
         raise Problem(
-            f"There is no token: set NGPU_TOKEN or NGPU_TOKEN_FILE, use --token-file, or write it to {usual[1]}. The operator's "
-            "token lies in the control plane's state directory; a workspace's id is a token for that workspace.",
+            f"There is no token: set NGPU_TOKEN or NGPU_TOKEN_FILE, use --token-file, or write it to {usual[1]}. An "
+            "operator's lies in the control plane's state directory; a workspace's id is a token for that workspace.",
             Exit.NOT_ALLOWED,
         )
     try:
@@ -183,8 +186,8 @@ def _open(target: Target) -> grpc.Channel:
     if not target.tls and target.tls_ca is None:
         if not (target.plaintext or _stays_here(target.server)):
             raise Problem(
-                f"The token would travel to {target.server} unencrypted. Use --tls (with --tls-ca FILE for a CA of your own), or "
-                "--plaintext where the network is yours alone.",
+                f"The token would travel to {target.server} unencrypted. Use --tls (with --tls-ca FILE for your own "
+                "CA), or --plaintext where the network is yours alone.",
                 Exit.USAGE,
             )
         return grpc.insecure_channel(target.server, wire.CLIENT_OPTIONS)

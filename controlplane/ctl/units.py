@@ -44,7 +44,7 @@ def parse_duration(value: object) -> float:
 
 
 def parse_time(text: str, now: datetime) -> datetime:
-    """`2026-01-31`, `2026-01-31 14:00`, ISO 8601 (local unless it says otherwise), or a duration ago. Raises ValueError."""
+    """`2026-01-31`, `2026-01-31 14:00`, ISO 8601 (local if it names no zone), or a duration ago. Raises ValueError."""
     try:
         return now - timedelta(seconds=parse_duration(text))
     except ValueError:
@@ -78,7 +78,7 @@ def duration_text(seconds: float) -> str:
     """The two largest units, `2h 5m`, or `0.35s`."""
     if seconds < 10:
         return f"{seconds:.3g}s"
-    parts = []
+    parts: list[str] = []
     rest = round(seconds)
     for unit, length in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
         if rest >= length or (parts and unit != "d"):

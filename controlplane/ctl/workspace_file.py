@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from controlplane.ctl.units import duration_message, parse_duration, parse_size
 from ngpu.v1 import workspace_pb2 as pb
+
+from controlplane.ctl.units import duration_message, parse_duration, parse_size
 
 #: Descriptions are a few hundred bytes.
 FILE_BYTES: Final = 256 * 1024
@@ -41,37 +42,37 @@ class SpecFault(Exception):
 def _text(value: object) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f'must be text, such as "abc", not {_kind(value)}')
+    raise _wrong('text, such as "abc"', value)
 
 
 def _count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _UINT32:
         return value
-    raise ValueError(f"must be a whole number from 0 up, not {_kind(value)}")
+    raise _wrong("a whole number from 0 up", value)
 
 
 def _port(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535:
         return value
-    raise ValueError(f"must be a port from 1 to 65535, not {_kind(value)}")
+    raise _wrong("a port from 1 to 65535", value)
 
 
 def _number(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
         return float(value)
-    raise ValueError(f"must be a number, not {_kind(value)}")
+    raise _wrong("a number", value)
 
 
 def _truth(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    raise ValueError(f"must be true or false, not {_kind(value)}")
+    raise _wrong("true or false", value)
 
 
 def _list_of(read: Callable[[object], Any], example: str) -> Callable[[object], list[Any]]:
     def read_all(value: object) -> list[Any]:
         if not isinstance(value, list):
-            raise ValueError(f"must be a list, such as {example}, not {_kind(value)}")
+            raise _wrong(f"a list, such as {example}", value)
         return [read(item) for item in value]
 
     return read_all
@@ -79,15 +80,19 @@ def _list_of(read: Callable[[object], Any], example: str) -> Callable[[object], 
 
 def _environment(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise ValueError(f"must be a table of names and values, not {_kind(value)}")
+        raise _wrong("a table of names and values", value)
     for name, content in value.items():
         if not isinstance(content, str | int | float) or isinstance(content, bool):
-            raise ValueError(f'{name} must be text, such as "abc", not {_kind(content)}')
+            raise _wrong('text, such as "abc"', content, name + " ")
     return {name: str(content) for name, content in value.items()}
 
 
 def _duration(value: object) -> object:
     return duration_message(parse_duration(value))
+
+
+def _wrong(wanted: str, value: object, what: str = "") -> ValueError:
+    return ValueError(f"{what}must be {wanted}, not {_kind(value)}")
 
 
 def _kind(value: object) -> str:
@@ -144,6 +149,8 @@ _KEYS: Final[Mapping[str, _Key]] = {
     "limits.max_attempts": _Key("max_attempts", _count),
 }
 _SECTIONS: Final = frozenset(key.partition(".")[0] for key in _KEYS if "." in key)
+#: What other tools call it, where likeness alone would guess wrong.
+_MEANT: Final = {"gpus": ["gpu.count"], "timeout": ["limits.run_time"], "cmd": ["command"]}
 _REQUIRED: Final = ("name", "image", "ports")
 
 
@@ -200,9 +207,9 @@ def _flat(document: Document) -> Iterator[tuple[str, object]]:
 
 def _read(key: str, value: object, directory: Path) -> object:
     if key in _SECTIONS:
-        raise ValueError(f"must be a table, [{key}], not {_kind(value)}")
+        raise _wrong(f"a table, [{key}]", value)
     if key not in _KEYS:
-        near = difflib.get_close_matches(key, _KEYS, 1, cutoff=0.5)
+        near = _MEANT.get(key) or difflib.get_close_matches(key, _KEYS, 1, cutoff=0.5)
         raise ValueError("is not known" + (f": did you mean {near[0]}?" if near else f"; known are {', '.join(_KEYS)}"))
     content = _KEYS[key].read(value)
     if key == "registry.password_file":
@@ -216,4 +223,6 @@ def _read(key: str, value: object, directory: Path) -> object:
 def _put(fields: dict[str, Any], key: str, value: object) -> None:
     section, _, _ = key.rpartition(".")
     target = fields.setdefault(section, {}) if section else fields
-    target[_KEYS[key].field] = value
+    field = _KEYS[key].field
+    # Names of the environment win one by one, too.
+    target[field] = {**target.get(field, {}), **value} if isinstance(value, dict) else value

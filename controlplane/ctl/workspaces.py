@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from ngpu.v1 import workspace_pb2 as pb
 from rich.console import Group, RenderableType
 
 from controlplane.ctl.command import connected
@@ -16,7 +17,6 @@ from controlplane.ctl.progress import await_serving, count_text, is_serving, sta
 from controlplane.ctl.session import Session
 from controlplane.ctl.units import age_text, duration_text, parse_duration, size_text, time_text
 from controlplane.ctl.workspace_file import Source, SpecFault, load, to_spec
-from ngpu.v1 import workspace_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Workspaces: what customers brought, kept running as replicas on nodes.")
 
@@ -37,18 +37,21 @@ def seconds(text: str, option: str = "--timeout") -> float:
 @connected
 def create(
     session: Session,
+    *,
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.toml]", help="The description; - reads it from stdin.")
+        Path | None, typer.Argument(metavar="FILE.toml", help="The description; - reads it from stdin.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Unique name: a-z, 0-9 and -.")] = None,
     image: Annotated[str | None, typer.Option(help="As for `docker pull`.")] = None,
     command: Annotated[str | None, typer.Option(help="Start command, split as a shell does, run without one.")] = None,
-    port: Annotated[list[int] | None, typer.Option(help="A port of its own API; may be repeated, first is default.")] = None,
+    port: Annotated[
+        list[int] | None, typer.Option(help="A port of its own API; may be repeated, first is default.")
+    ] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment; may be repeated.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs per replica.")] = None,
     gpu_model: Annotated[str | None, typer.Option(help='Words of the model, e.g. "4090".')] = None,
     gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Least memory per GPU.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="How many. [default: 1]", show_default=False)] = None,
+    replicas: Annotated[int | None, typer.Option(help="How many (default 1).")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Tasks that one replica may run at once.")] = None,
     cpus: Annotated[float | None, typer.Option(help="CPU cores per replica.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory per replica, e.g. 16GiB.")] = None,
@@ -66,8 +69,8 @@ def create(
     \b
     Examples:
       ngpu workspace create img2img.toml --wait
-      ngpu workspace create --name echo --image registry.example/echo:1 --port 8080
-      ngpu workspace create img2img.toml --replicas 3 --gpu-model 4090 --gpus 1
+      ngpu workspace create --name echo --image example/echo:1 --port 8080
+      ngpu workspace create img2img.toml --replicas 3 --gpu-model 4090
       ID=$(ngpu workspace create img2img.toml --quiet)
     \b
     The file (only name, image and ports are needed):
@@ -77,10 +80,10 @@ def create(
       ports = [8080]
       replicas = 2
       memory = "16GiB"
-      [gpu]
+      \\[gpu]
       model = "RTX 4090"
       count = 1
-      [readiness]
+      \\[readiness]
       path = "/health"
     """
     limit_s = seconds(timeout)
@@ -89,7 +92,7 @@ def create(
         "image": image,
         "command": shlex.split(command) if command is not None else None,
         "ports": port or None,
-        "env": dict(pair.partition("=")[::2] for pair in env) if env else None,
+        "env": _pairs(env) if env else None,
         "replicas": replicas,
         "concurrency": concurrency,
         "cpus": cpus,
@@ -122,6 +125,12 @@ def create(
     if session.out.json:
         served.id = workspace.id
         session.out.answer(pb.CreateWorkspaceResponse(workspace=served), lambda: "")
+
+
+def _pairs(typed: list[str]) -> dict[str, str]:
+    if wrong := [pair for pair in typed if "=" not in pair]:
+        raise Problem(f"--env: {wrong[0]!r} is not NAME=VALUE", Exit.USAGE)
+    return {name: value for name, _, value in (pair.partition("=") for pair in typed)}
 
 
 def _given(typed: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +190,10 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
         ("ready when", ready),
         ("registry", spec.registry.username),
         ("time limits", _limits(limits)),
-        ("body limits", f"request {size_text(limits.request_body_bytes)}, response {size_text(limits.response_body_bytes)}"),
+        (
+            "body limits",
+            f"request {size_text(limits.request_body_bytes)}, response {size_text(limits.response_body_bytes)}",
+        ),
         ("attempts", f"up to {limits.max_attempts}{'' if spec.repeatable else ', never again once sent'}"),
         ("account", spec.account),
         ("tasks", f"{workspace.queued_tasks} queued, {workspace.running_tasks} running"),

@@ -1,9 +1,10 @@
 """What we ask of whatever runs containers: plain values in, plain values out, one class per thing that can go wrong.
 
-`docker.py` means it; `process.py` does as much of it as plain processes can. Everything here is level-triggered: `containers()`
-says all that is, `watch` only says when to look again, so a lost event loses nothing.
+`docker.py` means it; `process.py` does as much of it as plain processes can. Everything here is level-triggered:
+`containers()` says all that is, `watch` only says when to look again, so a lost event loses nothing.
 """
 
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -38,7 +39,8 @@ class Readiness:
 class Assignment:
     """One replica that should run here, every default resolved. Sizes in bytes.
 
-    `spec_hash` is of everything that makes the container what it is: same hash, same container. `draining` is not part of it.
+    `spec_hash` is of everything that makes the container what it is: same hash, same container. `draining` is not
+    part of it.
     """
 
     replica_id: str
@@ -64,23 +66,47 @@ class Assignment:
 class Exit:
     """How a container ended. `code` as a shell has it: 128 + n for signal n; None: it was removed, nobody knows.
 
-    `at`: the daemon's monotonic clock when it learnt of it.
+    `memory_bytes` is its limit (0: none). `at`: the daemon's monotonic clock when it learnt of it.
     """
 
     replica_id: str
     code: int | None
     out_of_memory: bool = False
     ran_s: float = 0.0
+    memory_bytes: int = 0
     at: float = 0.0
+
+    @property
+    def from_outside(self) -> bool:
+        """Was it ended by somebody else than itself: the engine, the machine's operator?
+
+        Then it is no fault of the customer's.
+        """
+        return not self.out_of_memory and self.code in (None, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
+
+    @property
+    def words(self) -> str:
+        """What happened, to go on from "the container"."""
+        if self.out_of_memory:
+            return f"ran out of memory (its limit is {self.memory_bytes / GIB:.3g} GiB)"
+        if self.code is None:
+            return "was removed by somebody else than this daemon"
+        if self.code <= 128:
+            return f"exited with code {self.code}"
+        try:
+            name = signal.Signals(self.code - 128).name
+        except ValueError:
+            return f"exited with code {self.code}"
+        return f"was ended by {name}" + (" from outside" if self.from_outside else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
     """One container of this node, running or ended.
 
-    `addresses` has each declared port while it runs. `restarts` is what its start was given, kept with the container so that it
-    survives the daemon. `started` is false for one that was made and never ran. `memory_kills`: how often, as far as this daemon
-    saw, the kernel killed one of its processes for lack of memory while it went on.
+    `addresses` has each declared port while it runs. `restarts` is what its start was given, kept with the container
+    so that it survives the daemon. `started` is false for one that was made and never ran. `memory_kills`: how
+    often, as far as this daemon saw, the kernel killed one of its processes for lack of memory while it went on.
     """
 
     replica_id: str
@@ -104,7 +130,10 @@ class CachedImage:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs containers here. `isolation` says in words what it keeps apart; `limits` what it does not, one sentence each."""
+    """What runs containers here. `isolation` says in words what it keeps apart.
+
+    `limits` what it does not, one sentence each.
+    """
 
     name: str
     version: str = ""
@@ -153,8 +182,15 @@ class StartFailed(EngineError):
     """The container could not be started."""
 
 
+class NeverReady(EngineError):
+    """The container runs and did not become ready in time."""
+
+
 class Engine(Protocol):
-    """Eight verbs. Every order can be given twice. All raise EngineDown when nothing answers; no call blocks the event loop."""
+    """Eight verbs. Every order can be given twice. All raise EngineDown when nothing answers.
+
+    No call blocks the event loop.
+    """
 
     async def info(self) -> EngineInfo:
         """Name, version, room, and what is and is not isolated."""
@@ -183,7 +219,10 @@ class Engine(Protocol):
         ...
 
     async def watch(self, look: Callable[[], None]) -> None:
-        """Call `look` once watching has begun and whenever `containers()` may have changed. Ends only by EngineDown or cancellation."""
+        """Call `look` once watching has begun and whenever `containers()` may have changed.
+
+        Ends only by EngineDown or cancellation.
+        """
         ...
 
     async def logs(self, replica_id: str, *, lines: int) -> str:

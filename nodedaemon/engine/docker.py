@@ -1,13 +1,87 @@
-"""Docker as our engine. The only file that imports docker."""
+"""Docker as our engine. The only file that imports docker.
 
+The SDK blocks, so every call runs in a thread of a bounded pool; nothing is remembered here but what speeds up a
+call. A Podman socket speaks the same and may work; it is not tested.
+"""
+
+import asyncio
+import collections
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import docker
+import docker.errors
+import docker.types
+import docker.utils
+
+from nodedaemon.engine import (
+    Assignment,
+    CachedImage,
+    Container,
+    Credentials,
+    EngineDown,
+    EngineError,
+    EngineInfo,
+    ImageMissing,
+    PullFailed,
+    firewall,
+)
+from nodedaemon.engine.container import (
+    DIGEST,
+    NOBODY,
+    NODE,
+    REPLICA,
+    RESTARTS,
+    config,
+    digest,
+    is_name,
+    is_named_root,
+    is_root,
+    read,
+)
+from nodedaemon.engine.docker_words import PullProgress, pull_error, start_error
+from nodedaemon.engine.private_images import PrivateImages
+
+T = TypeVar("T")
+
+#: An answer takes no longer, streams and stops aside.
+CALL_S: Final = 60
+#: A pull of which Docker says nothing for that long is given up.
+PULL_SILENCE_S: Final = 300.0
+QUICK_THREADS, SLOW_THREADS = 8, 16
+LOG_ANSWER_BYTES: Final = 16 * 1024
+IMAGES_TOLD: Final = 500
+#: Of a file read from an image, in pieces of at most 2 MiB.
+FILE_PIECES: Final = 2
+
+BRIDGE_NAME: Final = "com.docker.network.bridge.name"
+BRIDGE_ICC: Final = "com.docker.network.bridge.enable_icc"
+
+ISOLATION: Final = (
+    "Docker containers: they share this machine's kernel and driver; each has a read-only file system of its own, its "
+    "own processes, limits of cpu, memory and processes, and a network without ways to other containers; no "
+    "capabilities, no gain of privileges."
+)
 
 
 class DockerEngine:
-    """Containers of one node (`node_addr`) on one Docker engine; see Engine. Made without contact: an engine that is down is EngineDown at each call.
+    """Containers of one node (`node_addr`) on one Docker engine; see Engine.
 
-    `url` as in DOCKER_HOST; None: as the environment says. `allow_root`: containers may run as root if their image says so.
-    `state_dir` keeps which cached images were pulled with whose credentials.
+    Made without contact: an engine that is down is EngineDown at each call. `url` as in DOCKER_HOST; None: as the
+    environment says. `allow_root`: containers may run as root if their image says so; otherwise such an image runs
+    as user 65534. `publish`: reach containers through ports published on 127.0.0.1; None: only where the bridge is
+    not reachable. `state_dir` keeps which cached images were pulled with whose credentials.
     """
 
     def __init__(
@@ -18,5 +92,373 @@ class DockerEngine:
         url: str | None = None,
         network: str = "ngpu",
         allow_root: bool = False,
+        publish: bool | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._node = node_addr
+        self._url = url or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        self._network = network
+        self._allow_root = allow_root
+        self._publish_asked = publish
+        self._private = PrivateImages(state_dir / "private-images.json")
+        self._quick = ThreadPoolExecutor(QUICK_THREADS, "docker")
+        self._slow = ThreadPoolExecutor(SLOW_THREADS, "docker-slow")
+        self._events = ThreadPoolExecutor(1, "docker-events")
+        self._lock = threading.Lock()
+        self._client: docker.APIClient | None = None
+        #: What was found out about the network; None: not yet, or Docker has been away since.
+        self._publish: bool | None = None
+        self._network_lock = threading.Lock()
+        #: What containers can reach and should not, a sentence each.
+        self._open: list[str] = []
+        self._ids: frozenset[str] = frozenset()
+        #: By container id, of those still there.
+        self._memory_kills: collections.Counter[str] = collections.Counter()
+
+    # The protocol.
+
+    async def info(self) -> EngineInfo:
+        """As Engine."""
+
+        def ask(api: docker.APIClient) -> EngineInfo:
+            self._prepare(api)
+            info = api.info()
+            root = Path(info.get("DockerRootDir") or "/")
+            limits = [*self._open, "images that this daemon did not pull itself are open to every workspace"]
+            if self._allow_root:
+                limits.append("containers run as root where their image says so")
+            return EngineInfo(
+                "docker",
+                version=info.get("ServerVersion", ""),
+                disk_free_bytes=shutil.disk_usage(root if root.exists() else "/").free,
+                isolation=ISOLATION,
+                limits=tuple(limits),
+            )
+
+        return await self._call(ask)
+
+    async def pull(self, image: str, credentials: Credentials | None, progress: Callable[[int], None]) -> str:
+        """As Engine. A tag that is in the cache is used as it is: a new version needs a new tag, or a digest.
+
+        An image that was opened with credentials is in the cache only for those who have them too; others must open
+        it themselves.
+        """
+        cached = await self._call(lambda api: _inspect_image(api, image))
+        if cached and self._private.open_to(credentials, image, cached["Id"]):
+            progress(100)
+            return digest(cached)
+        if credentials:
+            # Before the pull: a daemon that dies in its midst leaves no private image open to all.
+            self._private.opened(credentials, image)
+        try:
+            pulled = await self._pull(image, credentials, progress)
+        except EngineError:
+            self._private.refused(credentials, image)
+            raise
+        self._private.opened(credentials, image, pulled["Id"])
+        progress(100)
+        return digest(pulled)
+
+    async def start(self, assignment: Assignment, *, restarts: int) -> Container:
+        """As Engine."""
+
+        def start(api: docker.APIClient) -> Container:
+            publish = self._prepare(api)
+            try:
+                container_id = self._create(api, assignment, restarts, publish=publish)
+                api.start(container_id)
+                return self._inspect(api, container_id)
+            except docker.errors.APIError as error:
+                # The network may be what is missing.
+                self._publish = None
+                with contextlib.suppress(docker.errors.APIError):
+                    self._remove(api, assignment.replica_id)
+                raise start_error(_said(error), memory_bytes=assignment.memory_bytes) from error
+
+        return await self._call(start)
+
+    async def stop(self, replica_id: str, *, grace_s: float) -> None:
+        """As Engine."""
+
+        def stop(api: docker.APIClient) -> None:
+            for container_id in self._find(api, replica_id):
+                with contextlib.suppress(docker.errors.NotFound):
+                    api.stop(container_id, timeout=int(grace_s))
+            self._remove(api, replica_id)
+
+        await self._call(stop, self._slow)
+
+    async def containers(self) -> list[Container]:
+        """As Engine."""
+
+        def ask(api: docker.APIClient) -> list[Container]:
+            containers = []
+            for container_id in self._find(api):
+                with contextlib.suppress(docker.errors.NotFound):
+                    containers.append(self._inspect(api, container_id))
+            self._ids = frozenset(c.container_id for c in containers)
+            for gone in self._memory_kills.keys() - self._ids:
+                del self._memory_kills[gone]
+            return containers
+
+        return await self._call(ask)
+
+    async def watch(self, look: Callable[[], None]) -> None:
+        """As Engine."""
+        loop = asyncio.get_running_loop()
+        filters = {"type": "container", "label": f"{NODE}={self._node}", "event": ["start", "die", "oom", "destroy"]}
+        # Docker answers before it listens: what happens in between comes with `since`.
+        since = int(time.time()) - 1
+        stream = await self._call(lambda api: api.events(decode=True, since=since, filters=filters))
+
+        def pump() -> None:
+            for event in stream:
+                if event.get("Action") == "oom":
+                    self._memory_kills[event["Actor"]["ID"]] += 1
+                loop.call_soon_threadsafe(look)
+
+        look()
+        try:
+            await asyncio.shield(loop.run_in_executor(self._events, pump))
+        finally:
+            with contextlib.suppress(OSError):
+                stream.close()
+        raise EngineDown(f"Docker at {self._url} has closed its stream of events")
+
+    async def logs(self, replica_id: str, *, lines: int) -> str:
+        """As Engine."""
+
+        def ask(api: docker.APIClient) -> bytes:
+            with contextlib.suppress(docker.errors.NotFound):
+                for container_id in self._find(api, replica_id):
+                    return bytes(api.logs(container_id, tail=lines))
+            return b""
+
+        return (await self._call(ask))[-LOG_ANSWER_BYTES:].decode(errors="replace")
+
+    async def images(self) -> list[CachedImage]:
+        """As Engine."""
+        found = await self._call(lambda api: api.images())
+        cached = [CachedImage(tag, i["Size"]) for i in found for tag in i["RepoTags"] or () if tag != "<none>:<none>"]
+        return sorted(cached, key=lambda image: (-image.size_bytes, image.reference))[:IMAGES_TOLD]
+
+    def owns(self, pid: int) -> bool | None:
+        """As Engine: a container's id is in the control groups of its processes."""
+        try:
+            groups = Path(f"/proc/{pid}/cgroup").read_text()
+        except OSError:
+            return None
+        return any(container_id in groups for container_id in self._ids)
+
+    async def close(self) -> None:
+        """As Engine."""
+        for pool in (self._quick, self._slow, self._events):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self._client:
+            self._client.close()
+
+    # Threads.
+
+    async def _call(self, ask: Callable[[docker.APIClient], T], pool: Executor | None = None) -> T:
+        future = asyncio.get_running_loop().run_in_executor(pool or self._quick, self._guarded, ask)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # A thread cannot be stopped. Who is cancelled waits for it, or a container might be made after its
+            # replica was stopped.
+            await asyncio.wait({future})
+            raise
+
+    def _guarded(self, ask: Callable[[docker.APIClient], T]) -> T:
+        try:
+            return ask(self._api())
+        except EngineError:
+            raise
+        except docker.errors.APIError as error:
+            raise EngineError(f"Docker refuses: {_said(error)}") from error
+        except Exception as error:
+            # The SDK lets errors of its HTTP library through, which is no dependency of ours to import.
+            ours = not isinstance(error, OSError | docker.errors.DockerException)
+            if ours and not type(error).__module__.startswith("urllib3"):
+                raise
+            # The next call negotiates anew: it may be another version that comes back.
+            self._client = self._publish = None
+            raise EngineDown(self._why_down(error)) from error
+
+    def _api(self) -> docker.APIClient:
+        with self._lock:
+            if self._client is None:
+                threads = QUICK_THREADS + SLOW_THREADS + 1
+                self._client = docker.APIClient(self._url, version="auto", timeout=CALL_S, max_pool_size=threads)
+            return self._client
+
+    def _why_down(self, error: Exception) -> str:
+        text = str(error)
+        if "PermissionError" in text:
+            return f"no permission to use Docker at {self._url}: run the node daemon as root or in group docker"
+        if "FileNotFoundError" in text:
+            return f"there is no Docker at {self._url}: install it, start it, or use --engine process"
+        if "refused" in text.lower():
+            return f"Docker at {self._url} is not running: start it"
+        return f"Docker at {self._url} does not answer: {text[:200]}"
+
+    # Pull.
+
+    async def _pull(
+        self, image: str, credentials: Credentials | None, progress: Callable[[int], None]
+    ) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        heard = loop.time()
+        answers: list[Any] = []
+
+        def hear(percent: int) -> None:
+            nonlocal heard
+            heard = loop.time()
+            progress(percent)
+
+        def pull(_: docker.APIClient) -> dict[str, Any]:
+            # A session of its own: its hook gets hold of the answer, which is what can be closed from outside.
+            with contextlib.closing(docker.APIClient(self._url, version="auto", timeout=CALL_S)) as api:
+                api.hooks["response"].append(lambda answer, **_: answers.append(answer))
+                told = PullProgress()
+                repository, tag = docker.utils.parse_repository_tag(image)
+                # Never the machine's own login (an empty mapping says so): it is the operator's.
+                auth = {"username": credentials.username, "password": credentials.password} if credentials else {}
+                try:
+                    for event in api.pull(repository, tag or "latest", stream=True, decode=True, auth_config=auth):
+                        if "error" in event:
+                            raise pull_error(event["error"], image, credentials=bool(credentials))
+                        loop.call_soon_threadsafe(hear, told.feed(event))
+                except docker.errors.APIError as error:
+                    raise pull_error(_said(error), image, credentials=bool(credentials)) from error
+                except docker.errors.InvalidRepository as error:
+                    raise ImageMissing(f"{image} is not the name of an image: {error}") from error
+                found = _inspect_image(api, image)
+            if found is None:
+                raise PullFailed(f"the pull of {image} broke off")
+            return found
+
+        future = loop.run_in_executor(self._slow, self._guarded, pull)
+        try:
+            while not future.done():
+                silence_s = loop.time() - heard
+                if silence_s >= PULL_SILENCE_S:
+                    raise PullFailed(f"nothing was heard of the pull of {image} for {PULL_SILENCE_S:.0f} s")
+                await asyncio.wait({future}, timeout=PULL_SILENCE_S - silence_s)
+            return future.result()
+        finally:
+            if not future.done():
+                # Docker stops a pull when nobody listens.
+                future.add_done_callback(lambda done: done.exception())
+                for answer in answers[-1:]:
+                    with contextlib.suppress(OSError, AttributeError, docker.errors.DockerException):
+                        docker.types.CancellableStream(iter(()), answer).close()
+
+    # Containers.
+
+    def _create(self, api: docker.APIClient, assignment: Assignment, restarts: int, *, publish: bool) -> str:
+        image = _inspect_image(api, assignment.image)
+        if image is None:
+            raise ImageMissing(f"{assignment.image} is no longer in Docker's cache")
+        labels = {NODE: self._node, RESTARTS: str(restarts), DIGEST: digest(image)}
+        said = image["Config"].get("User") or ""
+
+        def create(user: str) -> str:
+            self._remove(api, assignment.replica_id)
+            made = api.create_container_from_config(
+                config(assignment, image["Config"], labels=labels, network=self._network, publish=publish, user=user),
+                f"ngpu-{assignment.replica_id}",
+            )
+            container_id: str = made["Id"]
+            return container_id
+
+        if not self._allow_root and is_root(said):
+            return create(NOBODY)
+        container_id = create("")
+        if not self._allow_root and is_name(said) and is_named_root(said, _read(api, container_id, "/etc/passwd")):
+            return create(NOBODY)
+        return container_id
+
+    def _find(self, api: docker.APIClient, replica_id: str = "") -> list[str]:
+        labels = [f"{NODE}={self._node}", f"{REPLICA}={replica_id}" if replica_id else REPLICA]
+        return [c["Id"] for c in api.containers(all=True, filters={"label": labels})]
+
+    def _remove(self, api: docker.APIClient, replica_id: str) -> None:
+        for container_id in self._find(api, replica_id):
+            with contextlib.suppress(docker.errors.NotFound):
+                api.remove_container(container_id, force=True, v=True)
+
+    def _inspect(self, api: docker.APIClient, container_id: str) -> Container:
+        found = api.inspect_container(container_id)
+        return read(found, network=self._network, memory_kills=self._memory_kills[container_id])
+
+    # Network.
+
+    def _prepare(self, api: docker.APIClient) -> bool:
+        """See that the network and its walls are there, once per contact with Docker.
+
+        Returns whether to publish ports.
+        """
+        with self._network_lock:
+            if self._publish is not None:
+                return self._publish
+            if not any(network["Name"] == self._network for network in api.networks(names=[self._network])):
+                with contextlib.suppress(docker.errors.APIError):  # another daemon was first
+                    api.create_network(
+                        self._network,
+                        driver="bridge",
+                        options={BRIDGE_NAME: f"{self._network[:14]}0", BRIDGE_ICC: "false"},
+                        check_duplicate=True,
+                    )
+            network = api.inspect_network(self._network)
+            options = network.get("Options") or {}
+            fault = firewall.put_up(options.get(BRIDGE_NAME) or f"br-{network['Id'][:12]}")
+            self._open = [
+                *(
+                    [f"containers can reach this machine's own ports and its cloud's metadata: {fault}"]
+                    if fault
+                    else []
+                ),
+                *(
+                    []
+                    if options.get(BRIDGE_ICC) == "false"
+                    else [f"containers on network {self._network} reach each other"]
+                ),
+            ]
+            publish = self._publish_asked
+            if publish is None:
+                publish = not any(_is_mine(c.get("Gateway", "")) for c in network["IPAM"].get("Config") or ())
+            self._publish = publish
+            return publish
+
+
+def _said(error: docker.errors.APIError) -> str:
+    said = error.explanation
+    return (said.decode(errors="replace") if isinstance(said, bytes) else str(said or error))[:2000]
+
+
+def _inspect_image(api: docker.APIClient, image: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = api.inspect_image(image)
+    except (docker.errors.NotFound, docker.errors.NullResource):
+        return None
+    return found
+
+
+def _read(api: docker.APIClient, container_id: str, path: str) -> str:
+    try:
+        pieces, _ = api.get_archive(container_id, path)
+        with tarfile.open(fileobj=io.BytesIO(b"".join(itertools.islice(pieces, FILE_PIECES)))) as tar:
+            file = tar.extractfile(tar.next() or "")
+            return file.read().decode(errors="replace") if file else ""
+    except (docker.errors.NotFound, tarfile.TarError, KeyError):
+        return ""
+
+
+def _is_mine(ip: str) -> bool:
+    """Is that an address of this machine (in this network namespace)? Then its bridge is ours to use."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((ip or "0.0.0.0", 0))
+        except OSError:
+            return False
+    return bool(ip)

@@ -90,11 +90,12 @@ def test_details(documented: Rest) -> None:
     task = documented.ok("POST", "/user/schedulingTask?paramUrl=create", {"data": "{}"})["taskID"]
     documented.ended(task)
     reply = documented.ok("GET", f"/user/getDetailed?taskID={task}")
-    kinds = {
-        "id": int, "userkey": str, "btcaddress": str, "workspaceid": str, "taskid": str, "requrl": str, "method": str,
-        "userip": str, "nodeip": str, "nodeaddr": str, "requesttime": str, "responsetime": str, "request": str, "state": int,
-        "response": str, "recordDursion": int, "videodursion": int, "gpudursion": int, "watermarktime": str, "watermarkres": str,
-    }  # fmt: skip
+    integers = "id state recordDursion videodursion gpudursion"
+    strings = (
+        "userkey btcaddress workspaceid taskid requrl method userip nodeip nodeaddr requesttime responsetime "
+        "request response watermarktime watermarkres"
+    )
+    kinds = dict.fromkeys(integers.split(), int) | dict.fromkeys(strings.split(), str)
     info = reply["taskInfo"]
     assert set(info) - {"ext"} == set(kinds)
     assert {name: type(info[name]) for name in kinds} == kinds

@@ -1,12 +1,12 @@
 """A daemon is killed under calls: the calls go on and a replacement appears, explained."""
 
+from typing import Any
+
 import pytest
 
 from scripts.programs import Platform
 from tests.images import echo_image
 from tests.system.conftest import Callers, Rest, until, workspace_file
-
-docker = pytest.importorskip("docker")
 
 
 def replicas(platform: Platform, state: str = "READY") -> dict[str, str]:
@@ -19,7 +19,7 @@ def replicas(platform: Platform, state: str = "READY") -> dict[str, str]:
 @pytest.mark.docker
 @pytest.mark.slow
 def test_calls_go_on_when_a_daemon_is_killed_and_a_replacement_appears(
-    platform: Platform, docker_engine: "docker.DockerClient", unique: str
+    platform: Platform, docker_engine: Any, unique: str
 ) -> None:
     image = echo_image(docker_engine.api)
     for name in ("alpha", "beta"):

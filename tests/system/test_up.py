@@ -47,17 +47,8 @@ def test_up_check_deploys_calls_verifies_and_leaves_nothing(engine: str, request
 @pytest.mark.timeout(UP_LIMIT_S + 20)
 def test_up_stays_until_ctrl_c_and_then_leaves_nothing(tmp_path: Path) -> None:
     before = ours()
-    command = [
-        ROOT / "scripts" / "up",
-        "--engine",
-        "process",
-        "--port",
-        "0",
-        "--grpc-port",
-        "0",
-        "--state-dir",
-        str(tmp_path),
-    ]
+    anywhere = ["--port", "0", "--grpc-port", "0", "--state-dir", str(tmp_path)]
+    command = [str(ROOT / "scripts" / "up"), "--engine", "process", *anywhere]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as up:
         assert up.stdout is not None
         seen = ""

@@ -1,0 +1,215 @@
+"""What a workspace and a route must be to be taken: every fault at once, in words, with the limits by name. Pure."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import unquote
+
+import msgspec
+
+from controlplane.errors import InvalidArgument
+from controlplane.image import normalised
+from controlplane.spec import GIB, MIB, Limits, Spec
+
+REPLICAS: Final = 1000
+CONCURRENCY: Final = 1024
+PORTS: Final = 16
+GPUS: Final = 64
+CPUS: Final = 1024.0
+MEMORY_BYTES: Final = (16 * MIB, 16 * 1024 * GIB)
+SHM_BYTES: Final = (64 * 1024, 1024 * GIB)
+START_LIMIT_S: Final = (1.0, 24 * 3600.0)
+WRITABLE_PATHS: Final = 32
+PATH_LENGTH: Final = 2048
+#: A whole description as JSON: it travels to its nodes in every list of what they should run.
+SPEC_BYTES: Final = 64 * 1024
+
+_DAY_S: Final = 24 * 3600.0
+#: Least and most of each of a task's limits.
+LIMITS: Final = {
+    "queue_time_s": (0.001, 7 * _DAY_S),
+    "run_time_s": (0.001, _DAY_S),
+    "total_time_s": (0.001, 14 * _DAY_S),
+    "request_body_bytes": (1, 64 * GIB),
+    "response_body_bytes": (1, 64 * GIB),
+    "queue_length": (1, 100_000),
+    "max_attempts": (1, 10),
+}
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_UID: Final = re.compile(r"w-[0-9a-f]{12}")
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: Set by us in every container.
+_OUR_ENV: Final = "NGPU_"
+#: A container that sets this itself would see GPUs that it was not given.
+_GPU_ENV: Final = "NVIDIA_VISIBLE_DEVICES"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_SYSTEM_PATHS: Final = ("/proc", "/sys", "/dev")
+
+#: The REST surface's own names: a route of that name could never be called.
+RESERVED_ROUTES: Final = frozenset(
+    {
+        "schedulingTask",
+        "queryTask",
+        "queryTaskList",
+        "getDetailed",
+        "queryNodes",
+        "getTasksFromNode",
+        "getTask",
+        "task",
+        "brc20",
+    }
+)
+_ROUTE_NAME: Final = re.compile(r"[A-Za-z0-9._/-]{1,128}")
+
+
+def admit(spec: Spec) -> None:
+    """Raises InvalidArgument with every fault of a description, a sentence each."""
+    _refuse(
+        [
+            *_name_faults(spec),
+            *_image_faults(spec),
+            *_port_faults(spec),
+            *_start_faults(spec),
+            *_size_faults(spec),
+            *_readiness_faults(spec),
+            *_limit_faults(spec.limits),
+            *_path_faults(spec),
+        ]
+    )
+
+
+def admit_replicas(replicas: int) -> None:
+    """Raises InvalidArgument."""
+    _refuse(_range("replicas", replicas, 0, REPLICAS))
+
+
+def admit_route(name: str, port: int, path: str, ports: tuple[int, ...]) -> None:
+    """Raises InvalidArgument with every fault of a route to a workspace with these ports. 0 and "" are defaults."""
+    faults = []
+    if not _ROUTE_NAME.fullmatch(name):
+        faults.append('route: a name has 1 to 128 of letters, digits, "-", "_", "." and "/"')
+    elif any(part in ("", ".", "..") for part in name.split("/")):
+        faults.append('route: a name neither begins nor ends with "/", nor has "//", "." or ".." as a part')
+    elif name in RESERVED_ROUTES or name.startswith("brc20/"):
+        faults.append(f"route: {name!r} is a name of the REST interface itself; choose another")
+    if port and port not in ports:
+        faults.append(f"port: {port} is none of the workspace's ports ({', '.join(map(str, ports))})")
+    if path:
+        faults += _url_path_faults("path", path)
+    _refuse(faults)
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise InvalidArgument("; ".join(faults))
+
+
+def _range(name: str, value: float, least: float, most: float) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not least <= value <= most:
+        return [f"{name}: {value!r} is not from {least:g} to {most:g}"]
+    return []
+
+
+def _name_faults(spec: Spec) -> Iterable[str]:
+    if not _NAME.fullmatch(spec.name):
+        yield 'name: 1 to 63 of a-z, 0-9 and "-", beginning with a letter'
+    elif _UID.fullmatch(spec.name):
+        yield "name: it looks like a workspace's uid; choose another"
+    if len(spec.account) > 256 or _CONTROL.search(spec.account):
+        yield "account: at most 256 printable characters"
+
+
+def _image_faults(spec: Spec) -> Iterable[str]:
+    try:
+        normalised(spec.image)
+    except ValueError as error:
+        yield f"image: {error}"
+    if bool(spec.registry.username) != bool(spec.registry.password):
+        yield "registry: username and password come together"
+
+
+def _port_faults(spec: Spec) -> Iterable[str]:
+    if not 1 <= len(spec.ports) <= PORTS:
+        yield f"ports: from 1 to {PORTS} of them, the first is the default"
+    for port in spec.ports:
+        yield from _range("ports", port, 1, 65535)
+    if len(set(spec.ports)) < len(spec.ports):
+        yield "ports: each only once"
+
+
+def _start_faults(spec: Spec) -> Iterable[str]:
+    if any("\0" in part for part in spec.command):
+        yield "command: an argument has a NUL in it"
+    elif spec.command and not spec.command[0]:
+        yield "command: the program's name is empty"
+    for name, value in spec.env.items():
+        if not _ENV_NAME.fullmatch(name):
+            yield f"env: {name[:80]!r} is no name of a variable"
+        elif name.startswith(_OUR_ENV) or name == _GPU_ENV:
+            yield f"env: {name} is set by the platform"
+        if "\0" in value:
+            yield f"env: {name[:80]!r} has a NUL in its value"
+    if len(msgspec.json.encode(spec)) > SPEC_BYTES:
+        yield f"the whole description is longer than {SPEC_BYTES // 1024} KiB: put large files into the image"
+
+
+def _size_faults(spec: Spec) -> Iterable[str]:
+    yield from _range("replicas", spec.replicas, 0, REPLICAS)
+    yield from _range("concurrency", spec.concurrency, 1, CONCURRENCY)
+    yield from _range("cpus", spec.cpus, 0.01, CPUS)
+    yield from _range("memory_bytes", spec.memory_bytes, *MEMORY_BYTES)
+    yield from _range("shm_bytes", spec.shm_bytes, *SHM_BYTES)
+    if spec.shm_bytes > spec.memory_bytes:
+        yield "shm_bytes: more than memory_bytes, of which it is a part"
+    yield from _range("gpu.count", spec.gpu.count, 0, GPUS)
+    yield from _range("gpu.min_memory_bytes", spec.gpu.min_memory_bytes, 0, MEMORY_BYTES[1])
+    if len(spec.gpu.model) > 128 or _CONTROL.search(spec.gpu.model):
+        yield "gpu.model: at most 128 printable characters"
+    if not spec.gpu.count and (spec.gpu.model or spec.gpu.min_memory_bytes):
+        yield "gpu.count: 0, though it is said which GPU; say how many"
+
+
+def _readiness_faults(spec: Spec) -> Iterable[str]:
+    if spec.readiness.path:
+        yield from _url_path_faults("readiness.path", spec.readiness.path)
+    if spec.readiness.port and spec.readiness.port not in spec.ports:
+        yield f"readiness.port: {spec.readiness.port} is none of the ports"
+    yield from _range("readiness.start_limit_s", spec.readiness.start_limit_s, *START_LIMIT_S)
+
+
+def _limit_faults(limits: Limits) -> Iterable[str]:
+    for name, (least, most) in LIMITS.items():
+        yield from _range(f"limits.{name}", getattr(limits, name), least, most)
+
+
+def _path_faults(spec: Spec) -> Iterable[str]:
+    if len(spec.writable_paths) > WRITABLE_PATHS:
+        yield f"writable_paths: at most {WRITABLE_PATHS}"
+    if len(set(spec.writable_paths)) < len(spec.writable_paths):
+        yield "writable_paths: each only once"
+    for path in spec.writable_paths:
+        parts = path.split("/")
+        # ":" and "," would end the path in an engine's mount options.
+        plain = len(path) <= PATH_LENGTH and not re.search(r"[\x00-\x1f\x7f:,]", path)
+        if not (plain and parts[0] == "" and len(parts) > 1 and not {"", ".", ".."} & set(parts[1:])):
+            yield f"writable_paths: {path[:80]!r} is no plain absolute path"
+        elif any(path == system or path.startswith(f"{system}/") for system in _SYSTEM_PATHS):
+            yield f"writable_paths: {path[:80]!r} belongs to the system"
+
+
+def _url_path_faults(name: str, path: str) -> list[str]:
+    decoded = unquote(path)
+    if len(path) > PATH_LENGTH:
+        return [f"{name}: longer than {PATH_LENGTH}"]
+    if (
+        not path.startswith("/")
+        or decoded.startswith("//")
+        or re.search(r"[\s\\?#]", path)
+        or "\\" in decoded
+        or _CONTROL.search(decoded)
+        or ".." in decoded.split("/")
+    ):
+        return [f'{name}: {path[:80]!r} is no path of the container: "/" and names, without "..", "?", "#" and spaces']
+    return []

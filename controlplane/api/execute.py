@@ -1,0 +1,203 @@
+"""Tasks to nodes and results back, in batches; and bodies too large for a batch, on streams of their own."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Final
+
+from ngpu import wire
+from ngpu.v1 import node_pb2 as pb
+
+from controlplane import ids
+from controlplane.api import translate
+from controlplane.api.deliveries import Deliveries
+from controlplane.api.gate import Caller, Stream
+from controlplane.api.nodes import session_of
+from controlplane.api.watch import body_of_request
+from controlplane.bodies import Bodies
+from controlplane.dispatcher import Dispatcher
+from controlplane.errors import InvalidArgument, StaleAttempt, Unavailable
+from controlplane.fleet import Fleet
+from controlplane.model import Cause
+from controlplane.slots import AttemptResult, Failure, Start
+
+#: What may wait for one node; past it the node does not read, and its stream is ended to begin anew.
+OUTBOX: Final = 100_000
+#: What a start weighs beside its body, roughly.
+_START_BYTES: Final = 512
+
+
+class Execution:
+    """Execute, Fetch and Deliver."""
+
+    def __init__(self, *, dispatcher: Dispatcher, fleet: Fleet, bodies: Bodies, deliveries: Deliveries) -> None:
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._bodies = bodies
+        self._deliveries = deliveries
+
+    async def execute(self, stream: Stream[pb.ExecuteRequest, pb.ExecuteResponse], caller: Caller) -> None:
+        """See node.proto."""
+        session = session_of(caller)
+        addr = session.node_addr
+        first = await stream.read()
+        if first is None or not first.HasField("resume"):
+            raise InvalidArgument("The first message must have `resume`: every attempt that the node holds.")
+        outbox = Outbox()
+        with session.stream("execute") as ending:
+            self._dispatcher.node_up(addr, outbox, first.resume.running, first.resume.ended, node_ip=caller.ip)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    helpers = [
+                        group.create_task(ending.wait(), name=f"execute-ending-{addr}"),
+                        group.create_task(outbox.write_all(stream), name=f"execute-writer-{addr}"),
+                    ]
+                    message: pb.ExecuteRequest | None = first
+                    while message is not None:
+                        await self._take(addr, message)
+                        message = await stream.read()
+                    for helper in helpers:
+                        helper.cancel()
+            finally:
+                self._dispatcher.node_down(addr, outbox, outbox.unsent())
+
+    async def _take(self, addr: str, message: pb.ExecuteRequest) -> None:
+        for attempt_id in message.sent:
+            self._dispatcher.sent(addr, attempt_id)
+        for said in message.results:
+            try:
+                result = translate.result_of(said)
+            except ValueError as error:
+                raise InvalidArgument(f"A result has a value that this version does not know: {error}.") from error
+            if result.response is not None and (len(result.response.body) != result.response.size):
+                result = await self._delivered(result)
+            self._deliveries.forget(result.attempt_id)
+            self._dispatcher.result(addr, result)
+
+    async def _delivered(self, result: AttemptResult) -> AttemptResult:
+        """The result, if the body it speaks of is in the body store; else a failure of the platform."""
+        response = result.response
+        assert response is not None
+        if self._deliveries.size(result.attempt_id) == response.size:
+            return result
+        # After a restart only the disk knows.
+        name = f"{result.attempt_id}.response"
+        if await self._bodies.sealed(name) and await self._bodies.size(name) == response.size:
+            return result
+        failure = Failure(Cause.PLATFORM, "BAD_RESPONSE", "The node did not deliver the whole response.")
+        return AttemptResult(
+            result.attempt_id,
+            result.delivery,
+            failure=failure,
+            sent_after_us=result.sent_after_us,
+            first_byte_after_us=result.first_byte_after_us,
+            last_byte_after_us=result.last_byte_after_us,
+            gpu_us=result.gpu_us,
+            end_time=result.end_time,
+        )
+
+    async def fetch(self, request: pb.FetchRequest, caller: Caller) -> AsyncIterator[pb.FetchResponse]:
+        """See node.proto."""
+        addr = session_of(caller).node_addr
+        if not self._dispatcher.attempt_is_current(addr, request.attempt_id):
+            raise StaleAttempt
+        task_id, _ = ids.split_attempt_id(request.attempt_id)
+        async for chunk in self._bodies.follow(body_of_request(task_id), request.offset):
+            yield pb.FetchResponse(data=chunk)
+
+    async def deliver(self, stream: Stream[pb.DeliverRequest, pb.DeliverResponse], caller: Caller) -> None:
+        """See node.proto."""
+        addr = session_of(caller).node_addr
+        message = await stream.read()
+        if message is None:
+            raise InvalidArgument("The first message must name the attempt and have the head.")
+        attempt_id = message.attempt_id
+        limit = await self._limit_of(addr, attempt_id)
+        name = f"{attempt_id}.response"
+        self._deliveries.begin(attempt_id, translate.response_of(message.head))
+        size = await self._bodies.size(name) or 0
+        complete = await self._bodies.sealed(name)
+        while not complete:
+            await stream.write(pb.DeliverResponse(stored_bytes=size))
+            if (message := await stream.read()) is None:
+                return
+            caller.check()
+            if not self._dispatcher.attempt_is_current(addr, attempt_id):
+                raise StaleAttempt
+            if len(message.data) > wire.CHUNK_BYTES:
+                raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+            size = await self._bodies.append(name, message.offset, message.data, limit_bytes=limit)
+            if message.last:
+                size = await self._bodies.seal(name)
+                complete = True
+        self._deliveries.complete(attempt_id, size)
+        await stream.write(pb.DeliverResponse(stored_bytes=size, complete=True))
+
+    async def _limit_of(self, addr: str, attempt_id: str) -> int:
+        """How long the response may be. Raises StaleAttempt."""
+        if not self._dispatcher.attempt_is_current(addr, attempt_id):
+            raise StaleAttempt
+        task_id, _ = ids.split_attempt_id(attempt_id)
+        view = await self._dispatcher.query(task_id)
+        return self._fleet.workspace(view.workspace_uid).spec.limits.response_body_bytes
+
+
+class Outbox:
+    """What waits to be sent to one node: a `slots.Link`. Drained by one writer, a frame at a time."""
+
+    def __init__(self, room: int = OUTBOX) -> None:
+        self._room = room
+        self._starts: deque[Start] = deque()
+        self._cancels: deque[str] = deque()
+        self._acks: deque[str] = deque()
+        self._news = asyncio.Event()
+
+    def start(self, start: Start) -> None:
+        """Begin an attempt."""
+        self._starts.append(start)
+        self._news.set()
+
+    def cancel(self, attempt_id: str) -> None:
+        """End an attempt; its result still follows."""
+        self._cancels.append(attempt_id)
+        self._news.set()
+
+    def ack(self, attempt_id: str) -> None:
+        """The attempt's end is on disk, or it was given up: forget it."""
+        self._acks.append(attempt_id)
+        self._news.set()
+
+    def unsent(self) -> list[str]:
+        """Attempts that the node cannot have heard of."""
+        return [start.attempt_id for start in self._starts]
+
+    async def write_all(self, stream: Stream[pb.ExecuteRequest, pb.ExecuteResponse]) -> None:
+        """Send whatever waits as soon as the stream has room, until cancelled. Raises Unavailable if too much waits."""
+        while True:
+            waiting = len(self._starts) + len(self._cancels) + len(self._acks)
+            if waiting > self._room:
+                raise Unavailable("The node does not read what it is sent; it must begin the stream anew.")
+            if waiting:
+                await stream.write(self._frame())
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    def _frame(self) -> pb.ExecuteResponse:
+        frame, size = pb.ExecuteResponse(), 0
+        # An attempt is cancelled after it was started and acknowledged after it has ended: in no order can one of them
+        # overtake what it speaks of, as long as starts go first.
+        items = wire.BATCH_ITEMS
+        while self._starts and items and size < wire.BATCH_BYTES:
+            start = self._starts.popleft()
+            translate.fill_start(frame.starts.add(), start)
+            size += _START_BYTES + len(start.request.body)
+            items -= 1
+        if not self._starts:
+            frame.cancels.extend(_taken(self._cancels, items))
+            frame.acks.extend(_taken(self._acks, items - len(frame.cancels)))
+        return frame
+
+
+def _taken(waiting: deque[str], most: int) -> list[str]:
+    return [waiting.popleft() for _ in range(min(len(waiting), most))]

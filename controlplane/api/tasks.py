@@ -1,0 +1,408 @@
+"""TaskService: give work, ask after it, get its result. What Batch does is in batch.py, with the same `begin`."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Final, Protocol
+
+from msgspec import structs
+from ngpu import wire
+from ngpu.v1 import http_pb2
+from ngpu.v1 import task_pb2 as pb
+
+from controlplane import ids
+from controlplane.access import WORKSPACE_PREFIX, Kind, Principal
+from controlplane.api import translate
+from controlplane.api.deliveries import Deliveries
+from controlplane.api.gate import Caller, Stream
+from controlplane.api.requests import check_size, request_of
+from controlplane.api.watch import Watch, body_of_request, body_of_response
+from controlplane.bodies import Bodies
+from controlplane.dispatcher import Dispatcher, NewTask, TaskView
+from controlplane.errors import (
+    AssetMissing,
+    AssetUnknown,
+    InvalidArgument,
+    NgpuError,
+    NotFound,
+)
+from controlplane.fleet import Fleet, Workspace
+from controlplane.model import ENDED, State, Task
+from controlplane.slots import Request
+from controlplane.store import Store, TaskQuery
+
+#: Longest time an answer is held, in seconds.
+WAIT_S: Final = 3600.0
+IDEMPOTENCY_KEY_BYTES: Final = 255
+#: What is kept for the record only is cut to this.
+RECORD_CHARS: Final = 2048
+_UPLOAD_ID: Final = re.compile(r"upload-[0-9a-f]{32}")
+
+
+class Assets(Protocol):
+    """Who says what an address holds."""
+
+    async def check(self, address: str) -> tuple[object, ...]:
+        """What it holds; empty: nothing. Raises InvalidArgument, AssetUnknown."""
+
+
+class TaskApi:
+    """Schedule, Upload, Query, ListTasks, GetDetail, Watch and Cancel.
+
+    `allow_unchecked`: tasks pass whose address could not be checked because no indexer answers.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        store: Store,
+        bodies: Bodies,
+        deliveries: Deliveries,
+        assets: Assets,
+        new_task_id: Callable[[], str],
+        allow_unchecked: bool = False,
+    ) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._store = store
+        self._bodies = bodies
+        self._watch = Watch(dispatcher, store, bodies, deliveries)
+        self._assets = assets
+        self._new_task_id = new_task_id
+        self._allow_unchecked = allow_unchecked
+
+    # Schedule.
+
+    async def schedule(self, request: pb.ScheduleRequest, caller: Caller) -> pb.ScheduleResponse:
+        """See task.proto."""
+        view = await self.begin(request, caller.principal)
+        answer = pb.ScheduleResponse()
+        translate.fill_task(answer.task, view)
+        await self._fill_response(answer.response, view, request.max_inline_bytes)
+        return answer
+
+    def begin(self, message: pb.ScheduleRequest, principal: Principal) -> "asyncio.Future[TaskView]":
+        """Accept a task; the future is its answer, and cancelling it is the caller's hang-up.
+
+        A task of asyncio is only made where something must be waited for first: an indexer, an upload.
+        Raises the errors of Schedule, at once or through the future.
+        """
+        workspace, port, path = self._target(message, principal)
+        spec = workspace.spec
+        if path is not None:
+            message.request.path = path
+        request = request_of(message.request, spec)
+        wait_s = _wait_of(message)
+        key = message.idempotency_key
+        if len(key.encode()) > IDEMPOTENCY_KEY_BYTES:
+            raise InvalidArgument(f"idempotency_key: longer than {IDEMPOTENCY_KEY_BYTES} bytes.")
+        origin = message.origin
+        new = NewTask(
+            task_id=self._new_task_id(),
+            workspace_uid=workspace.uid,
+            port=port,
+            request=request,
+            repeatable=message.repeatable if message.HasField("repeatable") else spec.repeatable,
+            btc_address=message.btc_address,
+            idempotency_key=key or None,
+            request_hash=_hash_of(port, request) if key else None,
+            user_ip=origin.user_ip[:RECORD_CHARS],
+            origin_url=origin.url[:RECORD_CHARS],
+            operation=origin.operation[:RECORD_CHARS],
+        )
+        upload_id = message.request.body.upload_id
+        if not (upload_id or new.btc_address):
+            return self._dispatcher.accept(new, wait_s=wait_s, cancel_on_hangup=message.cancel_on_hangup)
+        return asyncio.create_task(
+            self._begin_later(new, workspace, upload_id, wait_s=wait_s, cancel_on_hangup=message.cancel_on_hangup),
+            name=f"schedule-{new.task_id}",
+        )
+
+    def _target(self, message: pb.ScheduleRequest, principal: Principal) -> tuple[Workspace, int, str | None]:
+        """The workspace, its port, and the container's path if a route gives it."""
+        if message.route:
+            if message.workspace_id:
+                raise InvalidArgument("workspace_id and route: give one of them.")
+            route = self._fleet.route(message.route)
+            if route is None or (principal.kind is Kind.WORKSPACE and route.workspace_uid != principal.id):
+                raise NotFound(f"There is no published route {message.route[:128]!r}.")
+            workspace, port, path = self._fleet.workspace(route.workspace_uid), route.port, route.path
+        else:
+            workspace = self._fleet.workspace(self.workspace_uid(message.workspace_id, principal))
+            port, path = message.port, None
+        if workspace.delete_time is not None:
+            raise NotFound("The workspace has been deleted.")
+        ports = workspace.spec.ports
+        if port and port not in ports:
+            raise InvalidArgument(
+                f"port: {port} is not one that the workspace declares ({', '.join(map(str, ports))})."
+            )
+        return workspace, port or ports[0], path
+
+    async def _begin_later(
+        self, new: NewTask, workspace: Workspace, upload_id: str, *, wait_s: float, cancel_on_hangup: bool
+    ) -> TaskView:
+        if new.btc_address:
+            await self._check_assets(new.btc_address)
+        if not upload_id:
+            return await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+        if new.request.body:
+            raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
+        _check_upload_id(upload_id)
+        try:
+            size = await self._bodies.seal(upload_id)
+        except NotFound:
+            raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
+        check_size(size, workspace.spec)
+        if size <= wire.INLINE_BYTES:
+            body = await self._read(upload_id)
+            new = structs.replace(new, request=structs.replace(new.request, body=body, size=size))
+            view = await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+            await self._bodies.delete(upload_id)
+            return view
+        new = structs.replace(new, request=structs.replace(new.request, size=size))
+        if new.request_hash is not None:
+            digest = hashlib.sha256(new.request_hash)
+            async for chunk in self._bodies.follow(upload_id):
+                digest.update(chunk)
+            new = structs.replace(new, request_hash=digest.digest())
+        # The body first: a row must never speak of one that is not there. A crash between the two leaves a file that
+        # no row names, which the retention of bodies finds by its age.
+        await self._bodies.rename(upload_id, body_of_request(new.task_id))
+        try:
+            view = await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+        except NgpuError:
+            await self._drop_request(new.task_id)
+            raise
+        if view.task_id != new.task_id:
+            # The idempotency key has led to an earlier task, which has its own.
+            await self._bodies.delete(body_of_request(new.task_id))
+        return view
+
+    async def _drop_request(self, task_id: str) -> None:
+        """Delete the body of a task that was refused; not of one whose fate is only unknown to us."""
+        if await self._store.task(task_id) is None:
+            await self._bodies.delete(body_of_request(task_id))
+
+    async def _check_assets(self, address: str) -> None:
+        try:
+            if not await self._assets.check(address):
+                raise AssetMissing
+        except AssetUnknown:
+            if not self._allow_unchecked:
+                raise
+
+    async def _fill_response(self, message: http_pb2.HttpResponse, view: TaskView, max_inline_bytes: int) -> None:
+        """The response of a unary call: larger bodies are read from the body store, up to the limit."""
+        response = view.response
+        if response is None:
+            return
+        limit = min(max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
+        translate.fill_response(message, response, limit)
+        if len(response.body) < response.size <= limit:
+            message.body.inline = await self._read(body_of_response(view.task_id, view.attempt))
+
+    async def _read(self, name: str) -> bytes:
+        """A whole body; empty if it is past its retention."""
+        try:
+            return b"".join([chunk async for chunk in self._bodies.follow(name)])
+        except NotFound:
+            return b""
+
+    # Upload.
+
+    async def upload(self, stream: Stream[pb.UploadRequest, None], caller: Caller) -> pb.UploadResponse:
+        """See task.proto."""
+        message = await stream.read()
+        if message is None:
+            raise InvalidArgument("The first message is missing.")
+        if message.route:
+            named = self._target(pb.ScheduleRequest(route=message.route), caller.principal)[0]
+        else:
+            named = self._fleet.workspace(self.workspace_uid(message.workspace_id, caller.principal))
+        limit = named.spec.limits.request_body_bytes
+        upload_id, size = message.upload_id, message.offset
+        if not upload_id:
+            upload_id = ids.upload_id()
+        else:
+            _check_upload_id(upload_id)
+            if await self._bodies.size(upload_id) is None:
+                raise NotFound("upload_id: there is no such upload, or a task has taken it.")
+        while True:
+            if len(message.data) > wire.CHUNK_BYTES:
+                raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+            size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit)
+            message = await stream.read()
+            if message is None:
+                return pb.UploadResponse(upload_id=upload_id, size=size)
+
+    # Query, Cancel.
+
+    async def query(self, request: pb.QueryRequest, caller: Caller) -> pb.QueryResponse:
+        """See task.proto."""
+        view = await self.ask(request, caller.principal)
+        answer = pb.QueryResponse()
+        translate.fill_task(answer.task, view)
+        await self._fill_response(answer.response, view, request.max_inline_bytes)
+        return answer
+
+    def begin_query(self, request: pb.QueryRequest, principal: Principal) -> "asyncio.Future[TaskView]":
+        """For Batch: the task that a Query speaks of. Its owner is still to be checked: see `owner`.
+
+        A task of asyncio is only made where the owner must be known before the wait, not to tell others that it exists.
+        """
+        wait_s = _wait_of(request)
+        if wait_s and self.owner(request.workspace_id, principal):
+            return asyncio.create_task(self.ask(request, principal), name=f"query-{request.task_id[:64]}")
+        return self._dispatcher.ask(request.task_id, wait_s=wait_s)
+
+    async def ask(self, request: pb.QueryRequest, principal: Principal) -> TaskView:
+        """The task that a Query speaks of, when it has ended or the time is up."""
+        wait_s = _wait_of(request)
+        view = await self._own(request.task_id, request.workspace_id, principal)
+        return view if view.state in ENDED or not wait_s else await self._dispatcher.query(view.task_id, wait_s=wait_s)
+
+    async def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
+        """See task.proto."""
+        answer = pb.CancelResponse()
+        translate.fill_task(answer.task, await self.end(request, caller.principal))
+        return answer
+
+    async def end(self, request: pb.CancelRequest, principal: Principal) -> TaskView:
+        """Cancel the task that a Cancel speaks of."""
+        await self._own(request.task_id, request.workspace_id, principal)
+        return await self._dispatcher.cancel(request.task_id)
+
+    async def _own(self, task_id: str, workspace_id: str, principal: Principal) -> TaskView:
+        """The task as it is, if the caller may see it. Raises NotFound, also where it is another's."""
+        owner = self.owner(workspace_id, principal)
+        view = await self._dispatcher.query(task_id)
+        if owner and view.workspace_uid != owner:
+            raise NotFound
+        return view
+
+    def owner(self, workspace_id: str, principal: Principal) -> str:
+        """The uid of the workspace whose the task must be; empty: a task's id alone opens it. Raises NotFound."""
+        return self.workspace_uid(workspace_id, principal) if principal.kind is Kind.WORKSPACE or workspace_id else ""
+
+    def workspace_uid(self, workspace_id: str, principal: Principal) -> str:
+        """Whose tasks the call is about. Raises NotFound, InvalidArgument.
+
+        Only ids are taken, never names: a bridge passes on what its caller sent as credential.
+        """
+        if principal.kind is Kind.WORKSPACE and not workspace_id:
+            return principal.id
+        if not workspace_id:
+            raise InvalidArgument("workspace_id: is missing.")
+        uid = self._fleet.workspace_of(workspace_id.removeprefix(WORKSPACE_PREFIX))
+        if uid is None or (principal.kind is Kind.WORKSPACE and uid != principal.id):
+            raise NotFound("There is no such workspace.")
+        return uid
+
+    # ListTasks, GetDetail.
+
+    async def list_tasks(self, request: pb.ListTasksRequest, caller: Caller) -> AsyncIterator[pb.ListTasksResponse]:
+        """See task.proto."""
+        query = TaskQuery(
+            workspace_uid=self.workspace_uid(request.workspace_id, caller.principal),
+            start=translate.time_of(request.start_time) if request.HasField("start_time") else None,
+            end=translate.time_of(request.end_time) if request.HasField("end_time") else None,
+            node_addr=request.node_addr,
+            states=_states_of(request),
+            limit=request.limit,
+            cursor=request.cursor,
+            full=request.full,
+        )
+        async for page in self._store.list_tasks(query):
+            yield pb.ListTasksResponse(
+                task_ids=page.task_ids, tasks=[self._task_of_row(row) for row in page.tasks], cursor=page.cursor
+            )
+
+    async def get_detail(self, request: pb.GetDetailRequest, caller: Caller) -> pb.GetDetailResponse:
+        """See task.proto."""
+        owner = self.owner(request.workspace_id, caller.principal)
+        row = await self._store.task(request.task_id)
+        if row is None or (owner and row.workspace_uid != owner):
+            raise NotFound
+        workspace = self._fleet.workspace(row.workspace_uid)
+        owned = bool(request.workspace_id) or caller.principal.kind is not Kind.SERVICE
+        limit = min(request.max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
+        answer = pb.GetDetailResponse(
+            task=self._task_of_row(row),
+            number=row.number or 0,
+            workspace_id=workspace.id if owned else "",
+            workspace_name=workspace.name,
+            btc_address=row.btc_address,
+            port=row.port,
+            origin=pb.Origin(user_ip=row.user_ip if owned else "", url=row.origin_url, operation=row.operation),
+            request=http_pb2.HttpRequest(method=row.method, path=row.path, query=row.query),
+            attempts=[translate.attempt_of_row(attempt) for attempt in await self._store.attempts(row.id)],
+        )
+        translate.fill_headers(answer.request.headers, translate.headers_of_row(row.request_headers_json))
+        answer.request.body.size = row.request_size
+        if row.request_size <= limit:
+            answer.request.body.inline = row.request_body or await self._read_of(row, row.request_size, request=True)
+        if row.state is State.COMPLETED:
+            answer.response.status = row.response_status
+            translate.fill_headers(answer.response.headers, translate.headers_of_row(row.response_headers_json))
+            answer.response.body.size = row.response_size
+            answer.response.body.is_utf8 = row.response_is_utf8
+            if row.response_size <= limit:
+                answer.response.body.inline = row.response_body or await self._read_of(row, row.response_size)
+        if row.state is State.RUNNING:
+            answer.attempts.add(
+                number=row.attempt,
+                replica_id=row.replica_id,
+                node_addr=row.node_addr,
+                assign_time=translate.timestamp(row.assign_time),
+                reason=row.assign_reason,
+            )
+        return answer
+
+    async def _read_of(self, row: Task, size: int, *, request: bool = False) -> bytes:
+        if not size or row.expire_time is not None:
+            return b""
+        return await self._read(body_of_request(row.id) if request else body_of_response(row.id, row.attempt))
+
+    def _task_of_row(self, row: Task) -> pb.Task:
+        return translate.task_of_row(row, self._dispatcher.position(row.id) or 0)
+
+    # Watch.
+
+    async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[pb.WatchResponse]:
+        """See task.proto."""
+        view = await self._own(request.task_id, request.workspace_id, caller.principal)
+        async for event in self._watch.events(view, request.part, request.offset):
+            yield event
+
+
+def _wait_of(message: pb.ScheduleRequest | pb.QueryRequest) -> float:
+    wait_s = translate.seconds_of(message.wait)
+    if not 0 <= wait_s <= WAIT_S:
+        raise InvalidArgument(f"wait: must be from 0 to {WAIT_S:g} s.")
+    return wait_s
+
+
+def _states_of(message: pb.ListTasksRequest) -> frozenset[State]:
+    try:
+        return frozenset(State(state) for state in message.states)
+    except ValueError:
+        raise InvalidArgument("states: there is no such state.") from None
+
+
+def _check_upload_id(upload_id: str) -> None:
+    # It names a file: nothing but what we made ourselves.
+    if not _UPLOAD_ID.fullmatch(upload_id):
+        raise NotFound("upload_id: there is no such upload.")
+
+
+def _hash_of(port: int, request: Request) -> bytes:
+    """Of what an idempotency key must always come with. Of headers only Content-Type: others change from try to try."""
+    kinds = [value for name, value in request.headers if name.lower() == "content-type"]
+    parts = (str(port), request.method, request.path, request.query)
+    digest = hashlib.sha256("\0".join(parts).encode() + b"\0" + b"\0".join(kinds) + b"\0")
+    digest.update(request.body)
+    return digest.digest()

@@ -1,0 +1,163 @@
+"""Follow one task: its states, and one of its bodies from any byte, as it comes.
+
+A body that is still being delivered is read from the body store behind the node that writes it. What was sent of an
+attempt is never mixed with the bytes of the next: then the watcher is told to begin anew.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Final, TypeVar
+
+from ngpu import wire
+from ngpu.v1 import task_pb2 as pb
+
+from controlplane import ids
+from controlplane.api import translate
+from controlplane.api.deliveries import Deliveries
+from controlplane.bodies import Bodies
+from controlplane.dispatcher import Dispatcher, TaskView
+from controlplane.errors import Expired, NotFound, OutOfRange, Unavailable
+from controlplane.model import ENDED, State
+from controlplane.slots import Response
+from controlplane.store import Store
+
+#: How often it is looked whether the task has been given to another node, which nothing announces; in seconds.
+LOOK_S: Final = 1.0
+
+T = TypeVar("T")
+
+
+class Watch:
+    """Makes the events of `TaskService.Watch`."""
+
+    def __init__(self, dispatcher: Dispatcher, store: Store, bodies: Bodies, deliveries: Deliveries) -> None:
+        self._dispatcher = dispatcher
+        self._store = store
+        self._bodies = bodies
+        self._deliveries = deliveries
+
+    async def events(
+        self, view: TaskView, part: pb.WatchRequest.Part.ValueType, offset: int
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """Until the task has ended and its body was read. Raises OutOfRange, Expired, Unavailable (begin anew)."""
+        if part == pb.WatchRequest.PART_REQUEST:
+            async for event in self._request(view.task_id, offset):
+                yield event
+        begun = 0
+        while view.state not in ENDED:
+            yield _state(view)
+            changed = asyncio.create_task(self._next(view), name=f"watch-{view.task_id}")
+            try:
+                if part == pb.WatchRequest.PART_UNSPECIFIED and view.state is State.RUNNING:
+                    async for event in self._live(view, offset, changed):
+                        begun = view.attempt
+                        offset += len(event.data)
+                        yield event
+                view = await changed
+            finally:
+                changed.cancel()
+            if begun and (view.attempt != begun or view.state not in {State.RUNNING, State.COMPLETED}):
+                if view.state in ENDED:
+                    break
+                raise Unavailable(
+                    "The node that sent the response was lost; the task runs anew: watch it from offset 0."
+                )
+        if part == pb.WatchRequest.PART_UNSPECIFIED and view.response is not None:
+            if not begun:
+                yield _head(view.response)
+            async for event in self._recorded(view, view.response, offset):
+                yield event
+        yield _state(view)
+
+    async def _next(self, view: TaskView) -> TaskView:
+        """The task, once its state or attempt is another."""
+        while True:
+            now = await self._dispatcher.query(view.task_id, wait_s=LOOK_S)
+            if (now.state, now.attempt) != (view.state, view.attempt):
+                return now
+
+    async def _live(
+        self, view: TaskView, offset: int, changed: asyncio.Task[TaskView]
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """The head and the bytes of the attempt that runs, until the task has changed or all is read."""
+        attempt_id = ids.attempt_id(view.task_id, view.attempt)
+        head = await _unless(changed, self._deliveries.head(attempt_id))
+        if head is None:
+            return
+        yield _head(head)
+        chunks = self._bodies.follow(body_of_response(view.task_id, view.attempt), offset)
+        while chunk := await _unless(changed, _next_chunk(chunks)):
+            yield pb.WatchResponse(data=chunk, offset=offset)
+            offset += len(chunk)
+
+    async def _recorded(self, view: TaskView, response: Response, offset: int) -> AsyncIterator[pb.WatchResponse]:
+        """The bytes of the answer of an ended task."""
+        if offset > response.size:
+            raise OutOfRange(f"offset: {offset} is past the end, which is at {response.size}.")
+        if len(response.body) == response.size:
+            for start in range(offset, response.size, wire.CHUNK_BYTES):
+                yield pb.WatchResponse(data=response.body[start : start + wire.CHUNK_BYTES], offset=start)
+            return
+        async for event in self._stored(body_of_response(view.task_id, view.attempt), offset):
+            yield event
+
+    async def _request(self, task_id: str, offset: int) -> AsyncIterator[pb.WatchResponse]:
+        row = await self._store.task(task_id)
+        if row is None:
+            raise NotFound
+        if offset > row.request_size:
+            raise OutOfRange(f"offset: {offset} is past the end, which is at {row.request_size}.")
+        if row.request_size and row.expire_time is not None:
+            raise Expired
+        if row.request_body is not None:
+            for start in range(offset, row.request_size, wire.CHUNK_BYTES):
+                yield pb.WatchResponse(data=row.request_body[start : start + wire.CHUNK_BYTES], offset=start)
+            return
+        if row.request_size:
+            async for event in self._stored(body_of_request(task_id), offset):
+                yield event
+
+    async def _stored(self, name: str, offset: int) -> AsyncIterator[pb.WatchResponse]:
+        try:
+            async for chunk in self._bodies.follow(name, offset):
+                yield pb.WatchResponse(data=chunk, offset=offset)
+                offset += len(chunk)
+        except NotFound:
+            raise Expired from None
+
+
+def body_of_request(task_id: str) -> str:
+    """Where the body store has a task's request."""
+    return f"{task_id}.request"
+
+
+def body_of_response(task_id: str, attempt: int) -> str:
+    """Where it has an attempt's response."""
+    return f"{ids.attempt_id(task_id, attempt)}.response"
+
+
+async def _next_chunk(chunks: AsyncIterator[bytes]) -> bytes:
+    return await anext(chunks, b"")
+
+
+async def _unless(changed: asyncio.Task[TaskView], what: Coroutine[Any, Any, T]) -> T | None:
+    """What `what` gives; None if the task changes first."""
+    waiting = asyncio.ensure_future(what)
+    try:
+        await asyncio.wait({changed, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return waiting.result() if waiting.done() else None
+    finally:
+        waiting.cancel()
+
+
+def _state(view: TaskView) -> pb.WatchResponse:
+    event = pb.WatchResponse()
+    translate.fill_task(event.task, view)
+    return event
+
+
+def _head(response: Response) -> pb.WatchResponse:
+    event = pb.WatchResponse()
+    translate.fill_response(event.head, response, 0)
+    event.head.body.inline = b""
+    return event

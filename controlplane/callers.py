@@ -1,0 +1,149 @@
+"""Who waits for which task, and what they are shown: a futures table, with one timer for a task and all its waiters.
+
+Nobody is shown what is not on disk. A future that its holder cancels is a caller who has hung up.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, Protocol
+
+from controlplane import routing
+from controlplane.census import Replica as PlacedReplica
+from controlplane.census import Workspace
+from controlplane.model import State
+from controlplane.queues import Queue, Queues
+from controlplane.report import ReplicaReport
+from controlplane.slots import Slots
+from controlplane.tasks import OpenTask, Phase, TaskView, Waiter
+
+#: Callers who may wait for one task; a further one is answered at once.
+WAITERS: Final = 1000
+#: The words why a queue waits are put together at most this often.
+WORDS_S: Final = 0.5
+
+
+class Fleet(Protocol):
+    """What is asked of the picture of the fleet."""
+
+    def workspace(self, key: str) -> Workspace:
+        """By uid. Raises NotFound."""
+
+    def replica(self, replica_id: str) -> PlacedReplica | None:
+        """By id."""
+
+    def replicas_of(self, workspace_uid: str) -> Sequence[PlacedReplica]:
+        """All not known to be gone."""
+
+    def replica_report(self, replica: PlacedReplica) -> ReplicaReport:
+        """How it stands."""
+
+
+class Callers:
+    """Waits, answers and views. `heed` is called when a task has got an earlier deadline, `hang_up` when its last caller left."""
+
+    def __init__(
+        self,
+        queues: Queues,
+        slots: Slots,
+        fleet: Fleet,
+        *,
+        monotonic: Callable[[], float],
+        heed: Callable[[OpenTask], None],
+        hang_up: Callable[[OpenTask], None],
+    ) -> None:
+        self._queues = queues
+        self._slots = slots
+        self._fleet = fleet
+        self._monotonic = monotonic
+        self._heed = heed
+        self._hang_up = hang_up
+
+    def wait(
+        self, task: OpenTask, wait_s: float, *, cancels: bool = False, seen: tuple[int, State] | None = None
+    ) -> "asyncio.Future[TaskView]":
+        """The task when it has ended, or `wait_s` is over, or it is elsewhere than at `seen` (attempt, state)."""
+        future: asyncio.Future[TaskView] = asyncio.get_running_loop().create_future()
+        if len(task.waiters) >= WAITERS:
+            wait_s = 0.0
+        waiter = Waiter(task, future, self._monotonic() + wait_s, cancels, seen)
+        future.add_done_callback(partial(self._left, waiter))
+        self.add(task, [waiter])
+        return future
+
+    def add(self, task: OpenTask, waiters: Iterable[Waiter]) -> None:
+        """They wait for this task from now on."""
+        for waiter in waiters:
+            waiter.task = task
+            task.waiters.append(waiter)
+        self.answer_due(task)
+        self._heed(task)
+
+    def _left(self, waiter: Waiter, future: "asyncio.Future[TaskView]") -> None:
+        if not future.cancelled():
+            return
+        with suppress(ValueError):
+            waiter.task.waiters.remove(waiter)
+        if waiter.cancels and not waiter.task.waiters:
+            self._hang_up(waiter.task)
+
+    def answer_due(self, task: OpenTask) -> None:
+        """Answer those whose time is over or who have not seen what is now."""
+        if not task.waiters or not task.recorded:
+            return
+        now, at = self._monotonic(), (task.number, task.state)
+        due: list[Waiter] = []
+        others: list[Waiter] = []
+        for waiter in task.waiters:
+            over = waiter.deadline <= now or (waiter.seen is not None and waiter.seen != at)
+            (due if over else others).append(waiter)
+        if due:
+            task.waiters = others
+            answer(due, self.view(task))
+
+    def answer_all(self, task: OpenTask) -> None:
+        """It has ended."""
+        waiters, task.waiters = task.waiters, []
+        if waiters:
+            answer(waiters, task.view())
+
+    def view(self, task: OpenTask) -> TaskView:
+        """The task as it is on disk, with its place in the queue and why it waits."""
+        if task.state is not State.QUEUED:
+            return task.view()
+        queue = self._queues.of(task.workspace_uid)
+        return task.view(queue.position(task), self._waiting_for(task, queue))
+
+    def _waiting_for(self, task: OpenTask, queue: Queue) -> str:
+        if task.phase is Phase.ASSIGNING:
+            return "it has a slot; its start is being recorded"
+        if not task.ready and task.failure is not None:
+            wait_s = max(0.0, task.ready_at - self._monotonic())
+            return f"attempt {task.number + 1} begins in {wait_s:.1f} s; the last one failed: {task.failure.message}"
+        return self.why(queue)
+
+    def why(self, queue: Queue) -> str:
+        """Why no slot is free, in words; up to WORDS_S old."""
+        now = self._monotonic()
+        if now >= queue.waiting_for_until:
+            uid = queue.workspace_uid
+            reports = [self._fleet.replica_report(replica) for replica in self._fleet.replicas_of(uid)]
+            queue.waiting_for = routing.waiting_for(self._slots.pool(uid).replicas.values(), reports)
+            queue.waiting_for_until = now + WORDS_S
+        return queue.waiting_for
+
+
+def answer(waiters: Iterable[Waiter], view: TaskView) -> None:
+    """Show it to them."""
+    for waiter in waiters:
+        if not waiter.future.done():
+            waiter.future.set_result(view)
+
+
+def refuse(task: OpenTask, error: BaseException) -> None:
+    """Tell all who wait for the task of an error instead."""
+    waiters, task.waiters = task.waiters, []
+    for waiter in waiters:
+        if not waiter.future.done():
+            waiter.future.set_exception(error)

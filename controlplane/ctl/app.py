@@ -1,0 +1,53 @@
+"""The command `ngpu` and its sub-commands."""
+
+import json
+import sys
+from importlib.metadata import version as version_of
+from typing import Annotated
+
+import typer
+
+from controlplane.ctl import explain, nodes, routes, tasks, tokens, workspaces
+
+app = typer.Typer(
+    name="ngpu",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="""Talk to an NGPU control plane: deploy workspaces, give them tasks, look after nodes.
+
+    \b
+    First steps:
+      ngpu node list                                  who takes part
+      ngpu workspace create img2img.toml --wait       deploy, and watch it come up
+      ngpu task submit sdapi/v1/img2img -w img2img --file request.json --wait
+      ngpu explain workspace img2img                  why it is where it is
+    \b
+    The control plane is $NGPU_SERVER or 127.0.0.1:50051; the token comes from $NGPU_TOKEN, $NGPU_TOKEN_FILE,
+    ./.ngpu/controlplane/operator.token or ~/.config/ngpu/token. A workspace's id is a token for that workspace.
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no answer, 4 not found, 5 not allowed.
+    """,
+)
+for _name, _module in (
+    ("workspace", workspaces),
+    ("route", routes),
+    ("task", tasks),
+    ("explain", explain),
+    ("node", nodes),
+    ("token", tokens),
+):
+    app.add_typer(_module.app, name=_name)
+
+
+@app.command()
+def version(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Print the version of this command."""
+    number = version_of("ngpu")
+    sys.stdout.write(json.dumps({"version": number}) + "\n" if as_json else f"ngpu {number}\n")
+
+
+def main() -> None:
+    """The console script."""
+    app()

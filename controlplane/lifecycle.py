@@ -1,0 +1,561 @@
+"""Moves each task from phase to phase: what follows when a write is on disk, an attempt has failed or a time is over.
+
+Rule of this file: what a caller or a node is told was on disk before. A slot is reserved, then the start written, then the
+node told; an end is written, then callers are answered and the node may forget. The one exception makes the hot path: a
+new task that finds a free slot at once is started while its insert is being written; nobody has been told of it yet, so
+if the insert fails it is as if it had never been. The dispatcher decides when; the rows' own conditions guard the rest.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from functools import partial
+from math import inf
+from typing import Any, Final, Protocol
+
+import structlog
+
+from controlplane import ids, routing
+from controlplane.callers import Callers, Fleet, answer, refuse
+from controlplane.errors import Conflict, NgpuError, NotFound, StaleAttempt, Unavailable
+from controlplane.model import Cause, Delivery, State, Task
+from controlplane.queues import Queues
+from controlplane.retries import NODE_LOST, after, backoff_s, judge
+from controlplane.slots import AttemptResult, Failure, Replica, Slots, Start
+from controlplane.store import Store
+from controlplane.tasks import (
+    UNASSIGNED,
+    OpenAttempt,
+    OpenTask,
+    Phase,
+    Waiter,
+    end_of,
+    ledger_row,
+    request_of_row,
+    view_of_row,
+)
+from controlplane.timers import Timers
+
+#: The node enforces the run time; the control plane steps in this much later.
+RUN_GRACE_S: Final = 30.0
+#: A write that the store refused is given to it again after this.
+REWRITE_S: Final = 1.0
+#: While most nodes are silent at once the fault is likely ours: nothing is given up for so long after a node fell silent.
+SILENCE_S: Final = 120.0
+#: How often it is looked whether that is over.
+SILENCE_LOOK_S: Final = 1.0
+log = structlog.get_logger(__name__)
+
+
+class Metrics(Protocol):
+    """Who counts."""
+
+    def task_accepted(self, workspace: str) -> None:
+        """A task is on its way to the disk."""
+
+    def task_started(self, workspace: str, waited_s: float) -> None:
+        """An attempt was given to a node, so long after the task's acceptance."""
+
+    def attempt_failed(self, workspace: str, reason: str) -> None:
+        """An attempt ended without an answer of the container."""
+
+    def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
+        """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
+
+
+class Lifecycle:
+    """All open tasks, and the steps they take. Methods are called in the event loop's thread; none waits."""
+
+    def __init__(
+        self,
+        store: Store,
+        slots: Slots,
+        fleet: Fleet,
+        *,
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float],
+        jitter: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._fleet = fleet
+        self._clock = clock
+        self._monotonic = monotonic
+        self._jitter = jitter
+        self._metrics = metrics
+        self.tasks: dict[str, OpenTask] = {}
+        #: By attempt, from when its node is told until what came of it is on disk.
+        self.attempts: dict[str, OpenTask] = {}
+        self.queues = Queues()
+        self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self._hang_up)
+        #: What must be read from the store before a task goes on. Bounded by slots, and by callers with an idempotency key.
+        self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._timers: Timers[OpenTask] = Timers()
+        #: Set when the first timer has become earlier.
+        self.sooner = asyncio.Event()
+
+    # -- from the queue to a slot
+
+    def enqueue(self, task: OpenTask) -> None:
+        """Into its queue."""
+        self.queues.enter(task, self._monotonic())
+        self.heed(task)
+
+    def fill(self, workspace_uid: str) -> None:
+        """Give the free slots of a workspace to its waiting tasks."""
+        queue = self.queues.of(workspace_uid)
+        if not queue:
+            return
+        pool = self._slots.pool(workspace_uid)
+        if not pool.replicas:
+            return
+        bindings = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=self._monotonic())
+        for task, replica_id, reason in bindings:
+            self._assign(task, pool.replicas[replica_id], reason)
+
+    def place(self, task: OpenTask, replica: Replica, reason: str) -> OpenAttempt:
+        """The task's next attempt, on that replica."""
+        number = task.number + 1
+        task.attempt = OpenAttempt(
+            id=ids.attempt_id(task.id, number),
+            number=number,
+            replica_id=replica.id,
+            node_addr=replica.node.addr,
+            node_ip=replica.node.ip,
+            gpu_ids_json=replica.gpu_ids_json,
+            assign_time=self._clock(),
+            reason=reason,
+            given_at=self._monotonic(),
+        )
+        return task.attempt
+
+    def _assign(self, task: OpenTask, replica: Replica, reason: str) -> None:
+        self.queues.leave(task)
+        task.move(Phase.ASSIGNING)
+        attempt = self.place(task, replica, reason)
+        self._slots.reserve(attempt.id, replica)
+        write = partial(
+            self._store.assign,
+            task.id,
+            attempt.number,
+            replica_id=attempt.replica_id,
+            node_addr=attempt.node_addr,
+            assign_time=attempt.assign_time,
+            reason=reason,
+        )
+        self._write(task, write, self._assigned)
+
+    def _assigned(self, task: OpenTask) -> None:
+        self.running(task)
+        self.callers.answer_due(task)
+        if task.request is None and task.wanted is None:
+            self.reads.put_nowait(partial(self._load, task))
+        else:
+            self.send(task)
+
+    async def _load(self, task: OpenTask) -> None:
+        """Read its request, which is not held in memory, and send it."""
+        try:
+            row = await self._store.task(task.id)
+        except Unavailable:
+            await asyncio.sleep(REWRITE_S)
+            self.reads.put_nowait(partial(self._load, task))
+            return
+        assert row is not None
+        task.request = request_of_row(row)
+        self.send(task)
+
+    def running(self, task: OpenTask) -> None:
+        """Its row says so, or its insert will."""
+        attempt = task.attempt
+        assert attempt is not None
+        task.state = State.RUNNING
+        task.number = attempt.number
+        if task.start_time is None:
+            task.start_time = attempt.assign_time
+
+    def send(self, task: OpenTask) -> None:
+        """Tell the node of the attempt."""
+        attempt, request = task.attempt, task.request
+        assert attempt is not None
+        now = self._monotonic()
+        link = self._slots.link(attempt.node_addr)
+        replica = self._slots.replica(attempt.replica_id)
+        if task.wanted is not None:
+            self._slots.release(attempt.id, attempt.node_addr)
+            self._finish(task, Delivery.NOT_SENT, task.wanted)
+        elif link is None or replica is None or request is None:
+            self._slots.release(attempt.id, attempt.node_addr)
+            self.fail(task, Delivery.NOT_SENT, node_lost("Its node was gone before the request could be sent to it."))
+        else:
+            task.move(Phase.RUNNING)
+            limits = task.limits
+            attempt.given_at = now
+            attempt.run_at = now + limits.run_time_s + RUN_GRACE_S
+            self._slots.take(attempt.id, replica, now)
+            self.attempts[attempt.id] = task
+            task.request = None
+            link.start(Start(attempt.id, replica.id, task.port, request, limits.run_time_s, limits.response_body_bytes))
+            self._metrics.task_started(task.workspace_name, now - task.accepted_at)
+            self.heed(task)
+            return
+        self.fill(task.workspace_uid)
+
+    def resume(self, task: OpenTask) -> None:
+        """Take up a task of an earlier process: WAITING, or RUNNING on a node that has not come back yet."""
+        self.tasks[task.id] = task
+        attempt = task.attempt
+        if attempt is not None:
+            self.attempts[attempt.id] = task
+            if self._fleet.replica(attempt.replica_id) is not None:
+                now = self._monotonic()
+                replica = self._slots.known(attempt.replica_id, task.workspace_uid, attempt.node_addr, now)
+                self._slots.take(attempt.id, replica, now)
+            self.heed(task)
+            return
+        self.enqueue(task)
+        if self._is_gone(task.workspace_uid):
+            self.end(task, workspace_deleted())
+
+    def _is_gone(self, workspace_uid: str) -> bool:
+        try:
+            return self._fleet.workspace(workspace_uid).deleted
+        except NotFound:
+            return True
+
+    # -- what came of an attempt
+
+    def complete(self, task: OpenTask, result: AttemptResult) -> None:
+        """The container has answered."""
+        task.response = result.response
+        self._finish(task, result.delivery, None, result)
+
+    def fail(self, task: OpenTask, delivery: Delivery, failure: Failure, result: AttemptResult | None = None) -> None:
+        """The attempt has failed: the task runs again, or ends."""
+        attempt = task.attempt
+        assert attempt is not None
+        self._metrics.attempt_failed(task.workspace_name, failure.reason)
+        task.history = after(
+            task.history, delivery=delivery, cause=failure.cause, reason=failure.reason, node_addr=attempt.node_addr
+        )
+        verdict = judge(
+            task.history,
+            repeatable=task.repeatable,
+            max_attempts=task.limits.max_attempts,
+            delivery=delivery,
+            failure=failure,
+        )
+        if verdict is None and self._is_gone(task.workspace_uid):
+            verdict = workspace_deleted()
+        if verdict is not None:
+            self._finish(task, delivery, verdict, result, failure)
+            return
+        task.move(Phase.REQUEUEING)
+        task.failure = failure
+        if attempt.replica_id not in task.avoid:
+            task.avoid = (*task.avoid, attempt.replica_id)
+        gpu_us = self._gpu_us(attempt, result, failure)
+        if failure.cause is Cause.CUSTOMER:
+            task.gpu_us += gpu_us
+        row = ledger_row(task.id, attempt, delivery, self._clock(), gpu_us, result=result, failure=failure)
+        self._write(task, partial(self._store.requeue, row), self._requeued)
+
+    def _requeued(self, task: OpenTask) -> None:
+        assert task.attempt is not None
+        self.attempts.pop(task.attempt.id, None)
+        self._ack(task)
+        task.move(Phase.WAITING)
+        task.state = State.QUEUED
+        task.attempt = None
+        wanted, task.wanted = task.wanted, None
+        if wanted is not None:
+            self.end(task, wanted)
+            return
+        task.ready = False
+        task.ready_at = self._monotonic() + backoff_s(task.history.failures, self._jitter())
+        self.enqueue(task)
+        self.callers.answer_due(task)
+
+    def lose(self, task: OpenTask) -> None:
+        """Nothing is to be heard of the attempt any more."""
+        attempt = task.attempt
+        assert attempt is not None
+        failure = attempt.lost_by
+        assert failure is not None
+        now = self._monotonic()
+        if failure.reason == NODE_LOST and self._slots.most_are_silent(now, SILENCE_S):
+            attempt.lost_at = now + SILENCE_LOOK_S
+            self.heed(task)
+            return
+        self._call_off(attempt)
+        self.fail(task, attempt.delivery, failure)
+
+    # -- the end
+
+    def end(self, task: OpenTask, failure: Failure) -> None:
+        """End the task without an answer: cancelled, or over a limit. Nothing happens if it has ended or is about to."""
+        if task.phase in {Phase.ASSIGNING, Phase.REQUEUEING}:
+            task.wanted = task.wanted or failure
+        elif task.phase is Phase.RUNNING:
+            attempt = task.attempt
+            assert attempt is not None
+            self._call_off(attempt)
+            self._finish(task, attempt.delivery, failure, attempt_failure=failure)
+        elif task.phase in UNASSIGNED:
+            self.queues.leave(task)
+            task.move(Phase.ENDING)
+            task.failure = failure
+            task.end = end_of(_state_of(failure), self._clock(), task.gpu_us, None, failure)
+            self._write(task, partial(self._store.end_queued, task.id, task.end), self._ended)
+
+    def _finish(
+        self,
+        task: OpenTask,
+        delivery: Delivery,
+        failure: Failure | None,
+        result: AttemptResult | None = None,
+        attempt_failure: Failure | None = None,
+    ) -> None:
+        """End the task with its attempt. The slot stays taken until its node has said that the attempt is over."""
+        attempt = task.attempt
+        assert attempt is not None
+        task.move(Phase.ENDING)
+        now = self._clock()
+        gpu_us = self._gpu_us(attempt, result, attempt_failure)
+        total_us = task.gpu_us if attempt_failure and attempt_failure.cause is Cause.PLATFORM else task.gpu_us + gpu_us
+        task.failure = failure
+        state = State.COMPLETED if failure is None else _state_of(failure)
+        task.end = end_of(state, now, total_us, task.response, failure)
+        row = ledger_row(task.id, attempt, delivery, now, gpu_us, result=result, failure=attempt_failure or failure)
+        self._write(task, partial(self._store.finish, row, task.end), self._ended)
+
+    def _ended(self, task: OpenTask) -> None:
+        assert task.end is not None
+        task.state = task.end.state
+        self._remove(task)
+        self.callers.answer_all(task)
+        seconds = self._monotonic() - task.accepted_at
+        self._metrics.task_ended(task.workspace_name, task.state, task.failure.reason if task.failure else "", seconds)
+        self._clear(task)
+
+    def forget(self, task: OpenTask, error: BaseException) -> None:
+        """There is no such task on disk, or not as we know it."""
+        if task.phase is Phase.ENDED:
+            return
+        self.queues.leave(task)
+        attempt = task.attempt
+        if attempt is not None and task.phase is Phase.ASSIGNING:
+            self._slots.release(attempt.id, attempt.node_addr)
+        self._remove(task)
+        refuse(task, error)
+        self._clear(task)
+        self.fill(task.workspace_uid)
+
+    def _remove(self, task: OpenTask) -> None:
+        task.move(Phase.ENDED)
+        self.tasks.pop(task.id, None)
+        if task.attempt is not None:
+            self.attempts.pop(task.attempt.id, None)
+        self._ack(task)
+
+    def _clear(self, task: OpenTask) -> None:
+        # A timer may hold it for a while.
+        task.request = task.response = task.end = task.write = task.then = None
+
+    def _call_off(self, attempt: OpenAttempt) -> None:
+        link = self._slots.link(attempt.node_addr)
+        if link is not None:
+            link.cancel(attempt.id)
+
+    def _ack(self, task: OpenTask) -> None:
+        for node_addr, attempt_id in task.acks:
+            link = self._slots.link(node_addr)
+            if link is not None:
+                link.ack(attempt_id)
+        task.acks = ()
+
+    def _gpu_us(self, attempt: OpenAttempt, result: AttemptResult | None, failure: Failure | None) -> int:
+        """GPU time held, never more than the time that has passed here, whatever the node's clock says."""
+        if attempt.gpu_ids_json == b"[]":
+            return 0
+        passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
+        if result is not None:
+            return min(result.gpu_us, passed_us)
+        # Nobody has measured it: what the platform lost costs nothing, what the customer ended has held them until now.
+        return passed_us if failure is not None and failure.cause is Cause.CUSTOMER else 0
+
+    # -- writes
+
+    def inserted(self, task: OpenTask, insert: "asyncio.Future[Task | None]") -> None:
+        """The insert is over."""
+        error = _error_of(insert)
+        if error is not None:
+            self._not_inserted(task, error)
+            return
+        existing = insert.result()
+        if existing is not None:
+            self._join(task, existing)
+            return
+        task.recorded = True
+        if task.phase is Phase.RECORDING:
+            task.move(Phase.WAITING)
+            task.ready = True
+            self.fill(task.workspace_uid)
+        self.callers.answer_due(task)
+        self.heed(task)
+
+    def _not_inserted(self, task: OpenTask, error: BaseException) -> None:
+        refuse(task, error)
+        if isinstance(error, Unavailable):
+            # It may be on disk all the same. Nobody waits for it, so it is ended, whether it is there or not.
+            log.warning("task_insert_failed", task_id=task.id, error=str(error))
+            self.end(task, Failure(Cause.PLATFORM, "INTERNAL", "It could not be recorded, and its caller was told so."))
+            return
+        if not isinstance(error, Conflict):
+            log.error("task_insert_refused", task_id=task.id, error=repr(error))
+        if task.phase is Phase.RUNNING and task.attempt is not None:
+            self._call_off(task.attempt)
+        self.forget(task, error)
+
+    def _join(self, task: OpenTask, existing: Task) -> None:
+        """The idempotency key has led to an earlier task: its callers wait for that one."""
+        waiters, task.waiters = task.waiters, []
+        self.forget(task, StaleAttempt())
+        earlier = self.tasks.get(existing.id)
+        if earlier is not None:
+            self.callers.add(earlier, waiters)
+        elif existing.end_time is not None:
+            answer(waiters, view_of_row(existing))
+        else:
+            self.reads.put_nowait(partial(self._answer_ended, existing.id, waiters))
+
+    async def _answer_ended(self, task_id: str, waiters: list[Waiter]) -> None:
+        """It ended while its row was on the way here: read it again."""
+        try:
+            row = await self._store.task(task_id)
+        except NgpuError as error:
+            for waiter in waiters:
+                if not waiter.future.done():
+                    waiter.future.set_exception(error)
+            return
+        if row is not None:
+            answer(waiters, view_of_row(row))
+
+    def _write(
+        self, task: OpenTask, write: Callable[[], "asyncio.Future[None]"], then: Callable[[OpenTask], None]
+    ) -> None:
+        task.write = write
+        task.then = then
+        self.rewrite(task)
+
+    def rewrite(self, task: OpenTask) -> None:
+        """Give the write to the store, the first time or again."""
+        assert task.write is not None
+        task.write_at = inf
+        try:
+            task.writing = task.write()
+        except Unavailable as error:
+            self._not_written(task, error)
+        else:
+            task.writing.add_done_callback(partial(self._written, task))
+
+    def _written(self, task: OpenTask, writing: "asyncio.Future[None]") -> None:
+        task.writing = None
+        if task.phase is Phase.ENDED:
+            return
+        error = _error_of(writing)
+        if error is not None:
+            self._not_written(task, error)
+            return
+        then = task.then
+        assert then is not None
+        task.write = task.then = None
+        then(task)
+
+    def _not_written(self, task: OpenTask, error: BaseException) -> None:
+        if isinstance(error, StaleAttempt):
+            if task.recorded:
+                log.error("task_is_not_as_known", task_id=task.id, phase=task.phase.name)
+            self.forget(task, NgpuError())
+            return
+        log.warning("task_write_failed", task_id=task.id, phase=task.phase.name, error=str(error))
+        task.write_at = self._monotonic() + REWRITE_S
+        self.heed(task)
+
+    def _hang_up(self, task: OpenTask) -> None:
+        self.end(task, Failure(Cause.CUSTOMER, "CANCELLED", "The caller hung up before the answer."))
+
+    # -- time
+
+    def heed(self, task: OpenTask) -> None:
+        """Its next time may have become earlier."""
+        if self._timers.set(task):
+            self.sooner.set()
+
+    def tick(self) -> float:
+        """Do what is due. Gives the monotonic time when to come again; inf: not before `sooner`."""
+        now = self._monotonic()
+        while (task := self._timers.pop(now)) is not None:
+            self._attend(task, now)
+            self.heed(task)
+        return self._timers.next()
+
+    def _attend(self, task: OpenTask, now: float) -> None:
+        self.callers.answer_due(task)
+        if task.write_at <= now:
+            self.rewrite(task)
+        elif task.phase is Phase.WAITING:
+            if task.total_at <= now:
+                self.end(task, _total_time(task))
+            elif task.queue_at <= now:
+                self.end(task, self._queue_time(task))
+            elif task.ready_at <= now:
+                task.ready = True
+                task.ready_at = inf
+                self.fill(task.workspace_uid)
+        elif task.phase is Phase.RUNNING:
+            attempt = task.attempt
+            assert attempt is not None
+            if task.total_at <= now:
+                self.end(task, _total_time(task))
+            elif attempt.lost_at <= now:
+                self.lose(task)
+            elif attempt.run_at <= now:
+                self.end(task, _run_time(task))
+
+    def _queue_time(self, task: OpenTask) -> Failure:
+        why = self.callers.why(self.queues.of(task.workspace_uid))
+        message = f"It waited for {task.limits.queue_time_s:g} s, its workspace's limit of the queue time: {why}."
+        return Failure(Cause.PLATFORM, "QUEUE_TIME_LIMIT", message)
+
+
+def _total_time(task: OpenTask) -> Failure:
+    message = f"It had not ended after {task.limits.total_time_s:g} s, its workspace's limit of the total time."
+    ran = task.phase is Phase.RUNNING and task.attempt is not None and task.attempt.lost_by is None
+    return Failure(Cause.CUSTOMER if ran else Cause.PLATFORM, "TOTAL_TIME_LIMIT", message)
+
+
+def _run_time(task: OpenTask) -> Failure:
+    message = f"It ran for longer than {task.limits.run_time_s:g} s, its workspace's limit of the run time."
+    return Failure(Cause.CUSTOMER, "RUN_TIME_LIMIT", message)
+
+
+def node_lost(message: str) -> Failure:
+    """The attempt is lost with its node."""
+    return Failure(Cause.PLATFORM, NODE_LOST, message)
+
+
+def workspace_deleted() -> Failure:
+    """The task cannot run any more."""
+    return Failure(Cause.CUSTOMER, "WORKSPACE_DELETED", "The workspace was deleted before the task had run.")
+
+
+def _state_of(failure: Failure) -> State:
+    return State.CANCELLED if failure.reason == "CANCELLED" else State.FAILED
+
+
+def _error_of(future: "asyncio.Future[Any]") -> BaseException | None:
+    if future.cancelled():
+        return Unavailable()
+    return future.exception()

@@ -1,0 +1,234 @@
+"""The fleet in memory: who there is, found by every key, and what the nodes last said. Knows nothing of the disk.
+
+`fleet` alone changes who there is. What the nodes say is only kept here: they say it all again after our restart.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from msgspec.structs import replace
+
+from controlplane import health
+from controlplane.census import Node, Replica, Route, Workspace
+from controlplane.changes import Changes
+from controlplane.errors import NodeRevoked, NodeUnknown, NotFound
+from controlplane.image import comparable
+from controlplane.report import CachedImage, Inventory, ReplicaReport, ReplicaState, Report
+
+#: Images whose size is remembered, over all nodes.
+IMAGES_KEPT: Final = 10_000
+
+
+class Picture:
+    """Who and what there is."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        #: Touched with a workspace's uid when it or one of its replicas changes.
+        self.workspace_changes = Changes()
+        #: Touched with a node's address when what it should run or may take changes.
+        self.node_changes = Changes()
+        self._clock = clock
+        self._monotonic = monotonic
+        self._workspaces: dict[str, Workspace] = {}
+        self._uid_of_id: dict[str, str] = {}
+        self._uid_of_name: dict[str, str] = {}
+        self._routes: dict[str, Route] = {}
+        self._nodes: dict[str, Node] = {}
+        self._addr_of_address: dict[str, str] = {}
+        self._addr_of_name: dict[str, str] = {}
+        self._replicas: dict[str, Replica] = {}
+        # Tuples, replaced when they change: who keeps one sees by identity whether it still holds.
+        self._replicas_of: dict[str, tuple[Replica, ...]] = {}
+        self._replicas_on: dict[str, tuple[Replica, ...]] = {}
+        self._memories: dict[str, dict[str, health.Memory]] = {}
+        self._image_bytes: OrderedDict[str, int] = OrderedDict()
+        #: Set when there is something new that plans are made of; who plans clears it.
+        self.news = asyncio.Event()
+        #: Nodes that said something of themselves that is worth keeping.
+        self._unsaved: set[str] = set()
+
+    # Who there is.
+
+    def workspace(self, key: str) -> Workspace:
+        """By id, uid or name; deleted ones by id and uid only. Raises NotFound."""
+        uid = self._uid_of_name.get(key) or self._uid_of_id.get(key) or key
+        try:
+            return self._workspaces[uid]
+        except KeyError:
+            raise NotFound("There is no such workspace, or it is not yours.") from None
+
+    def workspaces(self, *, deleted: bool = False) -> list[Workspace]:
+        """All living ones, or all, by name."""
+        wanted = (workspace for workspace in self._workspaces.values() if deleted or not workspace.deleted)
+        return sorted(wanted, key=lambda workspace: (workspace.name, workspace.create_time))
+
+    def workspace_of(self, workspace_id: str) -> str | None:
+        """The uid of the workspace, deleted or not, with that id, which is its credential; None: there is none."""
+        return self._uid_of_id.get(workspace_id)
+
+    def route(self, name: str) -> Route | None:
+        """The route of that name, or None."""
+        return self._routes.get(name)
+
+    def routes(self) -> list[Route]:
+        """All, by name."""
+        return [self._routes[name] for name in sorted(self._routes)]
+
+    def node(self, key: str) -> Node:
+        """By address, in any case, or by name; also revoked ones. Raises NodeUnknown."""
+        addr = self._addr_of_address.get(key.lower()) or self._addr_of_name.get(key)
+        if addr is None:
+            raise NodeUnknown
+        return self._nodes[addr]
+
+    def nodes(self, *, revoked: bool = False) -> list[Node]:
+        """Those not revoked, or all, by name."""
+        wanted = (node for node in self._nodes.values() if revoked or not node.revoked)
+        return sorted(wanted, key=lambda node: node.name)
+
+    def replica(self, replica_id: str) -> Replica | None:
+        """None if there is none of that id, or it is known to be gone."""
+        return self._replicas.get(replica_id)
+
+    def replicas(self) -> Sequence[Replica]:
+        """All not known to be gone, oldest first."""
+        return tuple(self._replicas.values())
+
+    def replicas_of(self, workspace_uid: str) -> tuple[Replica, ...]:
+        """All of a workspace not known to be gone, oldest first."""
+        return self._replicas_of.get(workspace_uid, ())
+
+    def replicas_on(self, node_addr: str) -> tuple[Replica, ...]:
+        """All on a node not known to be gone, oldest first."""
+        return self._replicas_on.get(node_addr, ())
+
+    def state_of(self, replica: Replica) -> ReplicaReport:
+        """How it stands: what its node last said; ASSIGNED before that; LOST while the node is not connected."""
+        node = self._nodes[replica.node_addr]
+        said = node.said.get(replica.id)
+        if not node.connected:
+            return ReplicaReport(replica.id, ReplicaState.LOST, message=f"Node {node.name} is not connected.")
+        if replica.stop_time is not None:
+            return ReplicaReport(replica.id, ReplicaState.STOPPING, message=said.message if said else "")
+        return said or ReplicaReport(replica.id, ReplicaState.ASSIGNED)
+
+    def image_bytes(self, reference: str) -> int | None:
+        """The size of an image by normalised reference, if a node has told of it."""
+        return self._image_bytes.get(reference)
+
+    # What nodes say.
+
+    def session_up(self, addr: str, ip: str) -> None:
+        """A session of the node has begun. Raises NodeUnknown, NodeRevoked."""
+        node = self.node(addr)
+        if node.revoked:
+            raise NodeRevoked
+        self._unsaved.add(addr)
+        self._show_node(replace(self._heard(node), connected=True, ip=ip))
+
+    def session_down(self, addr: str) -> None:
+        """The node's session has ended."""
+        self._unsaved.add(addr)
+        self._show_node(replace(self._nodes[addr], connected=False))
+
+    def count_failure(self, addr: str) -> None:
+        """The node was lost: placement prefers others."""
+        self._nodes[addr] = replace(self._nodes[addr], failures=self._nodes[addr].failures + 1)
+
+    def report(self, addr: str, report: Report) -> None:
+        """All that is on the node: one message."""
+        before = self._nodes[addr]
+        memories = health.judge_all(
+            self._memories.get(addr, {}), report.inventory.gpus, report.readings, self._monotonic()
+        )
+        same_images = before.report is not None and before.report.images == report.images
+        same_build = before.report is not None and _built(before.inventory) == _built(report.inventory)
+        node = replace(
+            self._heard(before),
+            inventory=report.inventory,
+            report=report,
+            reports=before.reports + 1,
+            said={said.replica_id: said for said in report.replicas},
+            images=before.images if same_images else self._sizes(report.images),
+            health={gpu_id: memory.health for gpu_id, memory in memories.items()},
+        )
+        self._memories[addr] = memories
+        self._nodes[addr] = node
+        if not same_build:
+            self._unsaved.add(addr)
+        for replica in self.replicas_on(addr):
+            if before.said.get(replica.id) != node.said.get(replica.id):
+                self.workspace_changes.touch(replica.workspace_uid)
+        if not (same_images and same_build and before.said == node.said and before.health == node.health):
+            self.news.set()
+
+    def _heard(self, node: Node) -> Node:
+        return replace(node, heard_s=self._monotonic(), last_seen_time=self._clock())
+
+    def _sizes(self, images: Iterable[CachedImage]) -> dict[str, int]:
+        sizes = {comparable(image.reference): image.size_bytes for image in images}
+        for reference, size in sizes.items():
+            self._image_bytes[reference] = size
+            self._image_bytes.move_to_end(reference)
+        while len(self._image_bytes) > IMAGES_KEPT:
+            self._image_bytes.popitem(last=False)
+        return sizes
+
+    # How it is changed.
+
+    def _show_workspace(self, workspace: Workspace) -> Workspace:
+        self._workspaces[workspace.uid] = workspace
+        self._uid_of_id[workspace.id] = workspace.uid
+        if not workspace.deleted:
+            self._uid_of_name[workspace.name] = workspace.uid
+        elif self._uid_of_name.get(workspace.name) == workspace.uid:
+            del self._uid_of_name[workspace.name]
+        self.workspace_changes.touch(workspace.uid)
+        self.news.set()
+        return workspace
+
+    def _show_node(self, node: Node) -> Node:
+        self._nodes[node.addr] = node
+        self._addr_of_address[node.addr.lower()] = node.addr
+        self._addr_of_name[node.name] = node.addr
+        self.node_changes.touch(node.addr)
+        self.news.set()
+        for uid in {replica.workspace_uid for replica in self.replicas_on(node.addr)}:
+            self.workspace_changes.touch(uid)
+        return node
+
+    def _show_replicas(self, replicas: Iterable[Replica]) -> None:
+        for replica in replicas:
+            if replica.gone_time is None:
+                self._replicas[replica.id] = replica
+            else:
+                self._replicas.pop(replica.id, None)
+            _put(self._replicas_of, replica.workspace_uid, replica)
+            _put(self._replicas_on, replica.node_addr, replica)
+            self.workspace_changes.touch(replica.workspace_uid)
+            self.node_changes.touch(replica.node_addr)
+        self.news.set()
+
+
+def _put(index: dict[str, tuple[Replica, ...]], key: str, replica: Replica) -> None:
+    """Add, replace, or (if it is gone) take out one of the replicas of `key`; the oldest stays first."""
+    there = {other.id: other for other in index.get(key, ())}
+    if replica.gone_time is None:
+        there[replica.id] = replica
+    else:
+        there.pop(replica.id, None)
+    index[key] = tuple(there.values())
+
+
+def _built(inventory: Inventory) -> Inventory:
+    """Without what changes all the time."""
+    return replace(inventory, disk_free_bytes=0)

@@ -1,0 +1,362 @@
+"""A task as it passes through memory: what is accepted, what callers are shown, and what is kept of one that has not ended.
+
+The row on disk says QUEUED or RUNNING; a Phase says besides what is under way between two writes. PHASES is the table of
+where each may go. At most one write of a task is under way at a time (besides its insert, behind which the others line up
+in the store's queue), so memory never runs ahead of the disk by more than one step.
+"""
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from math import inf
+from typing import Final
+
+import msgspec
+
+from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task
+from controlplane.retries import NO_HISTORY, History
+from controlplane.slots import AttemptResult, Failure, Headers, Request, Response
+from controlplane.spec import Limits
+from controlplane.store import End
+
+
+class NewTask(msgspec.Struct, frozen=True):
+    """A task to accept; `api` has resolved and checked everything (workspace, port, path, sizes, assets).
+
+    `repeatable`: the caller's word; without one, true if there is an idempotency key; else the workspace's.
+    """
+
+    task_id: str
+    workspace_uid: str
+    port: int
+    request: Request
+    repeatable: bool = True
+    btc_address: str = ""
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+    user_ip: str = ""
+    origin_url: str = ""
+    operation: str = ""
+
+
+class TaskView(msgspec.Struct, frozen=True):
+    """A task as it is on disk, for the answers of Schedule, Query and Cancel."""
+
+    task_id: str
+    workspace_uid: str
+    state: State
+    #: The number of the current or last attempt; 0 before the first.
+    attempt: int
+    create_time: datetime
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    #: Set when FAILED or CANCELLED.
+    failure: Failure | None = None
+    #: Set when COMPLETED.
+    response: Response | None = None
+    #: Only while QUEUED: how many tasks of the workspace are before it.
+    queue_position: int = 0
+    #: Only while QUEUED: why, in words.
+    waiting_for: str = ""
+
+
+class Phase(enum.Enum):
+    """What is under way with a task."""
+
+    #: QUEUED, with an idempotency key: whether it is a new task is known when its insert is on disk.
+    RECORDING = enum.auto()
+    #: QUEUED.
+    WAITING = enum.auto()
+    #: QUEUED, then RUNNING: it has a slot; its start is being written and, if need be, its request read. The node is told
+    #: after that: a start that is not on disk would be forgotten in a crash, and the task of a caller who has been told
+    #: that it is safe would run twice.
+    ASSIGNING = enum.auto()
+    #: RUNNING: the node has been told.
+    RUNNING = enum.auto()
+    #: RUNNING: the attempt has failed; its return to the queue is being written.
+    REQUEUEING = enum.auto()
+    #: Its end is being written.
+    ENDING = enum.auto()
+    #: Over; or never was, if its insert failed.
+    ENDED = enum.auto()
+
+
+#: From each phase, where a task may go.
+FOLLOWING: Final[dict[Phase, frozenset[Phase]]] = {
+    Phase.RECORDING: frozenset({Phase.WAITING, Phase.ENDING, Phase.ENDED}),
+    Phase.WAITING: frozenset({Phase.ASSIGNING, Phase.RUNNING, Phase.ENDING, Phase.ENDED}),
+    Phase.ASSIGNING: frozenset({Phase.RUNNING, Phase.REQUEUEING, Phase.ENDING, Phase.ENDED}),
+    Phase.RUNNING: frozenset({Phase.REQUEUEING, Phase.ENDING, Phase.ENDED}),
+    Phase.REQUEUEING: frozenset({Phase.WAITING, Phase.ENDED}),
+    Phase.ENDING: frozenset({Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
+
+#: Phases in which the task's row says QUEUED and it has no slot.
+UNASSIGNED: Final = frozenset({Phase.RECORDING, Phase.WAITING})
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A caller who waits for a task. `seen`: the (attempt, state) of which it knows; any other is worth telling."""
+
+    task: "OpenTask"
+    future: "asyncio.Future[TaskView]"
+    #: Monotonic seconds.
+    deadline: float
+    #: Its going away cancels the task.
+    cancels: bool = False
+    seen: tuple[int, State] | None = None
+
+
+# In both of the following, names that end in `_at` are monotonic seconds, inf: never.
+
+
+@dataclass(slots=True, eq=False)
+class OpenAttempt:
+    """The attempt that a task has a slot for."""
+
+    id: str
+    number: int
+    replica_id: str
+    node_addr: str
+    node_ip: str
+    gpu_ids_json: bytes
+    assign_time: datetime
+    reason: str
+    #: Since when the node may be at work on it.
+    given_at: float
+    #: When the node should long have ended it.
+    run_at: float = inf
+    #: When to believe no longer that it goes on, and then why.
+    lost_at: float = inf
+    lost_by: Failure | None = None
+    #: Its request has been sent whole, says the node.
+    sent: bool = False
+
+    @property
+    def delivery(self) -> Delivery:
+        """What must be taken for granted of an attempt that its node has been told of, while it says nothing more."""
+        return Delivery.SENT if self.sent else Delivery.SENT_PARTLY
+
+
+@dataclass(slots=True, eq=False)
+class OpenTask:
+    """A task that has not ended."""
+
+    id: str
+    workspace_uid: str
+    workspace_name: str
+    #: Order of acceptance: its place in the queue, however often it returns there.
+    place: int
+    port: int
+    #: None: to be read from the store before a start. Not kept while it runs, nor for the whole of a long queue.
+    request: Request | None
+    repeatable: bool
+    limits: Limits
+    create_time: datetime
+    accepted_at: float
+    total_at: float
+    phase: Phase
+    #: As on disk, or in its insert.
+    state: State
+    #: Its insert is on disk.
+    recorded: bool = False
+
+    #: Number of the current or last attempt.
+    number: int = 0
+    attempt: OpenAttempt | None = None
+    start_time: datetime | None = None
+    history: History = NO_HISTORY
+    #: Replicas on which it has failed.
+    avoid: tuple[str, ...] = ()
+    #: GPU time of failed attempts that the customer's side caused.
+    gpu_us: int = 0
+
+    #: What it adds to the requests held in memory for queued tasks.
+    held_bytes: int = 0
+
+    #: While it waits: when it has waited for too long, and whether it may start (a backoff is over, at `ready_at`).
+    queue_at: float = inf
+    ready: bool = True
+    ready_at: float = inf
+
+    #: The write that is under way, what follows when it is on disk, and when to give it to the store again.
+    write: "Callable[[], asyncio.Future[None]] | None" = None
+    then: "Callable[[OpenTask], None] | None" = None
+    writing: "asyncio.Future[None] | None" = None
+    write_at: float = inf
+    #: An end that came during a write which must be over first.
+    wanted: Failure | None = None
+    #: Attempts to acknowledge once the write is on disk: their results have come.
+    acks: tuple[tuple[str, str], ...] = ()
+    #: What the end that is being written says.
+    end: End | None = None
+    failure: Failure | None = None
+    response: Response | None = None
+
+    waiters: list[Waiter] = field(default_factory=list)
+    timer: float = inf
+
+    def move(self, phase: Phase) -> None:
+        """Into its next phase."""
+        if phase not in FOLLOWING[self.phase]:
+            raise AssertionError(f"task {self.id} cannot go from {self.phase.name} to {phase.name}")
+        self.phase = phase
+
+    def due(self) -> float:
+        """When it needs attention next."""
+        phase = self.phase
+        if phase is Phase.ENDED:
+            return inf
+        when = self.write_at
+        if phase is Phase.RUNNING:
+            attempt = self.attempt
+            assert attempt is not None
+            when = min(when, self.total_at, attempt.run_at, attempt.lost_at)
+        elif phase is Phase.WAITING:
+            when = min(when, self.total_at, self.queue_at, self.ready_at)
+        if self.recorded:
+            for waiter in self.waiters:
+                when = min(when, waiter.deadline)
+        return when
+
+    def view(self, position: int = 0, waiting_for: str = "") -> TaskView:
+        """The task as it is on disk."""
+        end = self.end if self.phase is Phase.ENDED else None
+        return TaskView(
+            task_id=self.id,
+            workspace_uid=self.workspace_uid,
+            state=self.state,
+            attempt=self.number,
+            create_time=self.create_time,
+            start_time=self.start_time,
+            end_time=None if end is None else end.end_time,
+            failure=None if end is None else self.failure,
+            response=None if end is None else self.response,
+            queue_position=position,
+            waiting_for=waiting_for,
+        )
+
+
+def row_of(new: NewTask, create_time: datetime) -> Task:
+    """The row of a new task, QUEUED."""
+    request = new.request
+    return Task(
+        id=new.task_id,
+        workspace_uid=new.workspace_uid,
+        state=State.QUEUED,
+        create_time=create_time,
+        port=new.port,
+        method=request.method,
+        path=request.path,
+        query=request.query,
+        request_headers_json=_to_json(request.headers),
+        request_body=None if request.size > len(request.body) else request.body,
+        request_size=request.size,
+        repeatable=new.repeatable,
+        btc_address=new.btc_address,
+        idempotency_key=new.idempotency_key,
+        request_hash=new.request_hash,
+        user_ip=new.user_ip,
+        origin_url=new.origin_url,
+        operation=new.operation,
+    )
+
+
+def request_of_row(row: Task) -> Request:
+    """The request that a row keeps."""
+    headers = _headers_of(row.request_headers_json)
+    return Request(row.method, row.path, row.query, headers, row.request_body or b"", row.request_size)
+
+
+def view_of_row(row: Task, position: int = 0, waiting_for: str = "") -> TaskView:
+    """The task as its row has it."""
+    response = failure = None
+    if row.state is State.COMPLETED:
+        headers = _headers_of(row.response_headers_json)
+        body = row.response_body or b""
+        response = Response(row.response_status, headers, body, row.response_size, row.response_is_utf8)
+    elif row.state in ENDED:
+        failure = Failure(Cause(row.cause), row.failure_reason, row.failure_message)
+    return TaskView(
+        task_id=row.id,
+        workspace_uid=row.workspace_uid,
+        state=State(row.state),
+        attempt=row.attempt,
+        create_time=row.create_time,
+        start_time=row.start_time,
+        end_time=row.end_time,
+        failure=failure,
+        response=response,
+        queue_position=position,
+        waiting_for=waiting_for,
+    )
+
+
+def ledger_row(
+    task_id: str,
+    attempt: OpenAttempt,
+    delivery: Delivery,
+    end_time: datetime,
+    gpu_us: int,
+    *,
+    result: AttemptResult | None,
+    failure: Failure | None,
+) -> Attempt:
+    """The ledger's row of an attempt that has ended, with what its node said of it, if it did."""
+    row = Attempt(
+        task_id=task_id,
+        number=attempt.number,
+        replica_id=attempt.replica_id,
+        node_addr=attempt.node_addr,
+        node_ip=attempt.node_ip,
+        gpu_ids_json=attempt.gpu_ids_json,
+        delivery=delivery,
+        assign_time=attempt.assign_time,
+        end_time=end_time,
+        gpu_us=gpu_us,
+        reason=attempt.reason,
+    )
+    if result is not None:
+        row.sent_after_us = result.sent_after_us
+        row.first_byte_after_us = result.first_byte_after_us
+        row.last_byte_after_us = result.last_byte_after_us
+        if result.response is not None:
+            row.http_status = result.response.status
+    if failure is not None:
+        row.cause = failure.cause
+        row.failure_reason = failure.reason
+        row.failure_message = failure.message
+    return row
+
+
+def end_of(state: State, end_time: datetime, gpu_us: int, response: Response | None, failure: Failure | None) -> End:
+    """What a task's row says of its end."""
+    if response is not None:
+        return End(
+            state=state,
+            end_time=end_time,
+            response_status=response.status,
+            response_headers_json=_to_json(response.headers),
+            response_body=None if response.size > len(response.body) else response.body,
+            response_size=response.size,
+            response_is_utf8=response.is_utf8,
+            gpu_us=gpu_us,
+        )
+    assert failure is not None
+    return End(
+        state=state,
+        end_time=end_time,
+        gpu_us=gpu_us,
+        cause=failure.cause,
+        failure_reason=failure.reason,
+        failure_message=failure.message,
+    )
+
+
+#: Writes bytes as base64, which is how rows keep header values: HTTP does not promise UTF-8.
+_to_json = msgspec.json.Encoder().encode
+_headers_of = msgspec.json.Decoder(Headers).decode

@@ -1,0 +1,131 @@
+"""What an answer about a task says: the rulings on result codes as one table, and the JSON around the container's body."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+from ngpu.v1 import http_pb2
+from ngpu.v1 import task_pb2 as pb
+
+from httpbridge import envelope
+from httpbridge.calls import ControlPlane
+from httpbridge.reply import Reply
+
+ACCEPTED_MSG: Final = "SUCCESS! The task is currently in the queue waiting to be processed"
+RUNNING_MSG: Final = "The task is being processed"
+SUCCESS_MSG: Final = "success"
+
+#: The documented number of each state; only 3 is documented by the original, 1, 2 and -1 are its own all the same.
+STATES: Final = {
+    pb.TASK_STATE_QUEUED: 1,
+    pb.TASK_STATE_RUNNING: 2,
+    pb.TASK_STATE_COMPLETED: 3,
+    pb.TASK_STATE_FAILED: -1,
+    pb.TASK_STATE_CANCELLED: -2,
+}
+
+
+class Ruling(NamedTuple):
+    """`status`: HTTP's, for who waits for the container's answer. Who asks after a task gets 200 and `result_code`."""
+
+    status: int
+    result_code: int
+    msg: str
+
+
+_SUCCESS: Final = Ruling(200, 200, SUCCESS_MSG)
+_QUEUED: Final = Ruling(202, 100, ACCEPTED_MSG)
+_RUNNING: Final = Ruling(202, 101, RUNNING_MSG)
+
+
+def ruling(task: pb.Task, response: http_pb2.HttpResponse) -> Ruling:
+    """How a task stands, in the documented numbers."""
+    if task.state == pb.TASK_STATE_COMPLETED:
+        status = response.status
+        if 200 <= status < 300:
+            return _SUCCESS
+        msg = f"The container answered with HTTP status {status}; its answer is in data"
+        return Ruling(status if 400 <= status < 500 else 502, status, msg)
+    if task.state == pb.TASK_STATE_FAILED:
+        late = task.failure.reason.endswith("TIME_LIMIT")
+        return Ruling(504 if late else 502, 504 if late else 500, task.failure.message or "The task failed")
+    if task.state == pb.TASK_STATE_CANCELLED:
+        return Ruling(502, 499, task.failure.message or "The task was cancelled")
+    return _RUNNING if task.state == pb.TASK_STATE_RUNNING else _QUEUED
+
+
+def seconds_taken(task: pb.Task, now: datetime) -> float:
+    """From acceptance to the end, or to now."""
+    end = task.end_time.ToDatetime(UTC) if task.HasField("end_time") else now
+    return max(0.0, (end - task.create_time.ToDatetime(UTC)).total_seconds())
+
+
+class Answers:
+    """Writes a task's answer with the container's body in it: at once where it came along, else streamed behind it."""
+
+    def __init__(self, control_plane: ControlPlane) -> None:
+        self._control_plane = control_plane
+
+    def called(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str) -> Reply:
+        """To a synchronous call."""
+        status, result_code, msg = ruling(task, response)
+        data, encoding = self._data(response.body)
+        answer = envelope.Answered(result_code, msg, data, encoding, task.task_id)
+        return self._reply(envelope.encode(answer), task, response, workspace_id, status)
+
+    def queried(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, now: datetime) -> Reply:
+        """To `queryTask`."""
+        _, result_code, msg = ruling(task, response)
+        data, encoding = self._data(response.body)
+        seconds = int(seconds_taken(task, now))
+        answer = envelope.Queried(result_code, msg, task.task_id, data, encoding, response.body.size, seconds)
+        return self._reply(envelope.encode(answer), task, response, workspace_id, 200)
+
+    def _data(self, body: http_pb2.Body) -> tuple[str, str | envelope.UnsetType]:
+        if is_cut(body):
+            return "", envelope.UNSET if body.is_utf8 else envelope.BASE64
+        return envelope.text(body.inline)
+
+    def _reply(
+        self, json: bytes, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, status: int
+    ) -> Reply:
+        headers = {"Retry-After": _retry_after(response)} if status == 429 else None
+        content: bytes | AsyncGenerator[bytes, None] = json
+        if is_cut(response.body):
+            content = self.with_response(json, "data", task.task_id, workspace_id, response.body)
+        return Reply(content, status=status, task_id=task.task_id, headers=headers)
+
+    async def with_response(
+        self, json: bytes, key: str, task_id: str, workspace_id: str, body: http_pb2.Body
+    ) -> AsyncGenerator[bytes, None]:
+        """`json`, the empty string under `key` filled with the response as it comes from the control plane."""
+        # Inside a JSON string quotes are escaped, so this is found nowhere but where it is meant.
+        before, mark, after = json.partition(b'"%b":"' % key.encode())
+        yield before + mark
+        async with aclosing(envelope.stream_string(self._body(task_id, workspace_id, body), is_utf8=body.is_utf8)) as inside:
+            async for piece in inside:
+                yield piece
+        yield after
+
+    async def _body(self, task_id: str, workspace_id: str, body: http_pb2.Body) -> AsyncGenerator[bytes, None]:
+        yield body.inline
+        rest = self._control_plane.body(
+            task_id, workspace_id, offset=len(body.inline), size=body.size, part=pb.WatchRequest.PART_UNSPECIFIED
+        )
+        async with aclosing(rest):
+            async for chunk in rest:
+                yield chunk
+
+
+def is_cut(body: http_pb2.Body) -> bool:
+    """Whether the body is longer than what came along."""
+    return body.size > len(body.inline)
+
+
+def _retry_after(response: http_pb2.HttpResponse) -> str:
+    """The container's own, if it is a number."""
+    for header in response.headers:
+        if header.name.lower() == "retry-after" and header.value.isdigit():
+            return header.value[:6].decode()
+    return "1"

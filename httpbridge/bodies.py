@@ -1,0 +1,109 @@
+"""Reading what a caller sends, within limits of size, time and memory.
+
+A body is held whole, because its payload has to be taken out of its envelope. What all bodies over 64 KiB may hold together is
+therefore one number, the budget; a call that finds it used up is told to come again, before it has sent anything.
+"""
+
+import asyncio
+from typing import Final
+
+from aiohttp import StreamReader, web
+from ngpu import wire
+
+from httpbridge.errors import BadRequest, SlowClient, TooLarge, Unavailable
+
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Budget:
+    """Bytes of bodies that may be held at once."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.used_bytes = 0
+
+    def hold(self) -> "Hold":
+        """Nothing yet; the hold gives back what it took when it is left."""
+        return Hold(self)
+
+
+class Hold:
+    """What one call holds of the budget, as a context."""
+
+    __slots__ = ("_budget", "_bytes")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._bytes = 0
+
+    def take(self, size: int) -> None:
+        """Raises Unavailable if that is more than is left."""
+        budget = self._budget
+        if budget.used_bytes + size > budget.total_bytes:
+            raise Unavailable("Too many large bodies are under way; try again soon")
+        budget.used_bytes += size
+        self._bytes += size
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.used_bytes -= self._bytes
+        self._bytes = 0
+
+
+class BodyReader:
+    """Reads bodies of at most `limit_bytes`; one that stalls for `stall_limit_s` or takes `total_limit_s` is given up."""
+
+    def __init__(self, *, limit_bytes: int, stall_limit_s: float, total_limit_s: float) -> None:
+        self._limit_bytes = limit_bytes
+        self._stall_limit_s = stall_limit_s
+        self._total_limit_s = total_limit_s
+
+    async def read(self, request: web.BaseRequest, hold: Hold) -> bytes:
+        """The whole body, its size taken from `hold` if it is large.
+
+        Raises TooLarge (without reading anything, where Content-Length tells), SlowClient, Unavailable, BadRequest.
+        """
+        length = request.content_length
+        if length is not None:
+            if length > self._limit_bytes:
+                raise self._too_large()
+            if length > wire.INLINE_BYTES:
+                hold.take(length)
+        content = request.content
+        # Nearly always the body came in the packet of its head.
+        if content.is_eof():
+            body = content.read_nowait(-1)
+            if length is None and len(body) > self._limit_bytes:
+                raise self._too_large()
+            return body
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(_CONTINUE)
+            # aiohttp takes a writer that has written for a response that has begun.
+            request.writer.output_size = 0
+        try:
+            async with asyncio.timeout(self._total_limit_s):
+                return await self._gather(content, hold, counted=length is not None)
+        except TimeoutError:
+            raise SlowClient from None
+        except web.RequestPayloadError as error:
+            raise BadRequest(f"The body is not valid HTTP: {error}") from None
+
+    async def _gather(self, content: StreamReader, hold: Hold, *, counted: bool) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            async with asyncio.timeout(self._stall_limit_s):
+                chunk = await content.readany()
+            if not chunk and content.at_eof():
+                return b"".join(chunks)
+            size += len(chunk)
+            if size > self._limit_bytes:
+                raise self._too_large()
+            if not counted and size > wire.INLINE_BYTES:
+                hold.take(len(chunk))
+            chunks.append(chunk)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")

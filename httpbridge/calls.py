@@ -1,0 +1,269 @@
+"""The control plane as the bridge sees it: every gRPC call it makes, with refusals translated into the bridge's errors.
+
+Calls that are many and small go through the Batch stream (`batch`); bodies over 64 KiB go over a channel of their own, so
+that small calls stay fast beside them; the rest is plain unary calls and server streams.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any, Final, Self
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from ngpu import wire
+from ngpu.v1 import asset_pb2, asset_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2, workspace_pb2_grpc
+from ngpu.v1 import task_pb2 as pb
+
+from httpbridge import errors
+from httpbridge.batch import Batch, Stream
+
+#: Plain calls must be answered within this.
+CALL_LIMIT_S: Final = 30.0
+#: One attempt to move one body; it goes on from where it was.
+TRANSFER_LIMIT_S: Final = 3600.0
+#: A held answer comes at the latest so long after its `wait`.
+ANSWER_GRACE_S: Final = 30.0
+#: How often a broken stream is taken up again without having got any further.
+RESUMES: Final = 3
+RESUME_PAUSE_S: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+#: By `ngpu.v1.Error.reason`.
+_REASONS: Final[dict[str, type[errors.BridgeError]]] = {
+    "INVALID_ARGUMENT": errors.BadRequest,
+    "FORBIDDEN": errors.Forbidden,
+    "ASSET_MISSING": errors.Forbidden,
+    "NOT_FOUND": errors.NotFound,
+    "CONFLICT": errors.Conflict,
+    "EXPIRED": errors.Gone,
+    "TOO_LARGE": errors.TooLarge,
+    "QUEUE_FULL": errors.TooMany,
+    "RATE_LIMITED": errors.TooMany,
+    "NO_REPLICA": errors.Unavailable,
+    "TIME_LIMIT": errors.TimeLimit,
+    "UNAVAILABLE": errors.Unavailable,
+    "ASSET_UNKNOWN": errors.Unavailable,
+}
+#: By gRPC status, for what carries no reason we know.
+_CODES: Final[dict[int, type[errors.BridgeError]]] = {
+    grpc.StatusCode.INVALID_ARGUMENT.value[0]: errors.BadRequest,
+    grpc.StatusCode.NOT_FOUND.value[0]: errors.NotFound,
+    grpc.StatusCode.ALREADY_EXISTS.value[0]: errors.Conflict,
+    grpc.StatusCode.PERMISSION_DENIED.value[0]: errors.Forbidden,
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.TooMany,
+    grpc.StatusCode.FAILED_PRECONDITION.value[0]: errors.Conflict,
+    grpc.StatusCode.UNAVAILABLE.value[0]: errors.Unavailable,
+    grpc.StatusCode.CANCELLED.value[0]: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: errors.TimeLimit,
+}
+_UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED.value[0]
+
+
+def refusal(error: http_pb2.Error) -> errors.BridgeError:
+    """The bridge's error for one of the wire's."""
+    if error.code == _UNAUTHENTICATED:
+        # The bridge's own token: the caller can do nothing about it and need not know.
+        log.error("token_refused", message=error.message)
+        return errors.Unavailable("This bridge is not set up right: the control plane does not accept its token")
+    kind = _REASONS.get(error.reason) or _CODES.get(error.code)
+    if kind is None:
+        log.error("control_plane_fault", code=error.code, reason=error.reason, message=error.message)
+        return errors.BridgeError()
+    return kind(error.message, retry_after_s=error.retry_after_ms / 1000)
+
+
+def translated(error: grpc.aio.AioRpcError) -> errors.BridgeError:
+    """The bridge's error for a failed call."""
+    for key, value in error.trailing_metadata() or ():
+        if key == wire.ERROR and isinstance(value, bytes):
+            try:
+                return refusal(http_pb2.Error.FromString(value))
+            except DecodeError:
+                break
+    code = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        # gRPC's own words (addresses, errno) are for the log.
+        log.warning("control_plane_unreachable", details=error.details())
+        return errors.Unavailable("The control plane cannot be reached; try again soon")
+    return refusal(http_pb2.Error(code=code.value[0], message=error.details() or ""))
+
+
+class ControlPlane:
+    """A connection to the control plane; all methods raise BridgeError.
+
+    `token` is asked anew at every connection, so that a token may be replaced while the bridge runs.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: Callable[[], str],
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        outstanding: int = wire.BATCH_OUTSTANDING,
+    ) -> None:
+        self._token = token
+        self._small = _channel(address, credentials, wire.CLIENT_OPTIONS)
+        self._large = _channel(address, credentials, wire.BULK_CLIENT_OPTIONS)
+        self._tasks = task_pb2_grpc.TaskServiceStub(self._small)
+        self._bodies = task_pb2_grpc.TaskServiceStub(self._large)
+        self._workspaces = workspace_pb2_grpc.WorkspaceServiceStub(self._small)
+        self._assets = asset_pb2_grpc.AssetServiceStub(self._small)
+        self.batch = Batch(self._open_batch, outstanding=outstanding)
+
+    async def run(self) -> None:
+        """Keep the Batch stream up until cancelled."""
+        await self.batch.run()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await asyncio.gather(self._small.close(), self._large.close())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _open_batch(self) -> Stream:
+        if self._small.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
+            log.info("connecting_to_control_plane")
+        await self._small.channel_ready()
+        return self._tasks.Batch(metadata=self._metadata())
+
+    def _metadata(self, request_id: str = "") -> tuple[tuple[str, str], ...]:
+        bearer = (wire.AUTHORIZATION, f"Bearer {self._token()}")
+        return (bearer, (wire.REQUEST_ID, request_id)) if request_id else (bearer,)
+
+    async def schedule(self, request: pb.ScheduleRequest) -> pb.ScheduleResponse:
+        """TaskService.Schedule. If this is cancelled the control plane is told that nobody waits any more."""
+        answer = await self.batch.schedule(request, limit_s=request.wait.seconds + ANSWER_GRACE_S)
+        _raise_error(answer)
+        return answer.schedule
+
+    async def query(self, request: pb.QueryRequest) -> pb.QueryResponse:
+        """TaskService.Query."""
+        answer = await self.batch.query(request, limit_s=request.wait.seconds + ANSWER_GRACE_S)
+        _raise_error(answer)
+        return answer.query
+
+    async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
+        """TaskService.Cancel."""
+        answer = await self.batch.cancel(request, limit_s=CALL_LIMIT_S)
+        _raise_error(answer)
+        return answer.cancel
+
+    async def detail(self, request: pb.GetDetailRequest, request_id: str) -> pb.GetDetailResponse:
+        """TaskService.GetDetail, bodies cut at 1 MiB."""
+        return await _unary(self._tasks.GetDetail, request, self._metadata(request_id))
+
+    async def check_address(self, address: str, request_id: str) -> Iterable[asset_pb2.Holding]:
+        """AssetService.CheckAddress."""
+        request = asset_pb2.CheckAddressRequest(address=address)
+        response = await _unary(self._assets.CheckAddress, request, self._metadata(request_id))
+        return response.holdings
+
+    async def workspace(self, workspace_id: str, request_id: str) -> workspace_pb2.Workspace:
+        """WorkspaceService.GetWorkspace. Raises Unauthorized for an unknown id, which is a credential."""
+        request = workspace_pb2.GetWorkspaceRequest(workspace=workspace_id)
+        try:
+            response = await _unary(self._workspaces.GetWorkspace, request, self._metadata(request_id))
+        except errors.NotFound:
+            raise errors.Unauthorized("There is no workspace with this id") from None
+        return response.workspace
+
+    async def upload(self, body: bytes, *, workspace_id: str = "", route: str = "") -> str:
+        """TaskService.Upload: store a body; returns the id under which a Schedule may use it."""
+        view = memoryview(body)
+        first = pb.UploadRequest(workspace_id=workspace_id, route=route, data=body[: wire.CHUNK_BYTES])
+        chunks = itertools.chain(
+            [first],
+            (
+                pb.UploadRequest(data=bytes(view[at : at + wire.CHUNK_BYTES]))
+                for at in range(wire.CHUNK_BYTES, len(body), wire.CHUNK_BYTES)
+            ),
+        )
+        response = await _unary(self._bodies.Upload, chunks, self._metadata(), TRANSFER_LIMIT_S)
+        return response.upload_id
+
+    async def body(
+        self, task_id: str, workspace_id: str, *, offset: int, size: int, part: "pb.WatchRequest.Part.ValueType"
+    ) -> AsyncGenerator[bytes, None]:
+        """One of the bodies of an ended task, from `offset` to `size`, as it comes (TaskService.Watch).
+
+        Takes a broken stream up again where it was.
+        """
+        broken = 0
+        while offset < size:
+            request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, part=part, offset=offset)
+            events = self._bodies.Watch(request, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
+            try:
+                async for event in events:
+                    if event.data:
+                        if event.offset != offset:
+                            log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
+                            raise errors.BridgeError
+                        offset += len(event.data)
+                        broken = 0
+                        yield event.data
+                if offset < size:
+                    raise errors.Unavailable("The body ended early; ask again")
+            except grpc.aio.AioRpcError as error:
+                refused = translated(error)
+                if broken >= RESUMES or not isinstance(refused, errors.Unavailable | errors.TimeLimit):
+                    raise refused from None
+                broken += 1
+                await asyncio.sleep(RESUME_PAUSE_S)
+            finally:
+                events.cancel()
+
+    async def pages(self, request: pb.ListTasksRequest, request_id: str) -> AsyncGenerator[pb.ListTasksResponse, None]:
+        """TaskService.ListTasks, page by page; takes a broken stream up again after the last page."""
+        broken = 0
+        left = request.limit
+        while True:
+            pages = self._tasks.ListTasks(request, metadata=self._metadata(request_id), timeout=TRANSFER_LIMIT_S)
+            try:
+                async for page in pages:
+                    broken = 0
+                    request.cursor = page.cursor
+                    left -= len(page.task_ids)
+                    yield page
+                    # Without this a stream that breaks after its last page would be begun again from the first.
+                    if not page.cursor or (request.limit and left <= 0):
+                        return
+                return
+            except grpc.aio.AioRpcError as error:
+                refused = translated(error)
+                if broken >= RESUMES or not isinstance(refused, errors.Unavailable | errors.TimeLimit):
+                    raise refused from None
+                broken += 1
+                request.limit = left if request.limit else 0
+                await asyncio.sleep(RESUME_PAUSE_S)
+            finally:
+                pages.cancel()
+
+
+def _channel(
+    address: str, credentials: grpc.ChannelCredentials | None, options: wire.ChannelOptions
+) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+async def _unary(
+    method: Callable[..., Any], request: Any, metadata: tuple[tuple[str, str], ...], limit_s: float = CALL_LIMIT_S
+) -> Any:
+    try:
+        return await method(request, metadata=metadata, timeout=limit_s)
+    except grpc.aio.AioRpcError as error:
+        raise translated(error) from None
+
+
+def _raise_error(answer: pb.Answer) -> None:
+    if answer.WhichOneof("result") == "error":
+        raise refusal(answer.error)

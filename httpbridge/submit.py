@@ -1,0 +1,166 @@
+"""Work is given: `POST /user/<path>` waits for the container's answer, `schedulingTask` does not; else they are one.
+
+Everything that can be refused is refused before the body is read, and everything else before a task exists.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import unquote
+
+from aiohttp import web
+from ngpu import wire
+from ngpu.v1 import task_pb2 as pb
+
+from httpbridge import credentials, envelope, headers, params
+from httpbridge.answers import ACCEPTED_MSG, Answers
+from httpbridge.app import USER, Call
+from httpbridge.bodies import BodyReader, Budget
+from httpbridge.calls import ControlPlane
+from httpbridge.errors import BadRequest, NotFound, Unauthorized
+from httpbridge.reply import Reply
+
+Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+
+SCHEDULING_TASK: Final = "schedulingTask"
+#: The parameters that are ours; all others are the container's.
+OWN: Final = frozenset({"paramUrl", "paramPort", "taskMode"})
+#: As much of a User-Agent as is recorded.
+USER_AGENT_CHARACTERS: Final = 256
+
+
+class Submission:
+    """The two calls that give work."""
+
+    def __init__(
+        self,
+        control_plane: ControlPlane,
+        answers: Answers,
+        reader: BodyReader,
+        budget: Budget,
+        *,
+        accepted_result_code: int,
+        require_auth: bool,
+        sync_wait_s: int,
+        trusted_proxies: Networks = (),
+    ) -> None:
+        self._control_plane = control_plane
+        self._answers = answers
+        self._reader = reader
+        self._budget = budget
+        self._accepted_result_code = accepted_result_code
+        self._require_auth = require_auth
+        self._sync_wait_s = sync_wait_s
+        self._trusted_proxies = trusted_proxies
+
+    async def passthrough(self, call: Call) -> Reply:
+        """`POST /user/<path>`: to the caller's workspace, or without a header to the published route of that name."""
+        workspace_id = credentials.workspace_id(call.request.headers)
+        path, _ = params.container_path(call.path[len(USER) - 1 :], "The path")
+        request = pb.ScheduleRequest()
+        own, request.request.query = params.split_query(call.query, OWN)
+        port = params.port(own.get("paramPort"))
+        sync = params.is_sync(own.get("taskMode"), default=True)
+        if workspace_id:
+            request.workspace_id = workspace_id
+            request.port = port
+            request.request.path = path
+        elif self._require_auth:
+            raise Unauthorized
+        else:
+            # A published route names its own port and path, which a stranger may not choose.
+            request.route = unquote(path[1:])
+        return await self._submit(call, request, unquote(path[1:].partition("/")[0]), sync=sync)
+
+    async def scheduling_task(self, call: Call) -> Reply:
+        """`POST /user/schedulingTask?paramUrl=&paramPort=&taskMode=`."""
+        workspace_id = credentials.workspace_id(call.request.headers)
+        if not workspace_id:
+            raise Unauthorized
+        own, query = params.split_query(call.query, OWN)
+        path, own_query = params.container_path(own.get("paramUrl", ""))
+        request = pb.ScheduleRequest(workspace_id=workspace_id, port=params.port(own.get("paramPort")))
+        request.request.path = path
+        request.request.query = f"{own_query}&{query}" if own_query and query else own_query or query
+        sync = params.is_sync(own.get("taskMode"), default=False)
+        return await self._submit(call, request, SCHEDULING_TASK, sync=sync)
+
+    async def _submit(self, call: Call, request: pb.ScheduleRequest, operation: str, *, sync: bool) -> Reply:
+        fields = call.request.headers
+        key = params.idempotency_key(fields.get("Idempotency-Key"))
+        if key:
+            if request.route:
+                raise BadRequest("An Idempotency-Key belongs to a workspace: send the Authorization header too")
+            request.idempotency_key = key
+        request.request.method = "POST"
+        headers.forward(call.request.raw_headers, fields.get("Connection", ""), request.request)
+        origin = request.origin
+        origin.user_ip = _user_ip(call.request, self._trusted_proxies)
+        origin.url = call.target
+        origin.operation = operation
+        origin.user_agent = _printable(fields.get("User-Agent", ""))
+        if sync:
+            request.wait.seconds = self._sync_wait_s
+            # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains.
+            request.cancel_on_hangup = not key
+        try:
+            await self._add_body(call, request)
+            response = await self._control_plane.schedule(request)
+        except NotFound:
+            raise Unauthorized(
+                f"Nothing is published under {request.route[:64]!r}: send `Authorization: Bearer <workspace id>`"
+                if request.route
+                else "There is no workspace with this id"
+            ) from None
+        task = response.task
+        if sync:
+            return self._answers.called(task, response.response, request.workspace_id)
+        accepted = envelope.Accepted(
+            self._accepted_result_code, ACCEPTED_MSG, task.task_id, task.task_id, task.task_id
+        )
+        return Reply(envelope.encode(accepted), task_id=task.task_id)
+
+    async def _add_body(self, call: Call, request: pb.ScheduleRequest) -> None:
+        """Read the caller's body and put the container's into `request`, or store it where it is large."""
+        fields = call.request.headers
+        with self._budget.hold() as hold:
+            payload = envelope.open_(
+                await self._reader.read(call.request, hold),
+                fields.get("Content-Type", ""),
+                fields.get("Content-Encoding", ""),
+            )
+            request.btc_address = payload.btc_address or credentials.btc_address(fields.get("BtcAddress", ""))
+            if payload.content_type:
+                request.request.headers.add(
+                    name="Content-Type", value=payload.content_type.encode("utf-8", "surrogateescape")
+                )
+            body = request.request.body
+            body.size = len(payload.body)
+            if body.size <= wire.INLINE_BYTES:
+                body.inline = payload.body
+            else:
+                body.upload_id = await self._control_plane.upload(
+                    payload.body, workspace_id=request.workspace_id, route=request.route
+                )
+
+
+def _user_ip(request: web.BaseRequest, trusted: Networks) -> str:
+    """The caller's address; behind proxies we trust, the one that the outermost of them saw."""
+    address = request.remote or ""
+    if trusted:
+        hops = [address, *reversed(request.headers.get("X-Forwarded-For", "").split(","))]
+        for hop in hops:
+            try:
+                known = ipaddress.ip_address(hop.strip())
+            except ValueError:
+                break
+            address = str(known)
+            if not any(known in network for network in trusted):
+                break
+    return address
+
+
+def _printable(text: str) -> str:
+    """What may stand in a protobuf string: aiohttp keeps bytes that are not UTF-8 as lone surrogates."""
+    text = text[:USER_AGENT_CHARACTERS]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -1,0 +1,147 @@
+"""Large bodies between the control plane and this node: on a channel of their own, resumed where they broke off.
+
+A broken stream is not the end of anything: each body goes on from the byte that the other side has, for as long as its
+attempt lasts, over as many sessions as that takes.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Final, TypeAlias
+
+import grpc
+import structlog
+from ngpu.v1 import http_pb2, node_pb2
+
+from nodedaemon.course import CUSTOMER, PLATFORM, NoAnswer
+from nodedaemon.dial import Backoff, LinkLost, Metadata, bearer, read, reason_of, stub_of, write
+from nodedaemon.spool import Body
+
+DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.DeliverRequest, node_pb2.DeliverResponse]"
+
+log = structlog.get_logger()
+
+#: Waits between tries of one body.
+FIRST_RETRY_S: Final = 0.1
+RETRY_CAP_S: Final = 5.0
+#: Bodies of ended attempts delivered at once; those of running ones are never held back.
+BACKLOG_AT_ONCE: Final = 32
+
+
+class GivenUp(NoAnswer):
+    """The control plane does not want this attempt any more."""
+
+    def __init__(self) -> None:
+        super().__init__("CANCELLED", PLATFORM, "The control plane gave the attempt up.")
+
+
+class Bulk:
+    """Fetches and delivers bodies over `channel`, which lives as long as the daemon: sessions come and go beside it."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = stub_of(channel)
+        self._metadata: Metadata = ()
+        self._open = asyncio.Event()
+        self._backlog = asyncio.Semaphore(BACKLOG_AT_ONCE)
+
+    def open(self, session_token: str) -> None:
+        """A session has begun."""
+        self._metadata = bearer(session_token)
+        self._open.set()
+
+    def close(self) -> None:
+        """The session is over: begin no call before the next."""
+        self._open.clear()
+
+    async def fetch(self, attempt_id: str, offset: int, size: int) -> AsyncGenerator[bytes, None]:
+        """The bytes of a request's body from `offset` to `size`, as they come. Raises NoAnswer, GivenUp."""
+        backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S)
+        while offset < size:
+            await self._open.wait()
+            call = self._stub.Fetch(
+                node_pb2.FetchRequest(attempt_id=attempt_id, offset=offset), metadata=self._metadata
+            )
+            try:
+                while offset < size:
+                    data = (await read(call)).data
+                    offset += len(data)
+                    if offset > size:
+                        raise NoAnswer("INTERNAL", PLATFORM, "The request's body is longer than its size says.")
+                    yield data
+                    backoff.reset()
+            except (grpc.aio.AioRpcError, LinkLost) as fault:
+                _check(fault)
+                log.info("fetch.broken", attempt=attempt_id, offset=offset, size=size, reason=_words(fault))
+            finally:
+                call.cancel()
+            if offset < size:
+                await asyncio.sleep(backoff.next())
+
+    async def deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
+        """Send a response's body as it grows; returns when the control plane has all of it on disk.
+
+        Raises GivenUp, NoAnswer (too large for the control plane), OSError (`body` cannot be read).
+        """
+        backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S)
+        while True:
+            await self._open.wait()
+            try:
+                # Growing ones are bounded by the replicas' capacity; after a long absence there may be many others.
+                async with self._backlog if body.ended else contextlib.nullcontext():
+                    return await self._deliver(attempt_id, head, body)
+            except (grpc.aio.AioRpcError, LinkLost) as fault:
+                _check(fault)
+                log.info("deliver.broken", attempt=attempt_id, size=body.size, reason=_words(fault))
+            await asyncio.sleep(backoff.next())
+
+    async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
+        call = self._stub.Deliver(metadata=self._metadata)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await write(call, node_pb2.DeliverRequest(attempt_id=attempt_id, head=head))
+            answer = await read(call)
+            if answer.complete:
+                return
+            tasks.append(asyncio.create_task(_hear(call), name=f"delivered {attempt_id}"))
+            tasks.append(asyncio.create_task(_tell(call, body, answer.stored_bytes), name=f"deliver {attempt_id}"))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            call.cancel()
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+
+async def _hear(call: DeliverCall) -> None:
+    """Until the control plane has all."""
+    while not (await read(call)).complete:
+        pass
+
+
+async def _tell(call: DeliverCall, body: Body, offset: int) -> None:
+    """All of the body from `offset`, as it grows. If the stream ends under it, `_hear` hears why."""
+    with contextlib.suppress(grpc.aio.AioRpcError, LinkLost):
+        last = False
+        while not last:
+            data = await body.read(offset)
+            last = body.ended and offset + len(data) == body.size
+            await write(call, node_pb2.DeliverRequest(offset=offset, data=data, last=last))
+            offset += len(data)
+
+
+def _check(fault: grpc.aio.AioRpcError | LinkLost) -> None:
+    """Raises what another try cannot mend."""
+    if isinstance(fault, grpc.aio.AioRpcError):
+        reason, message = reason_of(fault)
+        if fault.code() is grpc.StatusCode.NOT_FOUND:
+            raise GivenUp
+        if reason == "TOO_LARGE":
+            raise NoAnswer("RESPONSE_TOO_LARGE", CUSTOMER, message)
+
+
+def _words(fault: grpc.aio.AioRpcError | LinkLost) -> str:
+    return reason_of(fault)[1] if isinstance(fault, grpc.aio.AioRpcError) else str(fault)

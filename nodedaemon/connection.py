@@ -1,0 +1,343 @@
+"""Connections to containers: one exchange at a time on each, kept for the next where that is safe.
+
+Nothing is retried once a byte of a request has gone out: a container that closes a reused connection may have read what
+we wrote into it. To keep that race rare a connection is reused only within IDLE_S and after a look at its socket.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ngpu import wire
+
+from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+from nodedaemon.http1 import Malformed, ResponseParser
+
+#: To reach a container on this machine.
+CONNECT_LIMIT_S: Final = 5.0
+#: How long an unused connection is kept: less than servers commonly do, so that we are the one who closes.
+IDLE_S: Final = 1.0
+#: Unused connections kept per replica and port.
+IDLE_CONNECTIONS: Final = 256
+#: Body bytes that wait in a connection for their reader; past it the container waits.
+BUFFER_BYTES: Final = wire.CHUNK_BYTES
+
+#: (host, port).
+Address = tuple[str, int]
+
+
+class Connection(asyncio.Protocol):
+    """One connection. Begin an exchange with `begin`, then `wait` and `take` until `complete` and nothing is buffered."""
+
+    def __init__(self, sock: socket.socket, address: Address, monotonic: Callable[[], float]) -> None:
+        self._sock = sock
+        self._monotonic = monotonic
+        self._transport: asyncio.Transport
+        self._loop = asyncio.get_running_loop()
+        self._course: Course | None = None
+        self._fault: NoAnswer | None = None
+        self._pieces: list[bytes] = []
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        # The reader wakes once it has this many body bytes, or there will be no more.
+        self._wanted = 0
+        self._reading = True
+        # The socket has not yet taken all that was written.
+        self._unflushed = False
+        self._written_all = False
+        self._lost = False
+        self._idle_since = 0.0
+        self.address = address
+        self.response = ResponseParser("GET")
+        self.buffered_bytes = 0
+
+    @property
+    def over(self) -> bool:
+        """The answer is complete, or there will be none."""
+        return self.response.complete or self._fault is not None
+
+    @property
+    def reusable(self) -> bool:
+        """Another exchange may follow on it."""
+        return self.response.complete and self.response.reusable and self._flushed and not self._lost
+
+    @property
+    def _flushed(self) -> bool:
+        return self._written_all and not self._unflushed
+
+    def begin(self, method: str, data: bytes, course: Course, *, whole: bool) -> bool:
+        """Send the beginning of a request (all of it, if `whole`). False: the container is gone and no byte went out."""
+        if self._lost:
+            return False
+        # By our own hand, not the transport's: so that we know whether a byte went out.
+        try:
+            written = self._sock.send(data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            return False
+        self.response = ResponseParser(method)
+        self._course = course
+        self._written_all = whole
+        course.begun()
+        if written < len(data):
+            self._transport.write(data[written:])
+        elif whole:
+            course.sent()
+        return True
+
+    async def write(self, data: bytes) -> None:
+        """Send more of the request; returns when the socket has taken it, or the exchange is over."""
+        self._transport.write(data)
+        if self._unflushed and not self.over:
+            self._writer = self._loop.create_future()
+            await self._writer
+
+    def written(self) -> None:
+        """That was all of the request."""
+        self._written_all = True
+        if not self._unflushed and self._course is not None:
+            self._course.sent()
+
+    def fail(self, fault: NoAnswer) -> None:
+        """End the exchange for that reason, unless its answer is complete."""
+        if not self.over:
+            self._fault = fault
+        self.abort()
+        self._wake()
+
+    async def wait(self, wanted_bytes: int, limit_s: float | None = None) -> None:
+        """Wait for the head of the answer and so many bytes of its body, or its end, or the limit. Raises NoAnswer."""
+        self._wanted = wanted_bytes
+        if not self._ready():
+            self._reader = self._loop.create_future()
+            timer = None if limit_s is None else self._loop.call_later(limit_s, self._wake_reader)
+            try:
+                await self._reader
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        if self._fault is not None:
+            raise self._fault
+
+    def take(self) -> bytes:
+        """The body bytes that have come since."""
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self.buffered_bytes = 0
+        if not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+        return data
+
+    def rest(self) -> None:
+        """The exchange is over; keep the connection for another."""
+        self._course = None
+        self._idle_since = self._monotonic()
+
+    def young(self) -> bool:
+        """It has not been unused for too long, and is open as far as we have heard."""
+        return not self._lost and self._monotonic() - self._idle_since <= IDLE_S
+
+    def fresh(self) -> bool:
+        """Another request may be sent on it, as far as can be seen by looking at its socket."""
+        if not self.young():
+            return False
+        try:
+            # Either its end, or words that nobody asked for.
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def abort(self) -> None:
+        """Close it now, whatever is under way."""
+        self._lost = True
+        self._transport.abort()
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        # So that `pause_writing` and `resume_writing` say exactly when something is unsent.
+        transport.set_write_buffer_limits(high=0)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        course = self._course
+        if course is None or self.over:
+            # Nobody asked for it.
+            self.abort()
+            return
+        if not course.first_byte_at:
+            course.heard()
+        try:
+            body = self.response.feed(data)
+        except Malformed as fault:
+            self.fail(NoAnswer("BAD_RESPONSE", CUSTOMER, f"The container's answer is not valid HTTP: {fault}."))
+            return
+        if self.response.head_complete:
+            course.answered()
+        if body:
+            self._pieces.append(body)
+            self.buffered_bytes += len(body)
+            course.received_bytes += len(body)
+            if self.buffered_bytes >= BUFFER_BYTES and self._reading:
+                self._reading = False
+                self._transport.pause_reading()
+        if self.response.complete:
+            course.ended()
+        self._wake()
+
+    def eof_received(self) -> None:
+        """The container closed its side."""
+        self._close()
+        # What it has not read by now it never will.
+        self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end of the connection, whoever brought it about."""
+        if exc is not None and not self.over:
+            # A write failed. An answer that was given before the request was read (413, say) may still lie in the socket.
+            self._read_rest()
+        self._lost = True
+        self._close()
+
+    def pause_writing(self) -> None:
+        """The socket did not take all."""
+        self._unflushed = True
+
+    def resume_writing(self) -> None:
+        """The socket has taken all."""
+        self._unflushed = False
+        if self._written_all and self._course is not None:
+            self._course.sent()
+        self._wake_writer()
+
+    def _ready(self) -> bool:
+        return self.over or (self.response.head_complete and self.buffered_bytes >= self._wanted)
+
+    def _wake(self) -> None:
+        if self._ready():
+            self._wake_reader()
+        if self.over:
+            self._wake_writer()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _wake_writer(self) -> None:
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    def _close(self) -> None:
+        course = self._course
+        if course is None or self.over:
+            return
+        if self.response.eof():
+            course.ended()
+        else:
+            self._fault = NoAnswer("CONNECTION_CLOSED", CUSTOMER, self._closed_when(course))
+        self._wake()
+
+    def _closed_when(self, course: Course) -> str:
+        if not course.first_byte_at:
+            return "The container closed the connection without an answer."
+        if not self.response.head_complete:
+            return "The container closed the connection in the middle of its answer's head."
+        of = "" if self.response.length is None else f" of {self.response.length}"
+        return (
+            f"The container closed the connection in the middle of its answer, after {course.received_bytes}{of} bytes."
+        )
+
+    def _read_rest(self) -> None:
+        try:
+            while not self.over and (data := self._sock.recv(BUFFER_BYTES)):
+                self.data_received(data)
+        except OSError:
+            return
+
+
+class Connections:
+    """Connections to the containers of this node, by replica and address."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        # The last one used comes first: the others grow old and are closed.
+        self._idle: dict[tuple[str, Address], list[Connection]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def idle(self, replica_id: str, address: Address) -> Connection | None:
+        """A connection that may be used again, if there is one."""
+        kept = self._idle.get((replica_id, address))
+        while kept:
+            connection = kept.pop()
+            if connection.fresh():
+                return connection
+            connection.abort()
+        return None
+
+    async def new(self, address: Address) -> Connection:
+        """A new connection. Raises NoAnswer."""
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_LIMIT_S):
+                await loop.sock_connect(sock, address)
+            _, connection = await loop.create_connection(lambda: Connection(sock, address, self._monotonic), sock=sock)
+        except BaseException as fault:
+            sock.close()
+            if isinstance(fault, TimeoutError):
+                words = f"did not answer within {CONNECT_LIMIT_S:g} s"
+            elif isinstance(fault, ConnectionRefusedError):
+                words = "refused it: nothing listens on its port"
+            elif isinstance(fault, OSError):
+                words = f"could not be reached ({fault.strerror})"
+            else:
+                raise
+            raise NoAnswer(
+                "CONNECT_FAILED", PLATFORM, f"No connection to the container could be made: it {words}."
+            ) from None
+        return connection
+
+    def keep(self, replica_id: str, connection: Connection) -> None:
+        """The exchange on it is over: keep it for the next, or close it."""
+        if not connection.reusable:
+            connection.abort()
+            return
+        kept = self._idle.setdefault((replica_id, connection.address), [])
+        if len(kept) >= IDLE_CONNECTIONS:
+            kept.pop(0).abort()
+        connection.rest()
+        kept.append(connection)
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_S, self._close_old)
+
+    def close(self) -> None:
+        """Close all that are kept."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        for kept in self._idle.values():
+            for connection in kept:
+                connection.abort()
+        self._idle.clear()
+
+    def _close_old(self) -> None:
+        self._sweep = None
+        for key, kept in list(self._idle.items()):
+            while kept and not kept[0].young():
+                kept.pop(0).abort()
+            if not kept:
+                del self._idle[key]
+        if self._idle:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_S, self._close_old)

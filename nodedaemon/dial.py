@@ -1,0 +1,112 @@
+"""The way to the control plane: channels, what its errors say, and how long to wait before the next try."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from ngpu import wire
+from ngpu.v1 import http_pb2, node_pb2_grpc
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+Metadata = tuple[tuple[str, str], ...]
+
+#: To answer a unary call.
+CALL_LIMIT_S: Final = 10.0
+
+
+class LinkLost(Exception):
+    """The stream to the control plane has ended."""
+
+
+class Dialler:
+    """Makes channels to one control plane. `tls_ca`: PEM file with the authority to trust; None: the system's."""
+
+    def __init__(self, target: str, *, tls: bool = False, tls_ca: Path | None = None) -> None:
+        self.target = target
+        self._credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes() if tls_ca else None) if tls else None
+
+    def channel(self) -> grpc.aio.Channel:
+        """A channel with a socket of its own, and so with no memory of earlier failures to connect."""
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=wire.BULK_CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(self.target, self._credentials, options=wire.BULK_CLIENT_OPTIONS)
+
+
+class Backoff:
+    """Waits that double from `first_s` to `cap_s`, each shortened by up to half so that nodes do not come in step."""
+
+    def __init__(self, first_s: float, cap_s: float, *, chance: Callable[[], float] = random.random) -> None:
+        self._first_s = self._next_s = first_s
+        self._cap_s = cap_s
+        self._chance = chance
+
+    def next(self) -> float:
+        """How long to wait now, in seconds."""
+        wait_s = self._next_s * (0.5 + 0.5 * self._chance())
+        self._next_s = min(self._next_s * 2, self._cap_s)
+        return wait_s
+
+    def reset(self) -> None:
+        """It went well: begin anew."""
+        self._next_s = self._first_s
+
+
+def bearer(token: str) -> Metadata:
+    """Metadata that carries `token`."""
+    return ((wire.AUTHORIZATION, f"Bearer {token}"),)
+
+
+def stub_of(channel: grpc.aio.Channel) -> node_pb2_grpc.NodeServiceAsyncStub:
+    """The service on that channel."""
+    return node_pb2_grpc.NodeServiceStub(channel)
+
+
+async def read(
+    call: grpc.aio.StreamStreamCall[Asked, Answered] | grpc.aio.UnaryStreamCall[Asked, Answered],
+) -> Answered:
+    """The next message of a stream. Raises LinkLost at its end, AioRpcError."""
+    with _cancelled_by_other_side():
+        message = await call.read()
+    if message is grpc.aio.EOF:
+        raise LinkLost("the control plane ended it")
+    return cast("Answered", message)
+
+
+async def write(call: grpc.aio.StreamStreamCall[Asked, Answered], message: Asked) -> None:
+    """Send a message on a stream; returns when the transport has room for more. Raises LinkLost, AioRpcError."""
+    with _cancelled_by_other_side():
+        try:
+            await call.write(message)
+        except asyncio.InvalidStateError:
+            raise LinkLost("it has ended") from None
+
+
+@contextlib.contextmanager
+def _cancelled_by_other_side() -> Iterator[None]:
+    """grpc.aio raises CancelledError also when the other side ended a call as CANCELLED: tell the two apart."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise LinkLost("it was cancelled by the other side") from None
+
+
+def reason_of(fault: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Reason and message of a failed call; the reason is empty if the control plane gave none."""
+    trailing: Sequence[tuple[str, str | bytes]] = tuple(fault.trailing_metadata() or ())
+    for key, value in trailing:
+        if key == wire.ERROR and isinstance(value, bytes):
+            try:
+                error = http_pb2.Error.FromString(value)
+            except DecodeError:
+                break
+            return error.reason, error.message
+    return "", f"{fault.code().name}: {fault.details() or 'no details'}"

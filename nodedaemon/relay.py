@@ -1,0 +1,202 @@
+"""One HTTP exchange with one container: the request as it came in a Start, the answer as it goes into a Result.
+
+A small answer is collected and rides inline; a large or streamed one goes to a sink as it comes, with back-pressure,
+so that memory does not grow with bodies. Redirects are not followed, nothing is decompressed, no cookie and no proxy
+is known.
+"""
+
+import asyncio
+import codecs
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+from ngpu import wire
+from ngpu.v1 import http_pb2
+
+from nodedaemon.connection import Address, Connection, Connections
+from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+
+log = structlog.get_logger()
+
+#: The head of a streamed answer waits this long for the end of its body: most are over by then and need no stream.
+TAIL_S: Final = 0.02
+
+
+class Sink(Protocol):
+    """Where a large or streamed body goes."""
+
+    async def write(self, data: bytes) -> None:
+        """Take it; back-pressure is to return late. Raises OSError."""
+
+    def end(self) -> None:
+        """That was all."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is asked of a container.
+
+    `payload`: the head, and what is inline of the body. `upload`: the rest of the body, if there is more. `begin` is
+    called before the first byte goes out and `open_body` with the head of an answer whose body needs a sink; both may
+    raise NoAnswer.
+    """
+
+    replica_id: str
+    address: Address
+    method: str
+    payload: bytes
+    begin: Callable[[], None]
+    open_body: Callable[[http_pb2.HttpResponse], Sink]
+    upload: AsyncGenerator[bytes, None] | None = None
+    limit_bytes: int = 0
+    streamed: bool = False
+
+
+class Relay:
+    """Does exchanges; keeps connections between them."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._connections = Connections(monotonic)
+
+    async def run(self, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> None:
+        """Do it, and fill `response` in: body inline, or its size alone if it went to a sink. Raises NoAnswer.
+
+        Cancelling it closes the container's connection. `course` is true at every moment.
+        """
+        connection = await self._begin(exchange, course)
+        upload = exchange.upload
+        sending = None if upload is None else asyncio.create_task(_send(connection, upload), name="upload")
+        try:
+            await _receive(connection, exchange, course, response)
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            if sending is not None:
+                sending.cancel()
+                await asyncio.wait([sending])
+        self._connections.keep(exchange.replica_id, connection)
+
+    def close(self) -> None:
+        """Close connections that are kept."""
+        self._connections.close()
+
+    async def _begin(self, exchange: Exchange, course: Course) -> Connection:
+        """A connection on which the first bytes have gone out."""
+        whole = exchange.upload is None
+        # A body that takes its time is not risked on a connection that may be about to close.
+        connection = self._connections.idle(exchange.replica_id, exchange.address) if whole else None
+        while True:
+            new = connection is None
+            if connection is None:
+                connection = await self._connections.new(exchange.address)
+            try:
+                exchange.begin()
+                if connection.begin(exchange.method, exchange.payload, course, whole=whole):
+                    # An attempt may run for long: keep no more of it than is needed.
+                    exchange.payload = b""
+                    return connection
+            except BaseException:
+                connection.abort()
+                raise
+            connection.abort()
+            if new:
+                raise NoAnswer(
+                    "CONNECT_FAILED", PLATFORM, "The container closed the connection before a byte was sent."
+                )
+            connection = None
+
+
+async def _send(connection: Connection, upload: AsyncGenerator[bytes, None]) -> None:
+    """Send the rest of the request's body. Its failure is the exchange's."""
+    try:
+        async with contextlib.aclosing(upload):
+            async for data in upload:
+                if connection.over:
+                    return
+                await connection.write(data)
+        connection.written()
+    except NoAnswer as fault:
+        connection.fail(fault)
+    except Exception:
+        log.exception("relay.upload_broken")
+        connection.fail(NoAnswer("INTERNAL", PLATFORM, "The node failed while it sent the request; its log says why."))
+
+
+async def _receive(connection: Connection, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> None:
+    await connection.wait(0 if exchange.streamed else wire.INLINE_BYTES + 1)
+    if exchange.streamed and not connection.over:
+        await connection.wait(wire.INLINE_BYTES + 1, TAIL_S)
+    answer = connection.response
+    response.status = answer.status
+    for name, value in answer.headers:
+        response.headers.add(name=name, value=value)
+    _check_limit(max(answer.length or 0, course.received_bytes), exchange.limit_bytes)
+    if connection.over and connection.buffered_bytes <= wire.INLINE_BYTES:
+        data = connection.take()
+        response.body.inline = data
+        response.body.size = len(data)
+        response.body.is_utf8 = _is_utf8(data)
+        return
+    sink = exchange.open_body(response)
+    utf8 = _Utf8()
+    size = 0
+    while True:
+        data = connection.take()
+        size += len(data)
+        _check_limit(size, exchange.limit_bytes)
+        if data:
+            utf8.feed(data)
+            try:
+                await sink.write(data)
+            except OSError as fault:
+                raise NoAnswer(
+                    "INTERNAL", PLATFORM, f"The node could not store the container's answer: {fault.strerror}."
+                ) from None
+        elif connection.over:
+            break
+        await connection.wait(1)
+    response.body.size = size
+    response.body.is_utf8 = utf8.end()
+    sink.end()
+
+
+def _check_limit(size: int, limit: int) -> None:
+    if limit and size > limit:
+        raise NoAnswer(
+            "RESPONSE_TOO_LARGE",
+            CUSTOMER,
+            f"The container's answer is larger than the workspace's limit of {limit} bytes.",
+        )
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class _Utf8:
+    """Is a body, taken piece by piece, valid UTF-8?"""
+
+    def __init__(self) -> None:
+        self._decoder: codecs.IncrementalDecoder | None = codecs.getincrementaldecoder("utf-8")()
+
+    def feed(self, data: bytes, *, final: bool = False) -> None:
+        """The next piece."""
+        if self._decoder is not None:
+            try:
+                self._decoder.decode(data, final)
+            except UnicodeDecodeError:
+                self._decoder = None
+
+    def end(self) -> bool:
+        """The answer, after the last piece."""
+        self.feed(b"", final=True)
+        return self._decoder is not None

@@ -1,0 +1,144 @@
+"""A control plane that says what the test tells it to, over real gRPC on a free port of this machine."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from ngpu import wire
+from ngpu.v1 import fleet_pb2 as fleet
+from ngpu.v1 import fleet_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2_grpc
+from ngpu.v1 import task_pb2 as task
+from ngpu.v1 import workspace_pb2 as workspace
+
+TOKEN = "operator-token"
+ID = "012345678901234567890123"
+TASK = "20260131_14_00_09_01234567890123456789"
+NODE = "0xCac10F51814E8e425a6877951fecb7746161c669"
+
+
+def at(second: int = 0) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(datetime(2026, 1, 31, 14, 0, second, tzinfo=UTC))
+    return stamp
+
+
+def a_replica(state: workspace.ReplicaState.ValueType, **fields: Any) -> workspace.Replica:
+    given = {"id": "r-0a1b2c3d4e5f", "node_name": "node-1", "node_addr": NODE} | fields
+    return workspace.Replica(state=state, create_time=at(), **given)
+
+
+def a_workspace(*replicas: workspace.Replica, wanted: int = 1, **fields: Any) -> workspace.Workspace:
+    spec = workspace.WorkspaceSpec(name="img2img", image="demo", ports=[8080], replicas=wanted, concurrency=1, cpus=1)
+    ready = sum(replica.state == workspace.REPLICA_STATE_READY for replica in replicas)
+    return workspace.Workspace(
+        id=ID, spec=spec, create_time=at(), replicas=replicas, ready_replicas=ready, generation=1, **fields
+    )
+
+
+def a_task(state: task.TaskState.ValueType, **fields: Any) -> task.Task:
+    return task.Task(task_id=TASK, state=state, create_time=at(), **({"attempt": 1} | fields))
+
+
+class Refusal(Exception):
+    """Ends a call: with the house's own error if it has a reason, else bare, as gRPC itself would."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str = "", message: str = "", retry_after_ms: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.error = http_pb2.Error(code=code.value[0], reason=reason, message=message, retry_after_ms=retry_after_ms)
+
+
+Answers = dict[str, Any]
+
+
+class FakeControlPlane(
+    workspace_pb2_grpc.WorkspaceServiceServicer, fleet_pb2_grpc.FleetServiceServicer, task_pb2_grpc.TaskServiceServicer
+):
+    """`answers[method]` is an answer, a Refusal, a list of events of one stream, or a function of the request.
+
+    A list of lists: one for each time the stream is opened. `asked` are the requests, `methods` their methods.
+    """
+
+    def __init__(self) -> None:
+        self.answers: Answers = {}
+        self.asked: list[Any] = []
+        self.methods: list[str] = []
+        self.streams: dict[str, int] = {}
+        self.hold = threading.Event()
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.SERVER_OPTIONS)
+        workspace_pb2_grpc.add_WorkspaceServiceServicer_to_server(self, self._server)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(self, self._server)
+        task_pb2_grpc.add_TaskServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self.hold.set()
+        self._server.stop(None).wait()
+
+    def last(self) -> Any:
+        return self.asked[-1]
+
+    def _take(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
+        metadata = dict(context.invocation_metadata())
+        if metadata.get(wire.AUTHORIZATION) != f"Bearer {TOKEN}":
+            refuse(context, Refusal(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", "The token is not known."))
+        self.methods.append(method)
+        self.asked.append(request)
+        answer = self.answers.get(method)
+        if callable(answer):
+            answer = answer(request)
+        if isinstance(answer, Refusal):
+            refuse(context, answer)
+        return answer
+
+    def _unary(self, method: str) -> Callable[[Any, grpc.ServicerContext], Any]:
+        def call(request: Any, context: grpc.ServicerContext) -> Any:
+            return self._take(method, request, context)
+
+        return call
+
+    def _stream(self, method: str) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
+        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            events = self._take(method, request, context)
+            if events and isinstance(events[0], list):
+                number = self.streams[method] = self.streams.get(method, 0) + 1
+                events = events[number - 1]
+            for event in events:
+                if isinstance(event, Refusal):
+                    refuse(context, event)
+                yield event
+            if method == "WatchWorkspace":
+                # The real one never ends by itself.
+                context.add_callback(self.hold.set)
+                self.hold.wait()
+
+        return call
+
+    def __getattribute__(self, name: str) -> Any:
+        # The generated servicers name their methods as the protos do; every one of them is answered from `answers`.
+        if name in ("WatchWorkspace", "ListTasks", "Watch"):
+            return self._stream(name)
+        if name == "Upload":
+            return self._upload
+        return self._unary(name) if name[0].isupper() else super().__getattribute__(name)
+
+    def _upload(self, requests: Iterator[task.UploadRequest], context: grpc.ServicerContext) -> Any:
+        pieces = list(requests)
+        self._take("Upload", pieces, context)
+        return task.UploadResponse(upload_id="upload-1", size=sum(len(piece.data) for piece in pieces))
+
+
+def refuse(context: grpc.ServicerContext, refusal: Refusal) -> NoReturn:
+    if refusal.error.reason:
+        context.set_trailing_metadata(((wire.ERROR, refusal.error.SerializeToString()),))
+    context.abort(refusal.code, refusal.error.message or "gone")
+
+
+def a_node(name: str = "node-1", **fields: Any) -> fleet.Node:
+    given: dict[str, Any] = {"connected": True, "availability": fleet.AVAILABILITY_OPEN} | fields
+    return fleet.Node(addr=NODE, name=name, **given)

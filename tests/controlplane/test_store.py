@@ -1,0 +1,690 @@
+"""What the store promises: recorded once, fenced, in order, repeatable, and still there after kill -9."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from controlplane.errors import Conflict, InvalidArgument, NotFound, StaleAttempt, Unauthenticated, Unavailable
+from controlplane.migrations import migrate
+from controlplane.model import (
+    Attempt,
+    Availability,
+    Delivery,
+    Node,
+    Replica,
+    Role,
+    Route,
+    State,
+    Task,
+    Token,
+    Workspace,
+)
+from controlplane.store import End, Page, Store, TaskQuery
+from controlplane.store_database import connect_to
+from controlplane.store_tasks import OPEN_PAGE_TASKS, PAGE_TASKS
+from tests.controlplane.databases import KINDS, fresh_database
+
+ROOT = Path(__file__).parents[2]
+NOW = datetime(2025, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with fresh_database(request.param, tmp_path) as url:
+        migrate(url)
+        yield url
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[Store]:
+    store = await Store.open(url)
+    yield store
+    await store.close()
+
+
+def queued(task_id: str, **columns: Any) -> Task:
+    return Task(
+        **{
+            "id": task_id,
+            "workspace_uid": "w-1",
+            "state": State.QUEUED,
+            "create_time": NOW,
+            "port": 80,
+            "method": "POST",
+            "path": "/run",
+            "request_headers_json": b'[["a","Yg=="]]',
+            "request_body": b"\x00request\xff",
+            "request_size": 9,
+        }
+        | columns
+    )
+
+
+def running(task_id: str, **columns: Any) -> Task:
+    return queued(
+        task_id,
+        **{
+            "state": State.RUNNING,
+            "attempt": 1,
+            "start_time": NOW,
+            "assign_time": NOW,
+            "assign_reason": "the only one",
+            "replica_id": "r-1",
+            "node_addr": "0x1",
+        }
+        | columns,
+    )
+
+
+def ledger(task_id: str, number: int = 1, **columns: Any) -> Attempt:
+    return Attempt(
+        **{
+            "task_id": task_id,
+            "number": number,
+            "replica_id": "r-1",
+            "node_addr": "0x1",
+            "delivery": Delivery.ANSWERED,
+            "assign_time": NOW,
+            "end_time": NOW + SECOND,
+            "gpu_us": 10_000_000_000,
+            "http_status": 200,
+        }
+        | columns
+    )
+
+
+def completed(**fields: Any) -> End:
+    return End(
+        **{
+            "state": State.COMPLETED,
+            "end_time": NOW + SECOND,
+            "response_status": 200,
+            "response_body": b"answer",
+            "response_size": 6,
+            "response_is_utf8": True,
+            "gpu_us": 10_000_000_000,
+        }
+        | fields
+    )
+
+
+def failed(reason: str = "QUEUE_TIME_LIMIT") -> End:
+    return End(state=State.FAILED, end_time=NOW + SECOND, cause=1, failure_reason=reason, failure_message="In words.")
+
+
+async def known(store: Store, task_id: str) -> Task:
+    task = await store.task(task_id)
+    assert task is not None
+    return task
+
+
+async def pages(store: Store, **query: Any) -> list[Page]:
+    return [page async for page in store.list_tasks(TaskQuery(**{"workspace_uid": "w-1"} | query))]
+
+
+async def listed(store: Store, **query: Any) -> list[str]:
+    return [task_id for page in await pages(store, **query) for task_id in page.task_ids]
+
+
+# A task's life.
+
+
+async def test_a_task_is_read_as_it_was_written(store: Store) -> None:
+    task = running("t1", idempotency_key="k", request_hash=b"\x00h", query="a=%20", repeatable=False, user_ip="::1")
+    assert await store.add_task(task) is None
+    read = await known(store, "t1")
+    assert read.number is not None
+    assert read.model_copy(update={"number": None}) == task
+    assert isinstance(read.state, State)
+    assert await store.task("t2") is None
+
+
+async def test_the_hot_path_need_not_await_the_insert(store: Store) -> None:
+    added = store.add_task(running("t1"))
+    finished = store.finish(ledger("t1"), completed())
+    await asyncio.gather(added, finished)
+    task = await known(store, "t1")
+    assert (task.state, task.end_time, task.response_body) == (State.COMPLETED, NOW + SECOND, b"answer")
+    assert (task.response_is_utf8, task.gpu_us, task.start_time) == (True, 10_000_000_000, NOW)
+    assert await store.attempts("t1") == [ledger("t1")]
+
+
+async def test_what_the_caller_does_with_its_task_afterwards_is_not_recorded(store: Store) -> None:
+    task = running("t1")
+    added = store.add_task(task)
+    task.state = State.FAILED
+    await added
+    assert (await known(store, "t1")).state is State.RUNNING
+
+
+async def test_through_all_states(store: Store) -> None:
+    await store.add_task(queued("t1"))
+    assigned = {"replica_id": "r-1", "node_addr": "0x1", "reason": "least busy"}
+    await store.assign("t1", 1, assign_time=NOW + SECOND, **assigned)
+    task = await known(store, "t1")
+    assert (task.state, task.attempt, task.start_time) == (State.RUNNING, 1, NOW + SECOND)
+    assert (task.replica_id, task.node_addr, task.assign_reason) == ("r-1", "0x1", "least busy")
+
+    lost = ledger("t1", 1, delivery=Delivery.NOT_SENT, http_status=0, failure_reason="NODE_LOST")
+    await store.requeue(lost)
+    task = await known(store, "t1")
+    assert (task.state, task.attempt, task.end_time) == (State.QUEUED, 1, None)
+
+    await store.assign(
+        "t1", 2, assign_time=NOW + 2 * SECOND, replica_id="r-2", node_addr="0x2", reason="the other is gone"
+    )
+    task = await known(store, "t1")
+    assert (task.state, task.attempt, task.node_addr) == (State.RUNNING, 2, "0x2")
+    assert task.start_time == NOW + SECOND  # of the first attempt
+    assert task.assign_time == NOW + 2 * SECOND
+
+    await store.finish(ledger("t1", 2), completed())
+    assert (await known(store, "t1")).state is State.COMPLETED
+    assert await store.attempts("t1") == [lost, ledger("t1", 2)]
+
+
+async def test_a_past_attempt_changes_nothing(store: Store) -> None:
+    await store.add_task(running("t1"))
+    await store.requeue(ledger("t1", 1))
+    await store.assign("t1", 2, replica_id="r-2", node_addr="0x2", assign_time=NOW, reason="")
+    late = ledger("t1", 1, end_time=NOW + 9 * SECOND)
+    for write in (store.finish(late, completed()), store.requeue(late), store.finish(ledger("t1", 3), completed())):
+        with pytest.raises(StaleAttempt):
+            await write
+    assert (await known(store, "t1")).state is State.RUNNING
+    assert len(await store.attempts("t1")) == 1
+
+
+async def test_an_end_is_recorded_once(store: Store) -> None:
+    await store.add_task(running("t1"))
+    await store.finish(ledger("t1"), completed())
+    other = ledger("t1", end_time=NOW + 2 * SECOND)
+    for write in (
+        store.finish(other, completed(response_body=b"another answer")),
+        store.finish(other, failed("NODE_LOST")),
+        store.requeue(other),
+        store.end_queued("t1", failed()),
+        store.assign("t1", 2, replica_id="r-2", node_addr="0x2", assign_time=NOW, reason=""),
+    ):
+        with pytest.raises(StaleAttempt):
+            await write
+    assert (await known(store, "t1")).response_body == b"answer"
+    assert await store.attempts("t1") == [ledger("t1")]
+
+
+async def test_a_task_that_is_not_there_is_stale(store: Store) -> None:
+    for write in (
+        store.finish(ledger("t1"), completed()),
+        store.requeue(ledger("t1")),
+        store.end_queued("t1", failed()),
+        store.assign("t1", 1, replica_id="r-2", node_addr="0x2", assign_time=NOW, reason=""),
+    ):
+        with pytest.raises(StaleAttempt):
+            await write
+    assert await store.attempts("t1") == []
+
+
+async def test_every_write_may_be_given_twice(store: Store) -> None:
+    for _ in range(2):
+        assert await store.add_task(queued("t1")) is None
+    for _ in range(2):
+        await store.assign("t1", 1, replica_id="r-1", node_addr="0x1", assign_time=NOW, reason="")
+    for _ in range(2):
+        await store.requeue(ledger("t1", 1))
+    await store.assign("t1", 2, replica_id="r-1", node_addr="0x1", assign_time=NOW, reason="")
+    for _ in range(2):
+        await store.finish(ledger("t1", 2), completed())
+    await store.add_task(queued("t2"))
+    for _ in range(2):
+        await store.end_queued("t2", failed())
+    assert len(await store.attempts("t1")) == 2
+    assert await listed(store) == ["t1", "t2"]
+
+
+async def test_the_end_of_a_queued_task(store: Store) -> None:
+    await store.add_task(queued("t1"))
+    await store.end_queued("t1", failed())
+    task = await known(store, "t1")
+    assert (task.state, task.attempt, task.start_time) == (State.FAILED, 0, None)
+    assert (task.cause, task.failure_reason, task.failure_message) == (1, "QUEUE_TIME_LIMIT", "In words.")
+    await store.add_task(running("t2"))
+    with pytest.raises(StaleAttempt):
+        await store.end_queued("t2", failed())
+
+
+async def test_moves_that_the_table_of_states_does_not_know_are_refused_at_the_call(store: Store) -> None:
+    for state in (State.QUEUED, State.RUNNING):
+        with pytest.raises(ValueError, match="does not go"):
+            store.finish(ledger("t1"), completed(state=state))
+    for state in (State.QUEUED, State.RUNNING, State.COMPLETED):
+        with pytest.raises(ValueError, match="does not go"):
+            store.end_queued("t1", completed(state=state))
+    for task in (queued("t1", attempt=1), running("t1", attempt=0), queued("t1", state=State.COMPLETED)):
+        with pytest.raises(ValueError, match="a new task"):
+            store.add_task(task)
+
+
+async def test_many_at_once_and_a_few_that_fail(store: Store) -> None:
+    names = [f"t{n}" for n in range(300)]
+    writes: list[asyncio.Future[Any]] = [store.add_task(running(name)) for name in names]
+    writes += [store.finish(ledger(name), completed()) for name in names]
+    stale = store.finish(ledger("t7", end_time=NOW), completed())
+    missing = store.requeue(ledger("none"))
+    await asyncio.gather(*writes)
+    for write in (stale, missing):
+        with pytest.raises(StaleAttempt):
+            await write
+    assert await listed(store, states=frozenset({State.COMPLETED})) == names
+
+
+# Idempotency.
+
+
+async def test_same_key_same_task(store: Store) -> None:
+    first = running("t1", idempotency_key="k", request_hash=b"h")
+    again = running("t2", idempotency_key="k", request_hash=b"h")
+    assert await store.add_task(first) is None
+    existing = await store.add_task(again)
+    assert existing is not None
+    assert existing.id == "t1"
+    assert await store.task("t2") is None
+
+
+async def test_same_key_other_request_is_a_conflict(store: Store) -> None:
+    await store.add_task(running("t1", idempotency_key="k", request_hash=b"h"))
+    with pytest.raises(Conflict, match="idempotency key"):
+        await store.add_task(running("t2", idempotency_key="k", request_hash=b"other"))
+
+
+async def test_keys_are_each_workspaces_own(store: Store) -> None:
+    for uid in ("w-1", "w-2"):
+        task = running(f"t-{uid}", workspace_uid=uid, idempotency_key="k", request_hash=uid.encode())
+        assert await store.add_task(task) is None
+
+
+async def test_of_many_at_once_with_one_key_one_is_added(store: Store) -> None:
+    tasks = [running(f"t{n}", idempotency_key="k", request_hash=b"h") for n in range(20)]
+    others = [store.add_task(running(f"other{n}")) for n in range(20)]
+    outcomes = await asyncio.gather(*map(store.add_task, tasks))
+    assert outcomes[0] is None
+    assert {existing.id for existing in outcomes if existing is not None} == {"t0"}
+    assert outcomes.count(None) == 1
+    assert await asyncio.gather(*others) == [None] * 20
+
+
+# Reads.
+
+
+async def test_open_tasks_come_in_order_of_acceptance(store: Store) -> None:
+    names = [f"t{n}" for n in range(OPEN_PAGE_TASKS + 50)]
+    await asyncio.gather(*(store.add_task(queued(name)) for name in names))
+    ended, taken = "t3", "t5"
+    await store.end_queued(ended, failed())
+    await store.assign(taken, 1, replica_id="r-1", node_addr="0x1", assign_time=NOW, reason="")
+    found = [page async for page in store.open_tasks()]
+    assert [len(page) for page in found] == [OPEN_PAGE_TASKS, 49]
+    assert [task.id for page in found for task in page] == [name for name in names if name != ended]
+    assert found[0][0].request_body == b"\x00request\xff"
+
+
+async def test_a_list_has_all_tasks_of_its_workspace_oldest_first(store: Store) -> None:
+    # Accepted in the same microsecond: the running number decides.
+    names = [f"t{n}" for n in range(PAGE_TASKS + 10)]
+    await asyncio.gather(*(store.add_task(queued(name)) for name in names))
+    await store.add_task(queued("earlier", create_time=NOW - SECOND))
+    await store.add_task(queued("another's", workspace_uid="w-2"))
+    found = await pages(store)
+    assert [len(page.task_ids) for page in found] == [PAGE_TASKS, 11]
+    assert [task_id for page in found for task_id in page.task_ids] == ["earlier", *names]
+    assert found[-1].cursor == ""
+
+
+async def test_a_list_goes_on_from_its_cursor(store: Store) -> None:
+    names = [f"t{n}" for n in range(7)]
+    await asyncio.gather(*(store.add_task(queued(name)) for name in names))
+    cursor, found = "", []
+    for _ in range(10):
+        (page,) = await pages(store, limit=3, cursor=cursor)
+        found.append(page.task_ids)
+        cursor = page.cursor
+        if not cursor:
+            break
+    assert found == [names[:3], names[3:6], names[6:]]
+    (exact,) = await pages(store, limit=7)
+    assert exact.cursor == ""
+    assert await listed(store, workspace_uid="w-2") == []
+
+
+@pytest.mark.parametrize("cursor", ["x", "1", ".", "1.x", "9" * 40 + ".1", "1.2.3"])
+async def test_a_cursor_that_is_none_is_refused(store: Store, cursor: str) -> None:
+    with pytest.raises(InvalidArgument, match="cursor"):
+        await listed(store, cursor=cursor)
+
+
+async def test_a_list_can_be_narrowed(store: Store) -> None:
+    for n in range(6):
+        await store.add_task(running(f"t{n}", create_time=NOW + n * SECOND, node_addr=f"0x{n % 2}"))
+    await store.finish(ledger("t2"), completed())
+    await store.finish(ledger("t3"), failed("NODE_LOST"))
+    assert await listed(store, start=NOW + 2 * SECOND) == ["t2", "t3", "t4", "t5"]
+    assert await listed(store, end=NOW + 2 * SECOND) == ["t0", "t1"]
+    assert await listed(store, start=NOW + SECOND, end=NOW + 3 * SECOND) == ["t1", "t2"]
+    assert await listed(store, node_addr="0x1") == ["t1", "t3", "t5"]
+    assert await listed(store, states=frozenset({State.COMPLETED, State.FAILED})) == ["t2", "t3"]
+    assert await listed(store, states=frozenset({State.FAILED}), node_addr="0x0") == []
+
+
+async def test_a_full_list_has_the_tasks_without_headers_and_bodies(store: Store) -> None:
+    await store.add_task(running("t1"))
+    await store.finish(ledger("t1"), completed())
+    (page,) = await pages(store, full=True)
+    (task,) = page.tasks
+    assert (task.id, task.state, task.response_size, task.request_size) == ("t1", State.COMPLETED, 6, 9)
+    assert (task.request_body, task.response_body, task.request_headers_json) == (None, None, b"[]")
+
+
+async def test_a_list_ends_though_tasks_go_on_coming(store: Store) -> None:
+    await asyncio.gather(*(store.add_task(queued(f"t{n}")) for n in range(PAGE_TASKS + 1)))
+    found: list[str] = []
+    async for page in store.list_tasks(TaskQuery(workspace_uid="w-1")):
+        found += page.task_ids
+        await asyncio.gather(*(store.add_task(queued(f"later{len(found)}.{n}")) for n in range(100)))
+    assert found == [f"t{n}" for n in range(PAGE_TASKS + 1)]
+
+
+async def test_a_page_is_read_from_the_index(tmp_path: Path) -> None:
+    """Its price must not grow with the table: nothing before the cursor is read, and nothing is sorted."""
+    with fresh_database("sqlite", tmp_path) as url:
+        migrate(url)
+        engine = connect_to(url)
+        with engine.connect() as connection:
+            plans = {
+                "SELECT id FROM task WHERE workspace_uid = 'w' AND (create_time, number) > (1, 2) AND create_time < 9"
+                " ORDER BY create_time, number LIMIT 10": "task_of_workspace (workspace_uid=? AND create_time>",
+                "SELECT * FROM task WHERE state < 3 AND number > 5 ORDER BY number LIMIT 10": "task_open",
+                "SELECT id FROM task WHERE end_time IS NOT NULL AND expire_time IS NULL AND end_time < 5"
+                " ORDER BY end_time LIMIT 10": "task_with_bodies",
+            }
+            for statement, index in plans.items():
+                (plan,) = [row[3] for row in connection.execute(sa.text(f"EXPLAIN QUERY PLAN {statement}"))]
+                assert index in plan
+        engine.dispose()
+
+
+async def test_bodies_past_their_retention_go_and_the_rest_stays(store: Store) -> None:
+    for n in range(3):
+        await store.add_task(running(f"t{n}"))
+        await store.finish(ledger(f"t{n}"), completed(end_time=NOW + n * SECOND))
+    await store.add_task(running("t3"))
+    assert await store.expirable_tasks(NOW + 2 * SECOND) == [("t0", 1), ("t1", 1)]
+    assert await store.expirable_tasks(NOW + 2 * SECOND, limit=1) == [("t0", 1)]
+    for _ in range(2):
+        await store.expire_bodies(["t0", "t1", "t3"], NOW + 9 * SECOND)
+    assert await store.expirable_tasks(NOW + 9 * SECOND) == [("t2", 1)]
+    task = await known(store, "t0")
+    assert (task.request_body, task.response_body, task.expire_time) == (None, None, NOW + 9 * SECOND)
+    assert (task.state, task.response_size) == (State.COMPLETED, 6)
+    assert (await known(store, "t3")).request_body is not None  # it has not ended
+    await store.expire_bodies([], NOW)
+
+
+# The fleet.
+
+
+def workspace(uid: str = "w-1", name: str = "demo", **columns: Any) -> Workspace:
+    values = {"uid": uid, "id": f"{uid}-credential", "name": name, "spec_json": b"{}", "create_time": NOW}
+    return Workspace(**values | columns)
+
+
+def node(addr: str = "0x1", name: str = "one") -> Node:
+    return Node(addr=addr, name=name, enroll_time=NOW, inventory_json=b'{"cpus":2}')
+
+
+def replica(replica_id: str, **columns: Any) -> Replica:
+    values = {"id": replica_id, "workspace_uid": "w-1", "node_addr": "0x1", "generation": 1, "create_time": NOW}
+    return Replica(**values | columns)
+
+
+async def test_workspaces(store: Store) -> None:
+    for _ in range(2):  # given twice
+        await store.add_workspace(workspace())
+    assert await store.workspaces() == [workspace()]
+    changed = workspace(generation=2, spec_json=b'{"replicas":3}')
+    await store.update_workspace(changed)
+    assert await store.workspaces() == [changed]
+    with pytest.raises(NotFound):
+        await store.update_workspace(workspace("w-9", "none"))
+
+
+async def test_a_name_is_one_living_workspaces_own(store: Store) -> None:
+    await store.add_workspace(workspace("w-1", "demo"))
+    await store.add_workspace(workspace("w-2", "other"))
+    with pytest.raises(Conflict):
+        await store.add_workspace(workspace("w-3", "demo"))
+    with pytest.raises(Conflict):
+        await store.update_workspace(workspace("w-2", "demo"))
+    await store.delete_workspace("w-1", NOW + SECOND)
+    await store.add_workspace(workspace("w-3", "demo", create_time=NOW + SECOND))
+    assert [row.uid for row in await store.workspaces()] == ["w-1", "w-2", "w-3"]
+
+
+async def test_a_deleted_workspace_keeps_its_row_and_loses_its_routes(store: Store) -> None:
+    await store.add_workspace(workspace())
+    await store.put_route(Route(name="a", workspace_uid="w-1", path="/a", create_time=NOW))
+    await store.put_route(Route(name="b", workspace_uid="w-2", path="/b", create_time=NOW))
+    for later in (SECOND, 2 * SECOND):
+        await store.delete_workspace("w-1", NOW + later)
+    (row,) = await store.workspaces()
+    assert row.delete_time == NOW + SECOND
+    assert [route.name for route in await store.routes()] == ["b"]
+    with pytest.raises(NotFound):
+        await store.delete_workspace("w-9", NOW)
+
+
+async def test_routes_are_put_and_moved(store: Store) -> None:
+    await store.put_route(Route(name="a", workspace_uid="w-1", path="/a", create_time=NOW))
+    moved = Route(name="a", workspace_uid="w-2", port=8080, path="/b", create_time=NOW)
+    for _ in range(2):
+        await store.put_route(moved)
+    assert await store.routes() == [moved]
+    for _ in range(2):
+        await store.delete_route("a")
+    assert await store.routes() == []
+
+
+async def test_nodes(store: Store) -> None:
+    for _ in range(2):
+        await store.add_node(node())
+    with pytest.raises(Conflict):
+        await store.add_node(node("0x2", "one"))
+    with pytest.raises(Conflict):
+        await store.add_node(node("0x1", "two"))
+    changed = node().model_copy(update={"availability": Availability.DRAINING, "last_seen_time": NOW})
+    await store.update_node(changed)
+    assert await store.nodes() == [changed]
+    with pytest.raises(NotFound):
+        await store.update_node(node("0x9", "nine"))
+
+
+async def test_replicas_are_placed_all_or_none(store: Store) -> None:
+    await store.add_replicas([replica("r-1"), replica("r-2")])
+    with pytest.raises(Conflict):
+        await store.add_replicas([replica("r-3"), replica("r-2", generation=9)])
+    assert [row.id for row in await store.replicas()] == ["r-1", "r-2"]
+    with pytest.raises(NotFound):
+        await store.update_replicas([replica("r-1", drain_time=NOW), replica("r-9")])
+    assert await store.replicas() == [replica("r-1"), replica("r-2")]
+
+
+async def test_replicas_are_there_until_they_are_gone(store: Store) -> None:
+    await store.add_replicas([replica("r-2", create_time=NOW + SECOND), replica("r-1")])
+    stopping, gone = replica("r-1", stop_time=NOW), replica("r-2", stop_time=NOW, gone_time=NOW)
+    await store.update_replicas([stopping, gone])
+    assert await store.replicas() == [stopping]
+
+
+# Tokens.
+
+
+def join_token(token_id: str = "t-1", **columns: Any) -> Token:
+    values = {"id": token_id, "secret_hash": token_id.encode(), "role": Role.NODE, "create_time": NOW}
+    return Token(**values | columns)
+
+
+async def test_tokens_are_found_by_their_secrets_hash(store: Store) -> None:
+    token = join_token(role=Role.OPERATOR, name="first")
+    await store.add_token(token)
+    with pytest.raises(Conflict):
+        await store.add_token(join_token("t-2", secret_hash=b"t-1"))
+    assert await store.token(b"t-1") == token
+    assert await store.token(b"none") is None
+    await store.add_token(join_token("t-0", create_time=NOW + SECOND))
+    assert [row.id for row in await store.tokens()] == ["t-1", "t-0"]
+    for later in (SECOND, 2 * SECOND):
+        await store.revoke_token("t-1", NOW + later)
+    revoked = await store.token(b"t-1")
+    assert revoked is not None
+    assert revoked.revoke_time == NOW + SECOND
+    with pytest.raises(NotFound):
+        await store.revoke_token("t-9", NOW)
+
+
+async def test_a_nodes_token_enrols_one_node_once(store: Store) -> None:
+    await store.add_token(join_token())
+    for _ in range(2):
+        await store.enroll_node(node(), "t-1")
+    with pytest.raises(Unauthenticated, match="another node"):
+        await store.enroll_node(node("0x2", "two"), "t-1")
+    assert await store.nodes() == [node()]
+    used = await store.token(b"t-1")
+    assert used is not None
+    assert (used.used_by, used.use_time) == ("0x1", NOW)
+
+
+async def test_a_node_that_cannot_be_added_does_not_spend_its_token(store: Store) -> None:
+    await store.add_token(join_token())
+    await store.add_node(node("0x2", "one"))
+    with pytest.raises(Conflict):
+        await store.enroll_node(node("0x1", "one"), "t-1")
+    unused = await store.token(b"t-1")
+    assert unused is not None
+    assert unused.used_by == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"role": Role.SERVICE}, "not known"),
+        ({"revoke_time": NOW}, "revoked"),
+        ({"expire_time": NOW}, "expired"),
+        ({"used_by": "0x2"}, "another node"),
+    ],
+)
+async def test_a_token_that_is_not_good_says_why(store: Store, columns: dict[str, Any], words: str) -> None:
+    await store.add_token(join_token(**columns))
+    with pytest.raises(Unauthenticated, match=words):
+        await store.enroll_node(node(), "t-1")
+    with pytest.raises(Unauthenticated, match="not known"):
+        await store.enroll_node(node(), "t-9")
+    assert await store.nodes() == []
+
+
+# Its own life.
+
+
+async def test_what_was_acknowledged_is_there_after_a_restart(url: str) -> None:
+    store = await Store.open(url)
+    await store.add_task(running("t1"))
+    left = store.finish(ledger("t1"), completed())
+    await store.close()
+    assert left.done()
+    store = await Store.open(url)
+    assert (await known(store, "t1")).state is State.COMPLETED
+    await store.close()
+
+
+async def test_a_closed_store_is_unavailable(url: str) -> None:
+    store = await Store.open(url)
+    await store.close()
+    with pytest.raises(Unavailable):
+        store.add_task(running("t1"))
+    with pytest.raises(Unavailable):
+        await store.task("t1")
+
+
+async def test_a_database_that_was_not_migrated_is_not_opened(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="migrate"):
+        await Store.open(f"sqlite:///{tmp_path}/ngpu.db")
+
+
+async def test_too_many_reads_are_refused(store: Store) -> None:
+    outcomes = await asyncio.gather(*(store.task("t") for _ in range(1200)), return_exceptions=True)
+    assert outcomes.count(None) == 1000
+    assert all(isinstance(outcome, Unavailable) for outcome in outcomes if outcome is not None)
+    assert await store.task("t") is None
+
+
+async def test_lost_connections_are_made_anew(url: str, store: Store) -> None:
+    if not url.startswith("postgresql"):
+        pytest.skip("SQLite has no connections to lose")
+    await store.add_task(running("t1"))
+    await store.task("t1")
+    admin = connect_to(url)
+    with admin.connect() as connection:
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    admin.dispose()
+    await store.finish(ledger("t1"), completed())
+    assert (await known(store, "t1")).state is State.COMPLETED
+
+
+async def acknowledge(url: str) -> None:
+    """In a process of its own: add and end tasks, and say so of each once the store has."""
+    store = await Store.open(url)
+
+    async def call(caller: int) -> None:
+        for n in range(1_000_000):
+            name = f"t{caller}.{n}"
+            await store.add_task(running(name))
+            print("added", name, flush=True)
+            await store.finish(ledger(name), completed())
+            print("ended", name, flush=True)
+
+    await asyncio.gather(*map(call, range(16)))
+
+
+async def test_what_was_acknowledged_is_there_after_kill_9(url: str) -> None:
+    code = "import asyncio, sys; from tests.controlplane.test_store import acknowledge; asyncio.run(acknowledge(sys.argv[1]))"
+    child = subprocess.Popen([sys.executable, "-c", code, url], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    lines = [child.stdout.readline() for _ in range(2000)]
+    child.send_signal(signal.SIGKILL)
+    # What it had said before it died counts too; a line that was cut does not.
+    lines += [line for line in child.stdout if line.endswith("\n")]
+    assert child.wait() == -signal.SIGKILL
+    said = [line.split() for line in lines]
+    added = {name for word, name in said if word == "added"}
+    ended = {name for word, name in said if word == "ended"}
+    assert len(ended) > 500
+
+    store = await Store.open(url)
+    try:
+        assert added <= set(await listed(store))
+        assert ended <= set(await listed(store, states=frozenset({State.COMPLETED})))
+        for name in sorted(ended)[:100]:
+            assert await store.attempts(name) == [ledger(name)]
+    finally:
+        await store.close()
