@@ -1,15 +1,17 @@
 """The control plane's command: reads the settings, wires the parts in reading order, runs until a signal."""
 
 import asyncio
-import fcntl
+import io
 import os
+import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from datetime import UTC, datetime
+import textwrap
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, tzinfo
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, NoReturn
 
 import structlog
 import typer
@@ -28,25 +30,32 @@ from controlplane.api.tasks import TaskApi
 from controlplane.api.workspaces import WorkspaceApi
 from controlplane.bodies import Bodies
 from controlplane.deployer import Deployer
-from controlplane.dispatcher import Dispatcher
+from controlplane.dispatcher import Dispatcher, Graces
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.fleet import Fleet
 from controlplane.metrics import Metrics, MetricsServer, Scrape
 from controlplane.model import Role
 from controlplane.retention import Retention
+from controlplane.slots import Slots
+from controlplane.state_dir import alone, keep_secret, published
 from controlplane.store import Store
+
+#: How long the database may take to answer a readiness check, in seconds.
+READY_S: Final = 2.0
+#: A second signal within this is the first one's echo, in seconds.
+SAME_SIGNAL_S: Final = 0.5
+RANDOM_BYTES: Final = 4096
 
 _log = structlog.get_logger("controlplane")
 
 
 async def serve(settings: config.Config, stop: asyncio.Event) -> None:
     """Run until `stop` is set. Raises OSError (an address that cannot be had), NgpuError (no database)."""
-    state_dir = settings.state_dir
     async with AsyncExitStack() as stack:
         # What remembers.
         store = await Store.open(settings.database)
         stack.push_async_callback(store.close)
-        bodies = await Bodies.open(state_dir / "bodies")
+        bodies = await Bodies.open(settings.state_dir / "bodies")
         stack.push_async_callback(bodies.close)
         retention = Retention(
             store, bodies, bodies_s=settings.body_retention, uploads_s=settings.upload_retention, clock=_now
@@ -57,16 +66,16 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(fleet.close)
         await fleet.load()
         access = Access(workspace_of=fleet.workspace_of, clock=_now)
-        await _first_tokens(store, state_dir)
+        await _first_tokens(store, settings.state_dir)
         access.load(map(known, await store.tokens()))
         holdings = assets.Assets(asset_settings(settings.assets))
         stack.push_async_callback(holdings.close)
 
         # What decides.
         metrics = Metrics()
-        dispatcher = Dispatcher(store, fleet, metrics=metrics)
-        deployer = Deployer(fleet, dispatcher)
-        await dispatcher.start()
+        graces = Graces(reconnect_s=settings.reconnect_grace, start_s=settings.start_grace, hold_s=settings.hold)
+        dispatcher = Dispatcher(store, Slots(), fleet, graces=graces, clock=_now, metrics=metrics)
+        deployer = Deployer(fleet, dispatcher, lost_after_s=settings.node_timeout, clock=_now)
 
         # What speaks.
         gate = Gate(access)
@@ -78,7 +87,7 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:
             bodies=bodies,
             deliveries=deliveries,
             assets=holdings,
-            new_task_id=lambda: ids.task_id(_now(), settings.zone),
+            new_task_id=partial(_task_id, settings.zone, _pooled()),
             allow_unchecked=settings.asset_check_on_error == "allow",
         )
         batches = Batches(tasks, gate)
@@ -105,3 +114,216 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:
             },
         )
         http = MetricsServer(Scrape(metrics, fleet, dispatcher, store, gate.calls), lambda: _ready(store, stop))
+
+        # Life.
+        await dispatcher.start()
+        tls = await asyncio.to_thread(_pem, settings.tls_key, settings.tls_cert)
+        address = await server.start(settings.listen, tls=tls)
+        stack.push_async_callback(server.stop, 0)
+        metrics_address = await http.start(settings.metrics_listen) if settings.metrics_listen else ""
+        stack.push_async_callback(http.stop)
+        async with asyncio.TaskGroup() as group:
+            loops = [
+                group.create_task(dispatcher.run(), name="dispatcher"),
+                group.create_task(deployer.run(), name="deployer"),
+                group.create_task(retention.run(), name="retention"),
+            ]
+            with published(settings.state_dir, address=address, metrics_address=metrics_address):
+                where = {"address": address, "metrics_address": metrics_address}
+                _log.info("listening", **where, state_dir=str(settings.state_dir))
+                await stop.wait()
+            _log.info("stopping")
+            await server.leave()
+            await dispatcher.stop()
+            batches.stop()
+            gate.stop()
+            await server.stop(settings.stop_grace)
+            for loop in loops:
+                loop.cancel()
+    _log.info("stopped")
+
+
+async def _ready(store: Store, stop: asyncio.Event) -> str:
+    """Why we are not ready to serve; empty: we are."""
+    if stop.is_set():
+        return "stopping"
+    try:
+        async with asyncio.timeout(READY_S):
+            await store.task("")
+    except (TimeoutError, Unavailable) as error:
+        return f"the database does not answer: {error}"
+    return ""
+
+
+async def _first_tokens(store: Store, directory: Path) -> None:
+    """At the first start: tokens for this machine's operator and bridge, in files only their owner can read."""
+    existing = {token.role for token in await store.tokens()}
+    for role, name in ((Role.OPERATOR, "operator"), (Role.SERVICE, "bridge")):
+        if role in existing:
+            continue
+        row, secret = new_token(role, f"{name}, made at the first start", now=_now())
+        # The file first: after a crash between the two the next start takes the secret from it.
+        row.secret_hash = ids.secret_hash(await asyncio.to_thread(keep_secret, directory / f"{name}.token", secret))
+        await store.add_token(row)
+        _log.info("token_made", name=name, file=str(directory / f"{name}.token"))
+
+
+def _pem(key: Path | None, cert: Path | None) -> tuple[bytes, bytes] | None:
+    return (key.read_bytes(), cert.read_bytes()) if key is not None and cert is not None else None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _task_id(zone: tzinfo, random: ids.Random) -> str:
+    return ids.task_id(_now(), zone, random)
+
+
+def _pooled() -> ids.Random:
+    """Random bytes fetched many at a time: to ask the system for each task's gives way to the thread that commits."""
+    pool = io.BytesIO()
+
+    def take(count: int) -> bytes:
+        nonlocal pool
+        if len(taken := pool.read(count)) < count:
+            pool = io.BytesIO(secrets.token_bytes(RANDOM_BYTES))
+            taken = pool.read(count)
+        return taken
+
+    return take
+
+
+def asset_settings(section: config.Assets) -> assets.Settings:
+    """The assets' section in that package's own words."""
+    return assets.Settings(
+        providers=tuple(
+            assets.Provider(
+                kind=provider.kind,
+                base_url=provider.base_url,
+                api_key=provider.api_key.get_secret_value(),
+                api_key_file=provider.api_key_file,
+                path=provider.path,
+            )
+            for provider in section.providers
+        ),
+        tickers=tuple(section.tickers),
+        network=section.network,
+        timeout_s=section.timeout,
+        cache_s=section.cache,
+        cache_empty_s=section.cache_empty,
+        cache_entries=section.cache_entries,
+    )
+
+
+async def _until_signal(settings: config.Config) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    first: list[float] = []
+
+    def on_signal(number: int) -> None:
+        # One Ctrl-C often comes twice: to the whole group, and passed on by who started us.
+        if first and loop.time() - first[0] > SAME_SIGNAL_S:
+            # Asked again: whatever has not reached the disk was promised to nobody.
+            os._exit(128 + number)
+        first.append(loop.time())
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await serve(settings, stop)
+
+
+app = typer.Typer(
+    name="ngpu-controlplane",
+    help="The control plane of NGPU: keeps workspaces running on nodes and gives their tasks to them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help=f"TOML file with settings; else ${config.ENV_FILE}.")
+]
+StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Database, bodies and first tokens.")]
+DatabaseUrl = Annotated[str | None, typer.Option(metavar="URL", help="PostgreSQL; else SQLite in the state directory.")]
+
+
+@app.command()
+def run(  # noqa: PLR0917, typer takes them by name
+    config_file: ConfigFile = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For gRPC; port 0 is any free one.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="For /metrics, /healthz, /readyz; '' turns it off.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key, PEM.")] = None,
+    allow_plaintext: Annotated[
+        bool | None, typer.Option("--allow-plaintext", help="Listen beyond this machine without TLS.")
+    ] = None,
+    display_timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Of the time in task ids.")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run until SIGTERM or SIGINT (a second one ends it at once).
+
+    At its first start it makes STATE_DIR/operator.token for the command line `ngpu` and STATE_DIR/bridge.token for
+    `ngpu-bridge`. Once it is ready, STATE_DIR/address says where it listens. SQLite is migrated at start.
+
+    Every setting can be in the file and in the environment too; the command line wins over the environment, and that
+    over the file. `ngpu-controlplane settings` lists them all.
+    """
+    options = {name: value for name, value in locals().items() if name != "config_file"}
+    settings = _settings(config_file, options)
+    # Whatever is kept here is nobody else's business: rows and bodies are customers'.
+    os.umask(0o077)
+    log.set_up(settings.log_level, settings.log_format)
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        with alone(settings.state_dir, settings.database):
+            if settings.database.startswith("sqlite"):
+                migrations.migrate(settings.database)
+            asyncio.run(_until_signal(settings))
+    except (NgpuError, OSError, ValueError) as error:
+        _fail(str(error), code=1)
+
+
+@app.command()
+def migrate(config_file: ConfigFile = None, state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
+    """Bring the database to this version's schema: for PostgreSQL after each upgrade. Does no harm if repeated."""
+    settings = _settings(config_file, {"state_dir": state_dir, "database_url": database_url})
+    os.umask(0o077)
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        migrations.migrate(settings.database)
+    except (NgpuError, OSError, ValueError) as error:
+        _fail(str(error), code=1)
+    typer.echo("The database is up to date.")
+
+
+@app.command(name="settings")
+def show_settings() -> None:
+    """List every setting: its name in the TOML file, its variable in the environment, its default, what it means."""
+    for name, default, meaning in config.settings():
+        typer.echo(f"{name} = {default or '(empty)'}\n    {config.env_name(name)}\n    {meaning}\n")
+
+
+def _settings(file: Path | None, options: dict[str, Any]) -> config.Config:
+    try:
+        return config.load(file, options, asset_faults=lambda section: assets.faults(asset_settings(section)))
+    except config.ConfigFault as fault:
+        _fail(f"The settings cannot be used:\n{textwrap.indent(str(fault), '  ')}", code=2)
+
+
+def _fail(words: str, *, code: int) -> NoReturn:
+    print(f"ngpu-controlplane: {words}", file=sys.stderr)  # noqa: T201
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ def admit_route(name: str, port: int, path: str, ports: tuple[int, ...]) -> None
     elif any(part in ("", ".", "..") for part in name.split("/")):
         faults.append('route: a name neither begins nor ends with "/", nor has "//", "." or ".." as a part')
     elif name in RESERVED_ROUTES or name.startswith("brc20/"):
-        faults.append(f"route: {name!r} is a name of the REST interface itself; choose another")
+        faults.append(f"route: {name!r} is a name of the REST interface itself, choose another")
     if port and port not in ports:
         faults.append(f"port: {port} is none of the workspace's ports ({', '.join(map(str, ports))})")
     if path:
@@ -116,7 +116,7 @@ def _name_faults(spec: Spec) -> Iterable[str]:
     if not _NAME.fullmatch(spec.name):
         yield 'name: 1 to 63 of a-z, 0-9 and "-", beginning with a letter'
     elif _UID.fullmatch(spec.name):
-        yield "name: it looks like a workspace's uid; choose another"
+        yield "name: it looks like a workspace's uid, choose another"
     if len(spec.account) > 256 or _CONTROL.search(spec.account):
         yield "account: at most 256 printable characters"
 
@@ -168,7 +168,7 @@ def _size_faults(spec: Spec) -> Iterable[str]:
     if len(spec.gpu.model) > 128 or _CONTROL.search(spec.gpu.model):
         yield "gpu.model: at most 128 printable characters"
     if not spec.gpu.count and (spec.gpu.model or spec.gpu.min_memory_bytes):
-        yield "gpu.count: 0, though it is said which GPU; say how many"
+        yield "gpu.count: 0, though it is said which GPU: say how many"
 
 
 def _readiness_faults(spec: Spec) -> Iterable[str]:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -71,6 +71,11 @@ class Bodies:
             self._wake(name)
         await asyncio.to_thread(self._threads.shutdown)
 
+    @property
+    def followers(self) -> int:
+        """Readers that wait for growth, or are about to."""
+        return sum(map(len, self._followers.values()))
+
     async def append(self, name: str, offset: int, data: bytes, *, limit_bytes: int) -> int:
         """Write `data` at `offset`, which must be the body's size; makes the body at offset 0. Gives the new size.
 
@@ -112,7 +117,7 @@ class Bodies:
 
         return await self._run(seal)
 
-    async def follow(self, name: str, offset: int = 0) -> AsyncIterator[bytes]:
+    async def follow(self, name: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """Its bytes from `offset` to its end, in chunks of at most wire.CHUNK_BYTES; waits for growth till sealed.
 
         Raises NotFound (there is no such body, or it was deleted meanwhile), OutOfRange (`offset` is past its size).

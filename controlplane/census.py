@@ -87,7 +87,7 @@ class Node(msgspec.Struct, frozen=True):
     """A node that has enrolled, and what it last said.
 
     `heard_s`: monotonic seconds of its last sign of life, or of our own start. `report`: its last since our start, the
-    `reports`-th; `said`: that report's replicas by id. `images`: its images' sizes by normalised reference. `health`:
+    `reports`-th; `said`: that report's replicas by id. `images`: its images' sizes by name, as in placement. `health`:
     by GPU id, in the inventory's order; GPUs that went missing last. `failures`: how often it was lost since our start.
     """
 

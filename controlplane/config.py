@@ -10,7 +10,7 @@ import zoneinfo
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 import pydantic_settings
@@ -22,7 +22,6 @@ ENV_PREFIX: Final = "NGPU_CONTROLPLANE_"
 ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
 
 class ConfigFault(Exception):
@@ -42,16 +41,6 @@ def _duration(value: object) -> object:
         raise ValueError(f"{value!r} is no duration: write 15s, 10m, 1h30m or 7d") from None
 
 
-def _size(value: object) -> object:
-    """`1048576`, `"64 MiB"`, `"2G"`: bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", value.strip().lower())
-    if match is None:
-        raise ValueError(f"{value!r} is no size: write 1048576, 64MiB or 2GiB")
-    return int(match[1]) * _SIZES[match[2]]
-
-
 def _words(value: object) -> object:
     """`"AINN,ORDI"`: a list."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
@@ -67,7 +56,7 @@ def _optional_address(value: str) -> str:
 
 
 Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+SecondsOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
 Address = Annotated[str, pydantic.AfterValidator(_address)]
 OptionalAddress = Annotated[str, pydantic.AfterValidator(_optional_address)]
@@ -103,16 +92,16 @@ class Assets(_Section):
     """Who is asked, in order of preference; in the file as [[assets.providers]] with kind, base_url, api_key, ..."""
     timeout: Seconds = 5.0
     """How long one of them may take."""
-    cache: Seconds = 60.0
+    cache: SecondsOrNone = 60.0
     """How long an answer is believed ..."""
-    cache_empty: Seconds = 10.0
+    cache_empty: SecondsOrNone = 10.0
     """... and how long if it was that nothing is held."""
     cache_entries: Annotated[int, Field(gt=0)] = 10_000
     """How many answers are remembered."""
 
 
 class Config(BaseSettings):
-    """All settings. Durations are `15s`, `10m`, `7d` or seconds; sizes `64MiB` or bytes."""
+    """All settings. Durations are `15s`, `10m`, `7d` or seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -149,11 +138,11 @@ class Config(BaseSettings):
     """A node from which nothing came for so long is taken for lost."""
     reconnect_grace: Seconds = 10.0
     """How long attempts wait for a node whose stream broke before they are given up."""
+    start_grace: Seconds = 60.0
+    """How long, after a start, attempts that were running wait for their nodes to come back."""
     hold: Seconds = 120.0
     """How long an attempt that must not run twice waits for its node."""
 
-    queue_memory: Bytes = 256 * 1024**2
-    """Most memory for the bodies of waiting tasks, all workspaces together; past it tasks are refused as QUEUE_FULL."""
     body_retention: Seconds = 7 * 86400.0
     """How long bodies are kept after a task's end. What else is known of a task stays."""
     upload_retention: Seconds = 3600.0
@@ -182,17 +171,24 @@ class Config(BaseSettings):
             raise ValueError(f"{value} cannot be read")
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _safe(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
+    @pydantic.field_validator("tls_key")
+    @classmethod
+    def _paired(cls, value: Path | None, info: pydantic.ValidationInfo) -> Path | None:
+        if "tls_cert" in info.data and (info.data["tls_cert"] is None) != (value is None):
             raise ValueError("tls_cert and tls_key come together")
-        host, _ = split_address(self.listen)
-        if self.tls_cert is None and not self.allow_plaintext and not is_loopback(host):
+        return value
+
+    # Of a field and not of the whole: else it would only be told once all else is right.
+    @pydantic.field_validator("allow_plaintext")
+    @classmethod
+    def _safe(cls, value: bool, info: pydantic.ValidationInfo) -> bool:
+        listen = info.data.get("listen")
+        if listen and not value and not info.data.get("tls_cert") and not is_loopback(split_address(listen)[0]):
             raise ValueError(
-                f"listen = {self.listen!r} can be reached from other machines and has no TLS: "
+                f"listen = {listen!r} can be reached from other machines and has no TLS: "
                 "set tls_cert and tls_key, or allow_plaintext = true if something in front of it adds TLS"
             )
-        return self
+        return value
 
     @property
     def zone(self) -> tzinfo:

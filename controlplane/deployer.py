@@ -1,10 +1,11 @@
 """Desired replicas against reported ones: the door for what nodes say and are told, and the loop that applies plans.
 
-What to do is decided in `rollout`. Every step of a plan is one write of the fleet, and only then the dispatcher hears of it. Between any two of them the
-process may die: the next one plans from the rows and from what the nodes say anew.
+What to do is decided in `rollout`. Every step of a plan is one write of the fleet, and only then the dispatcher hears
+of it. Between any two of them the process may die: the next plans from the rows and from what the nodes say anew.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import time
@@ -184,11 +185,9 @@ class Deployer:
                 planned_s = self._monotonic()
                 pause_s = await self._try_step()
                 await asyncio.sleep(pause_s)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._fleet.news.wait()
-            except TimeoutError:
-                pass
 
     def _is_due(self) -> bool:
         return (

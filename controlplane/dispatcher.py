@@ -8,7 +8,7 @@ changes nothing. No task of asyncio per request: callers wait on futures, all ti
 import asyncio
 import random
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from math import inf
 from typing import Final
@@ -21,6 +21,7 @@ from controlplane.callers import Fleet, refuse
 from controlplane.errors import NotFound, QueueFull, Unavailable
 from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics, node_lost, workspace_deleted
 from controlplane.model import Cause, Delivery, State
+from controlplane.queues import HELD_BYTES, Queues
 from controlplane.recovery import Graces, taken_up
 from controlplane.slots import AttemptResult, Failure, Link, Slots
 from controlplane.store import Store
@@ -77,7 +78,7 @@ def utcnow() -> datetime:
 class Dispatcher:
     """Accepts tasks, gives them out, takes their results. `start` first, then `run`; `stop` before the store is closed.
 
-    `jitter`: random numbers from 0 to 1, for backoffs.
+    `jitter`: random numbers from 0 to 1, for backoffs. `held_bytes`: how much of queued tasks' requests is kept in memory.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Dispatcher:
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         metrics: Metrics | None = None,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
         self._store = store
         self._slots = slots
@@ -100,7 +102,14 @@ class Dispatcher:
         self._monotonic = monotonic
         self._metrics = metrics or NoMetrics()
         self._life = Lifecycle(
-            store, slots, fleet, clock=clock, monotonic=monotonic, jitter=jitter, metrics=self._metrics
+            store,
+            slots,
+            fleet,
+            Queues(held_bytes),
+            clock=clock,
+            monotonic=monotonic,
+            jitter=jitter,
+            metrics=self._metrics,
         )
         self._places = 0
         self._stopping = False
@@ -227,14 +236,14 @@ class Dispatcher:
         """Attempts that the workspace's replicas have in flight."""
         return sum(len(replica.in_flight) for replica in self._slots.pool(workspace_uid).replicas.values())
 
-    def in_flight(self, replica_id: str) -> int:
+    def running_on(self, replica_id: str) -> int:
         """Attempts that run there or may, given-up ones included: a drained replica may stop at 0."""
         replica = self._slots.replica(replica_id)
         return 0 if replica is None else len(replica.in_flight)
 
     # Nodes.
 
-    def is_current(self, node_addr: str, attempt_id: str) -> bool:
+    def attempt_is_current(self, node_addr: str, attempt_id: str) -> bool:
         """May this node fetch the attempt's request and deliver its response? Not any more once it is given up."""
         task = self._life.attempts.get(attempt_id)
         return (
@@ -262,7 +271,7 @@ class Dispatcher:
                 delivery = Delivery.SENT if attempt.sent else Delivery.NOT_SENT
                 self._life.fail(task, delivery, node_lost("Its node lost its connection before it had the request."))
         for attempt_id in running:
-            if not self.is_current(node_addr, attempt_id):
+            if not self.attempt_is_current(node_addr, attempt_id):
                 link.cancel(attempt_id)
         for uid in workspaces:
             self._life.fill(uid)
@@ -346,13 +355,13 @@ class Dispatcher:
 
     # The deployer.
 
-    def set_capacity(self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int) -> None:
-        """How many tasks the replica may run at once; 0 while it is not ready, or draining."""
+    def set_capacity(
+        self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
+    ) -> None:
+        """How many tasks the replica may run at once; 0 while it is not ready, or draining. May be told again and again."""
         replica = self._slots.known(replica_id, workspace_uid, node_addr, self._monotonic())
         replica.capacity = capacity
-        placed = self._fleet.replica(replica_id)
-        if placed is not None:
-            replica.gpu_ids_json = msgspec.json.encode(placed.gpu_ids)
+        replica.gpu_ids = tuple(gpu_ids)
         if capacity:
             self._life.fill(workspace_uid)
 

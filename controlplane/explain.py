@@ -74,7 +74,7 @@ def summary(decision: Decision) -> str:
     refused = sum(decision.refusals.values())
     if not decision.chosen:
         if not refused:
-            return f"{_capital(decision.subject)}: there is nothing to choose from."
+            return f"{_capital(decision.subject)}: there is no candidate at all."
         return f"{_capital(decision.subject)}: none of {refused} will do: {in_words(decision.refusals)}."
     chosen = next((c for c in decision.candidates if c.id == decision.chosen), Candidate(decision.chosen))
     accepted = sum(1 for candidate in decision.candidates if not candidate.refusal)

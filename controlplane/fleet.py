@@ -209,7 +209,7 @@ class Fleet(Picture):
         if availability is Availability.OPEN:
             there = {gpu.id for gpu in node.inventory.gpus}
             memories = self._memories.get(node.addr, {})
-            self._memories[node.addr] = {id: health.tested(memory) for id, memory in memories.items() if id in there}
+            self._memories[node.addr] = {id: health.after_test(memory) for id, memory in memories.items() if id in there}
         return self._nodes[node.addr]
 
     @_change

@@ -1,7 +1,7 @@
 """How well each GPU of a node is: readings in, grade and reason out. Pure.
 
 Most signs are levels: the driver states them anew in every reading, and when they end, so does the grade. Xids are
-events: a grade made by one stays until somebody has tested the GPU (`tested`). What must be remembered between two
+events: a grade made by one stays until somebody has tested the GPU (`after_test`). What must be remembered between two
 reports is in Memory, explicitly; nothing here keeps anything.
 
 The table follows NVIDIA's Xid catalogue and the recovery action that the driver itself recommends (NVML field 230).
@@ -191,7 +191,7 @@ def judge_all(
     return judged
 
 
-def tested(memory: Memory) -> Memory:
+def after_test(memory: Memory) -> Memory:
     """After an operator's word that the GPU was tested: Xids no longer count. Levels still do."""
     return msgspec.structs.replace(memory, xids=(), grave_since_s=None)
 

@@ -54,7 +54,7 @@ def split_attempt_id(attempt: str) -> tuple[str, int]:
 
 
 def token_secret(kind: str, rand: Random = secrets.token_bytes) -> str:
-    """`ngpu_`, the kind of token (`operator`, `service`, `node`, `session`), `_`, and 256 random bits as 43 characters."""
+    """`ngpu_`, the kind (`operator`, `service`, `node`, `session`), `_`, and 256 random bits (43 characters)."""
     return f"ngpu_{kind}_{urlsafe_b64encode(rand(32)).rstrip(b'=').decode()}"
 
 

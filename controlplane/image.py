@@ -42,6 +42,11 @@ def normalised(reference: str) -> str:
     return f"{domain}/{path}@{digest}" if digest else f"{domain}/{path}:{tag or 'latest'}"
 
 
+def directory(reference: str) -> str:
+    """The directory that stands for an image where there is no engine for images (the node's process engine)."""
+    return reference.replace("/", "_").replace(":", "_")
+
+
 def comparable(reference: str) -> str:
     """`normalised` for what others say: one that is no reference stays as it is."""
     try:

@@ -71,6 +71,7 @@ class Lifecycle:
         store: Store,
         slots: Slots,
         fleet: Fleet,
+        queues: Queues,
         *,
         clock: Callable[[], datetime],
         monotonic: Callable[[], float],
@@ -87,7 +88,7 @@ class Lifecycle:
         self.tasks: dict[str, OpenTask] = {}
         #: By attempt, from when its node is told until what came of it is on disk.
         self.attempts: dict[str, OpenTask] = {}
-        self.queues = Queues()
+        self.queues = queues
         self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self._hang_up)
         #: What must be read from the store before a task goes on. Bounded by slots, and by callers with an idempotency key.
         self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
@@ -123,7 +124,7 @@ class Lifecycle:
             replica_id=replica.id,
             node_addr=replica.node.addr,
             node_ip=replica.node.ip,
-            gpu_ids_json=replica.gpu_ids_json,
+            gpu_ids=replica.gpu_ids,
             assign_time=self._clock(),
             reason=reason,
             given_at=self._monotonic(),
@@ -377,7 +378,7 @@ class Lifecycle:
 
     def _gpu_us(self, attempt: OpenAttempt, result: AttemptResult | None, failure: Failure | None) -> int:
         """GPU time held, never more than the time that has passed here, whatever the node's clock says."""
-        if attempt.gpu_ids_json == b"[]":
+        if not attempt.gpu_ids:
             return 0
         passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
         if result is not None:

@@ -16,8 +16,8 @@ from controlplane import health
 from controlplane.census import Node, Replica, Route, Workspace
 from controlplane.changes import Changes
 from controlplane.errors import NodeRevoked, NodeUnknown, NotFound
-from controlplane.image import comparable
-from controlplane.report import CachedImage, Inventory, ReplicaReport, ReplicaState, Report
+from controlplane.image import comparable, directory
+from controlplane.report import Inventory, ReplicaReport, ReplicaState, Report
 
 #: Images whose size is remembered, over all nodes.
 IMAGES_KEPT: Final = 10_000
@@ -158,7 +158,7 @@ class Picture:
             report=report,
             reports=before.reports + 1,
             said={said.replica_id: said for said in report.replicas},
-            images=before.images if same_images else self._sizes(report.images),
+            images=before.images if same_images else self._sizes(report),
             health={gpu_id: memory.health for gpu_id, memory in memories.items()},
         )
         self._memories[addr] = memories
@@ -174,8 +174,11 @@ class Picture:
     def _heard(self, node: Node) -> Node:
         return replace(node, heard_s=self._monotonic(), last_seen_time=self._clock())
 
-    def _sizes(self, images: Iterable[CachedImage]) -> dict[str, int]:
-        sizes = {comparable(image.reference): image.size_bytes for image in images}
+    def _sizes(self, report: Report) -> dict[str, int]:
+        if report.inventory.engine == "process":
+            # Directories: not what an image of that name is elsewhere.
+            return {directory(image.reference): image.size_bytes for image in report.images}
+        sizes = {comparable(image.reference): image.size_bytes for image in report.images}
         for reference, size in sizes.items():
             self._image_bytes[reference] = size
             self._image_bytes.move_to_end(reference)

@@ -37,9 +37,9 @@ class GpuView(msgspec.Struct, frozen=True):
 class NodeView(msgspec.Struct, frozen=True):
     """One node as placement sees it.
 
-    `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: normalised references and
-    sizes. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers it has that are no replicas of
-    ours. `here`: replicas by workspace uid.
+    `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: sizes by normalised reference,
+    or by directory with the process engine. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers
+    it has that are no replicas of ours. `here`: replicas by workspace uid.
     """
 
     addr: str
@@ -61,13 +61,15 @@ class NodeView(msgspec.Struct, frozen=True):
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What one replica needs. `image` is a normalised reference, `image_bytes` its size if any node knows it.
+    """What one replica needs.
 
-    `replicas`: how many the workspace wants in all.
+    `image`: a normalised reference; `directory`: what stands for it with the process engine; `image_bytes`: its size if
+    any node knows it. `replicas`: how many the workspace wants in all.
     """
 
     workspace_uid: str
     image: str
+    directory: str = ""
     gpu: GpuNeed = GpuNeed()
     cpus: float = 0.0
     memory_bytes: int = 0
@@ -145,7 +147,7 @@ def has_engine(need: Need, node: NodeView, _policy: Policy) -> str:
     """There is an engine, and it can get the image: the process engine cannot pull."""
     if not node.engine:
         return "no container engine"
-    if node.engine == "process" and need.image not in node.images:
+    if node.engine == "process" and not _has_image(need, node):
         return "process engine without a directory for the image"
     return ""
 
@@ -167,7 +169,7 @@ def has_memory(need: Need, node: NodeView, _policy: Policy) -> str:
 
 def has_disk(need: Need, node: NodeView, policy: Policy) -> str:
     """The image fits on the disk, if it is not there yet and its size is known."""
-    if need.image_bytes is None or need.image in node.images:
+    if need.image_bytes is None or _has_image(need, node):
         return ""
     return (
         "" if node.disk_free_bytes >= need.image_bytes + policy.disk_reserve_bytes else "too little disk for the image"
@@ -210,7 +212,7 @@ def leftover(need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Polic
 
 def image(need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
     """The image must be pulled."""
-    if need.image in node.images:
+    if _has_image(need, node):
         return 0.0
     gib = policy.image_gib if need.image_bytes is None else need.image_bytes / GIB
     return policy.image + policy.image_per_gib * gib
@@ -298,6 +300,10 @@ def _chosen(need: Need, node: NodeView) -> list[GpuView]:
     """The best, then the smallest that will do, then the first."""
     gpus, _ = _gpus_left(need, node)
     return sorted(gpus, key=lambda gpu: (gpu.grade, gpu.memory_bytes, gpu.index, gpu.id))[: need.gpu.count]
+
+
+def _has_image(need: Need, node: NodeView) -> bool:
+    return (need.directory if node.engine == "process" else need.image) in node.images
 
 
 def _too_few(need: GpuNeed, kind: str) -> str:

@@ -71,7 +71,7 @@ async def taken_up(
             replica_id=row.replica_id,
             node_addr=row.node_addr,
             node_ip="",
-            gpu_ids_json=b"[]" if replica is None else msgspec.json.encode(replica.gpu_ids),
+            gpu_ids=() if replica is None else replica.gpu_ids,
             assign_time=row.assign_time,
             reason=row.assign_reason,
             given_at=now - _seconds(row.assign_time, clock),

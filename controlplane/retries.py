@@ -27,8 +27,8 @@ REPLICA_LOST: Final = "REPLICA_LOST"
 OUTCOME_UNKNOWN: Final = "OUTCOME_UNKNOWN"
 ATTEMPTS_USED_UP: Final = "ATTEMPTS_USED_UP"
 
-#: Another attempt would end the same way, or nobody wants it.
-FINAL: Final = frozenset({"RUN_TIME_LIMIT", "TOTAL_TIME_LIMIT", "RESPONSE_TOO_LARGE", "BAD_RESPONSE", "CANCELLED"})
+#: Where the customer's side caused these, another attempt would end the same way.
+FINAL: Final = frozenset({"RUN_TIME_LIMIT", "RESPONSE_TOO_LARGE", "BAD_RESPONSE", "CANCELLED"})
 
 
 class History(msgspec.Struct, frozen=True):
@@ -62,7 +62,7 @@ def judge(
     history: History, *, repeatable: bool, max_attempts: int, delivery: Delivery, failure: Failure
 ) -> Failure | None:
     """The failure the task ends with, or None: run it again. `history` includes this attempt."""
-    if failure.reason in FINAL:
+    if failure.reason in FINAL and failure.cause is Cause.CUSTOMER:
         return failure
     if delivery is not Delivery.NOT_SENT:
         if not repeatable:

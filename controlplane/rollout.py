@@ -22,7 +22,7 @@ from controlplane import explain, placement
 from controlplane.census import Node, Replica, Workspace
 from controlplane.explain import Decision
 from controlplane.health import Grade, Health
-from controlplane.image import comparable
+from controlplane.image import comparable, directory
 from controlplane.model import Availability
 from controlplane.placement import GpuView, Need, NodeView, Policy
 from controlplane.report import ReplicaState
@@ -264,6 +264,7 @@ def need_of(workspace: Workspace, image_bytes: Callable[[str], int | None]) -> N
     return Need(
         workspace_uid=workspace.uid,
         image=image,
+        directory=directory(spec.image),
         gpu=spec.gpu,
         cpus=spec.cpus,
         memory_bytes=spec.memory_bytes,

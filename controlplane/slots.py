@@ -109,7 +109,7 @@ class Replica:
     __slots__ = (
         "capacity",
         "failures",
-        "gpu_ids_json",
+        "gpu_ids",
         "id",
         "in_flight",
         "node",
@@ -123,8 +123,7 @@ class Replica:
         self.workspace_uid = workspace_uid
         self.node = node
         self.capacity = 0
-        #: As its ledger rows have it.
-        self.gpu_ids_json = b"[]"
+        self.gpu_ids: tuple[str, ...] = ()
         #: Attempt id -> since when, monotonic. Attempts that were given up count until the node says that they are over.
         self.in_flight: dict[str, float] = {}
         self.pace_s = 0.0

@@ -10,7 +10,7 @@ closed). Writes raise it at the call if the queue is full or closed, and through
 
 import asyncio
 from asyncio import Future
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from controlplane import store_fleet, store_tasks
 from controlplane.errors import Unavailable
 from controlplane.migrations import check_current
-from controlplane.model import Attempt, Node, Replica, Route, State, Task, Token, Workspace
+from controlplane.model import ENDED, Attempt, Node, Replica, Route, State, Task, Token, Workspace
 from controlplane.store_database import connect_to, is_down, is_lost, reason, unavailable
 from controlplane.store_tasks import End, Page, TaskQuery, check_move
 from controlplane.store_writer import Writer
@@ -58,6 +58,7 @@ class Store:
         self._reading = connect_to(url, connections=READERS, read_only=True)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
         self._reads = 0
+        self._reads_fail = False
         self._closed = False
         self._writer = Writer(self._writing.connect)
 
@@ -109,13 +110,8 @@ class Store:
 
         Raises StaleAttempt if that attempt of the task is not the one running; the same end given again is no error.
         """
-        check_move(State.RUNNING, end.state, ends=True)
-        move = (
-            _move(attempt.task_id, State.RUNNING, end.state)
-            | {"of_attempt": attempt.number}
-            | msgspec.structs.asdict(end)
-        )
-        item = move, attempt.__dict__.copy()
+        move = _end(attempt.task_id, State.RUNNING, end) | {"of_attempt": attempt.number}
+        item = move, _without_nul(attempt)
         size_bytes = len(end.response_body or b"")
         return self._writer.put(store_tasks.finish, item, key=attempt.task_id, size_bytes=size_bytes)
 
@@ -125,13 +121,11 @@ class Store:
         Raises as `finish`.
         """
         move = _move(attempt.task_id, State.RUNNING, State.QUEUED) | {"of_attempt": attempt.number}
-        return self._writer.put(store_tasks.requeue, (move, attempt.__dict__.copy()), key=attempt.task_id)
+        return self._writer.put(store_tasks.requeue, (move, _without_nul(attempt)), key=attempt.task_id)
 
     def end_queued(self, task_id: str, end: End) -> Future[None]:
         """QUEUED -> FAILED or CANCELLED. Raises StaleAttempt if it is not queued; the same end again is no error."""
-        check_move(State.QUEUED, end.state, ends=True)
-        move = _move(task_id, State.QUEUED, end.state) | msgspec.structs.asdict(end)
-        return self._writer.put(store_tasks.end_queued, move, key=task_id)
+        return self._writer.put(store_tasks.end_queued, _end(task_id, State.QUEUED, end), key=task_id)
 
     async def task(self, task_id: str) -> Task | None:
         """The task, with its inline bodies."""
@@ -141,14 +135,14 @@ class Store:
         """The ended attempts of a task, oldest first."""
         return await self._read(store_tasks.attempts, task_id)
 
-    async def open_tasks(self) -> AsyncIterator[list[Task]]:
+    async def open_tasks(self) -> AsyncGenerator[list[Task], None]:
         """All tasks that have not ended, in order of acceptance, in pages."""
         after = 0
         while page := await self._read(store_tasks.open_page, after):
             yield page
             after = page[-1].number or 0
 
-    async def list_tasks(self, query: TaskQuery) -> AsyncIterator[Page]:
+    async def list_tasks(self, query: TaskQuery) -> AsyncGenerator[Page, None]:
         """Tasks in order of acceptance, oldest first; complete for those accepted before the call; at least one page.
 
         Raises InvalidArgument if the cursor is none of ours.
@@ -207,13 +201,10 @@ class Store:
     def enroll_node(self, row: Node, token_id: str) -> Future[None]:
         """Spend a node's one-time token on this node and add it, in one transaction.
 
-        Raises Conflict if the address or the name is known, and as `use_token`.
+        Raises Conflict if the address or the name is known; Unauthenticated, saying whether the token is unknown, not a
+        node's, revoked, expired (by the node's `enroll_time`), or used by another node.
         """
         return self._write(store_fleet.enroll_node, row.model_copy(), token_id)
-
-    def add_node(self, row: Node) -> Future[None]:
-        """Raises Conflict if the address or the name is known."""
-        return self._write(store_fleet.add, [row.model_copy()])
 
     def update_node(self, row: Node) -> Future[None]:
         """Write all columns of a known node. Raises NotFound, Conflict (the name)."""
@@ -241,10 +232,6 @@ class Store:
         """Raises Conflict if its id or secret is known."""
         return self._write(store_fleet.add, [row.model_copy()])
 
-    async def token(self, secret_hash: bytes) -> Token | None:
-        """The token with this secret, even if it is expired, used or revoked."""
-        return await self._read(store_fleet.token, secret_hash)
-
     async def tokens(self) -> list[Token]:
         """All, by time of creation."""
         return await self._read(store_fleet.read, Token, "create_time", "id")
@@ -252,13 +239,6 @@ class Store:
     def revoke_token(self, token_id: str, now: datetime) -> Future[None]:
         """Set its `revoke_time` (the first call's stays). Raises NotFound."""
         return self._write(store_fleet.revoke_token, token_id, now)
-
-    def use_token(self, secret_hash: bytes, node_addr: str, now: datetime) -> Future[None]:
-        """Spend a one-time token of a node on this node; again for the same node is no error.
-
-        Raises Unauthenticated, saying whether it is unknown, not a node's, revoked, expired, or used by another node.
-        """
-        return self._write(store_fleet.use_token, store_fleet.token_has(secret_hash), node_addr, now)
 
     # How.
 
@@ -290,27 +270,46 @@ class Store:
 
         self._reads += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, _answered, read)
+            result = await asyncio.get_running_loop().run_in_executor(self._readers, _read_again, read)
+        except SQLAlchemyError as error:
+            if not is_down(error):
+                raise
+            if not self._reads_fail:
+                log.warning("store_reads_fail", error=reason(error))
+            self._reads_fail = True
+            raise unavailable() from error
         finally:
             self._reads -= 1
+        if self._reads_fail:
+            log.info("store_reads_work_again")
+            self._reads_fail = False
+        return result
 
 
-def _answered(read: Callable[[], Result]) -> Result:
+def _read_again(read: Callable[[], Result]) -> Result:
     """Read; once more if the connection turns out to be lost: it may have been so since the last read."""
     try:
-        try:
-            return read()
-        except SQLAlchemyError as error:
-            if not is_lost(error):
-                raise
-            return read()
+        return read()
     except SQLAlchemyError as error:
-        if not is_down(error):
+        if not is_lost(error):
             raise
-        log.warning("store_read_failed", error=reason(error))
-        raise unavailable() from error
+    return read()
 
 
 def _move(task_id: str, before: State, after: State) -> dict[str, Any]:
     check_move(before, after)
     return {"of_task": task_id, "of_state": before, "state": after}
+
+
+def _end(task_id: str, before: State, end: End) -> dict[str, Any]:
+    if end.state not in ENDED:
+        raise ValueError(f"a task does not end as {end.state.name}")
+    return _move(task_id, before, end.state) | _without_nul(end)
+
+
+def _without_nul(ending: End | Attempt) -> dict[str, Any]:
+    """Its columns. PostgreSQL refuses NUL in text, and no words of a node may keep a task from ending."""
+    row = msgspec.structs.asdict(ending) if isinstance(ending, End) else ending.__dict__.copy()
+    for name in ("failure_reason", "failure_message"):
+        row[name] = row[name].replace("\0", "")
+    return row

@@ -108,46 +108,35 @@ def delete_route(connection: sa.Connection, name: str) -> None:
 
 def enroll_node(connection: sa.Connection, row: Node, token_id: str) -> None:
     """Add the node and spend the token on it. Raises Conflict, Unauthenticated."""
-    use_token(connection, _token.c.id == token_id, row.addr, row.enroll_time)
+    usable = (
+        (_token.c.role == Role.NODE)
+        & (_token.c.used_by == "")
+        & _token.c.revoke_time.is_(None)
+        & (_token.c.expire_time.is_(None) | (_token.c.expire_time > row.enroll_time))
+    )
+    use = sa.update(_token).where(_token.c.id == token_id, usable)
+    # Decided by the UPDATE itself, so that of two nodes only one can win; reading is for the words.
+    if not connection.execute(use.values(used_by=row.addr, use_time=row.enroll_time)).rowcount:
+        _refuse_token(read(connection, Token, where=_token.c.id == token_id), row.addr)
     add(connection, [row])
 
 
-def token(connection: sa.Connection, secret_hash: bytes) -> Token | None:
-    """The token with that secret."""
-    return next(iter(read(connection, Token, where=_token.c.secret_hash == secret_hash)), None)
+def _refuse_token(found: Sequence[Token], node_addr: str) -> None:
+    """Raise Unauthenticated, unless the token was spent on this very node."""
+    if not found or found[0].role != Role.NODE:
+        raise Unauthenticated("The token is not known here: make one with `ngpu token create --role node`.")
+    if found[0].used_by == node_addr:
+        return
+    if found[0].used_by:
+        raise Unauthenticated("The token was used by another node: make one for each.")
+    if found[0].revoke_time is not None:
+        raise Unauthenticated("The token was revoked.")
+    raise Unauthenticated("The token has expired: make a new one with `ngpu token create --role node`.")
 
 
 def revoke_token(connection: sa.Connection, token_id: str, now: datetime) -> None:
     """Set its `revoke_time`, once. Raises NotFound."""
     _stamp(connection, _token.c.id == token_id, _token.c.revoke_time, now)
-
-
-def use_token(connection: sa.Connection, which: sa.ColumnElement[bool], node_addr: str, now: datetime) -> None:
-    """Spend a node's token on this node. Raises Unauthenticated."""
-    usable = (
-        (_token.c.role == Role.NODE)
-        & (_token.c.used_by == "")
-        & _token.c.revoke_time.is_(None)
-        & (_token.c.expire_time.is_(None) | (_token.c.expire_time > now))
-    )
-    # Decided by the UPDATE itself, so that of two nodes only one can win; reading is for the words.
-    if connection.execute(sa.update(_token).where(which & usable).values(used_by=node_addr, use_time=now)).rowcount:
-        return
-    found = next(iter(read(connection, Token, where=which)), None)
-    if found is None or found.role != Role.NODE:
-        raise Unauthenticated("The token is not known here: make one with `ngpu token create --role node`.")
-    if found.used_by == node_addr:
-        return
-    if found.used_by:
-        raise Unauthenticated("The token was used by another node: make one for each.")
-    if found.revoke_time is not None:
-        raise Unauthenticated("The token was revoked.")
-    raise Unauthenticated("The token has expired: make a new one with `ngpu token create --role node`.")
-
-
-def token_has(secret_hash: bytes) -> sa.ColumnElement[bool]:
-    """Says which token by its secret."""
-    return _token.c.secret_hash == secret_hash
 
 
 def _stamp(connection: sa.Connection, which: sa.ColumnElement[bool], column: sa.Column[Any], now: datetime) -> None:

@@ -14,7 +14,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from controlplane.errors import Conflict, InvalidArgument, StaleAttempt
 from controlplane.model import (
-    ENDED,
     EPOCH,
     MICROSECOND,
     NEXT,
@@ -134,10 +133,10 @@ _HEAVY: Final = {"request_headers_json", "request_body", "response_headers_json"
 _LIGHT: Final = tuple(column for column in _c if column.name not in _HEAVY)
 
 
-def check_move(before: State, after: State, *, ends: bool = False) -> None:
+def check_move(before: State, after: State) -> None:
     """Raise ValueError for a move that the table of states does not know: a bug of the caller."""
-    if after not in NEXT[before] or (ends and after not in ENDED):
-        raise ValueError(f"a task does not go from {before.name} to {after.name} so")
+    if after not in NEXT[before]:
+        raise ValueError(f"a task does not go from {before.name} to {after.name}")
 
 
 # Kinds of writes (store_writer.Kind). Their items are parameters of statements.

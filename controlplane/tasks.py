@@ -123,7 +123,7 @@ class OpenAttempt:
     replica_id: str
     node_addr: str
     node_ip: str
-    gpu_ids_json: bytes
+    gpu_ids: tuple[str, ...]
     assign_time: datetime
     reason: str
     #: Since when the node may be at work on it.
@@ -313,7 +313,7 @@ def ledger_row(
         replica_id=attempt.replica_id,
         node_addr=attempt.node_addr,
         node_ip=attempt.node_ip,
-        gpu_ids_json=attempt.gpu_ids_json,
+        gpu_ids_json=_to_json(attempt.gpu_ids) if attempt.gpu_ids else b"[]",
         delivery=delivery,
         assign_time=attempt.assign_time,
         end_time=end_time,

@@ -5,6 +5,6 @@ reads what was sent, `envelope` takes the payload out of it, `calls` and `batch`
 the answer, `reply` writes it. `submit` gives work, `tasks` asks after it. `errors` holds every way to be refused.
 
 Stateless: whatever must survive is in the control plane, so any number of bridges may stand beside one another.
-The original's odd words (`taskID`, `task_dursion`, `recordDursion`) live in this package alone; docs/rest.md has them all
-with the rulings where the original's documents contradict themselves.
+The original's odd words (`taskID`, `task_dursion`, `recordDursion`) live in this package alone; docs/rest.md has them
+all, with the rulings where the original's documents contradict themselves.
 """

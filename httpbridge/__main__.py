@@ -23,6 +23,7 @@ from httpbridge.app import App, Limits
 from httpbridge.bodies import BodyReader, Budget
 from httpbridge.calls import ControlPlane
 from httpbridge.config import Config
+from httpbridge.credentials import TokenFile
 from httpbridge.errors import ConfigFault
 from httpbridge.lookups import Lookups
 from httpbridge.metrics import Metrics
@@ -39,41 +40,43 @@ log = structlog.get_logger(__name__)
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT."""
     token = TokenFile(config.token_file)
-    credentials = _client_tls(config)
-    metrics = Metrics()
-    async with ControlPlane(config.controlplane, token, credentials=credentials) as control_plane:
-        budget = Budget(config.body_memory)
-        reader = BodyReader(
-            limit_bytes=config.body_limit, stall_limit_s=config.stall_time, total_limit_s=config.body_time
-        )
-        answers = Answers(control_plane)
-        submission = Submission(
-            control_plane, answers, reader, budget,
-            accepted_result_code=config.accepted_result_code,
-            require_auth=config.require_auth,
-            sync_wait_s=int(config.sync_wait),
-            trusted_proxies=config.proxies,
-        )  # fmt: skip
-        tasks = Tasks(
-            control_plane, answers, budget,
-            zone=config.zone, wait_limit_s=config.sync_wait, require_auth=config.require_auth,
-        )  # fmt: skip
-        lookups = Lookups(control_plane, require_auth=config.require_auth)
-        about = About(control_plane.batch, metrics)
-        _measure(metrics, control_plane, budget)
-        limits = Limits(
-            connections=config.max_connections,
-            idle_s=config.idle_time,
-            stall_s=config.stall_time,
-            line_bytes=config.max_line,
-        )
-        app = App(routes(submission, tasks, lookups, about), passthrough(submission), metrics, limits)
+    async with ControlPlane(config.controlplane, token, credentials=_client_tls(config)) as control_plane:
+        app, about = assemble(config, control_plane)
         batch = asyncio.create_task(control_plane.run(), name="batch")
         try:
             await _listen(config, app, about, batch)
         finally:
             batch.cancel()
             await asyncio.gather(batch, return_exceptions=True)
+
+
+def assemble(config: Config, control_plane: ControlPlane) -> tuple[App, About]:
+    """All parts, each given what it needs."""
+    metrics = Metrics()
+    budget = Budget(config.body_memory)
+    reader = BodyReader(limit_bytes=config.body_limit, stall_limit_s=config.stall_time, total_limit_s=config.body_time)
+    answers = Answers(control_plane)
+    submission = Submission(
+        control_plane, answers, reader, budget,
+        accepted_result_code=config.accepted_result_code,
+        require_auth=config.require_auth,
+        sync_wait_s=config.sync_wait,
+        trusted_proxies=config.proxies,
+    )  # fmt: skip
+    tasks = Tasks(
+        control_plane, answers, budget,
+        zone=config.zone, wait_limit_s=config.sync_wait, require_auth=config.require_auth,
+    )  # fmt: skip
+    lookups = Lookups(control_plane, require_auth=config.require_auth)
+    about = About(control_plane.batch, metrics)
+    limits = Limits(
+        connections=config.max_connections,
+        idle_s=config.idle_time,
+        stall_s=config.stall_time,
+        line_bytes=config.max_line,
+    )
+    _measure(metrics, control_plane, budget)
+    return App(routes(submission, tasks, lookups, about), passthrough(submission), metrics, limits), about
 
 
 async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[None]") -> None:
@@ -101,25 +104,6 @@ async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[N
     (config.state_dir / "address").unlink(missing_ok=True)
     if batch.done():
         batch.result()
-
-
-class TokenFile:
-    """The bridge's token as the file has it now; as it had it last, should the file be gone."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._token = ""
-        self()
-
-    def __call__(self) -> str:
-        """The token. Raises ConfigFault if there never was one."""
-        try:
-            self._token = self._path.read_text().strip() or self._token
-        except OSError as error:
-            log.warning("token_file_unreadable", reason=str(error))
-        if not self._token:
-            raise ConfigFault(f"token_file: {self._path} holds no token")
-        return self._token
 
 
 def _measure(metrics: Metrics, control_plane: ControlPlane, budget: Budget) -> None:
@@ -167,7 +151,7 @@ cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @cli.command()
-def bridge(
+def bridge(  # noqa: PLR0917 typer calls it
     config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
     controlplane: Annotated[str | None, typer.Option(help="HOST:PORT of the control plane.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the bridge's token.")] = None,
@@ -181,8 +165,8 @@ def bridge(
 ) -> None:
     """The documented JSON/REST surface of NGPU over HTTP.
 
-    Every setting may stand in a TOML file (--config, or NGPU_BRIDGE_CONFIG) or in the environment as NGPU_BRIDGE_<NAME>;
-    what is given here wins. `--settings` lists them all.
+    Every setting may stand in a TOML file (--config, or NGPU_BRIDGE_CONFIG) or in the environment as
+    NGPU_BRIDGE_<NAME>; what is given here wins. `--settings` lists them all.
     """
     if settings:
         table = Table("setting", "default", "meaning", box=None)

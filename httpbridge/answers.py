@@ -1,10 +1,11 @@
-"""What an answer about a task says: the rulings on result codes as one table, and the JSON around the container's body."""
+"""What an answer about a task says: the rulings on result codes as one table, the JSON around the container's body."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
+from msgspec import UNSET, UnsetType
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
@@ -82,9 +83,9 @@ class Answers:
         answer = envelope.Queried(result_code, msg, task.task_id, data, encoding, response.body.size, seconds)
         return self._reply(envelope.encode(answer), task, response, workspace_id, 200)
 
-    def _data(self, body: http_pb2.Body) -> tuple[str, str | envelope.UnsetType]:
+    def _data(self, body: http_pb2.Body) -> tuple[str, str | UnsetType]:
         if is_cut(body):
-            return "", envelope.UNSET if body.is_utf8 else envelope.BASE64
+            return "", UNSET if body.is_utf8 else envelope.BASE64
         return envelope.text(body.inline)
 
     def _reply(
@@ -103,7 +104,9 @@ class Answers:
         # Inside a JSON string quotes are escaped, so this is found nowhere but where it is meant.
         before, mark, after = json.partition(b'"%b":"' % key.encode())
         yield before + mark
-        async with aclosing(envelope.stream_string(self._body(task_id, workspace_id, body), is_utf8=body.is_utf8)) as inside:
+        async with aclosing(
+            envelope.stream_string(self._body(task_id, workspace_id, body), is_utf8=body.is_utf8)
+        ) as inside:
             async for piece in inside:
                 yield piece
         yield after

@@ -1,7 +1,7 @@
 """The HTTP server: finds a request's handler in a dictionary, and lets no error out but as JSON.
 
-aiohttp's low-level server without its Application: one look-up instead of a router, no middlewares. Whoever hangs up has his
-handler cancelled, which is how the control plane gets to know.
+aiohttp's low-level server without its Application: one look-up instead of a router, no middlewares. Whoever hangs up
+has his handler cancelled, which is how the control plane gets to know.
 """
 
 import asyncio
@@ -64,10 +64,13 @@ class Route(NamedTuple):
     name: str
     handlers: Mapping[str, Handler]
 
-    @property
-    def allow(self) -> str:
-        """For the `Allow` header."""
-        return ", ".join(sorted({*self.handlers, *(["HEAD"] if "GET" in self.handlers else [])}))
+    def handler(self, method: str) -> Handler:
+        """What answers to `method`; HEAD is GET without the body. Raises MethodNotAllowed."""
+        found = self.handlers.get("GET" if method == "HEAD" else method)
+        if found is None:
+            allow = sorted({*self.handlers, *(["HEAD"] if "GET" in self.handlers else [])})
+            raise MethodNotAllowed(f"{self.name} does not answer to {method}", allow=", ".join(allow))
+        return found
 
 
 class Limits(NamedTuple):
@@ -119,10 +122,7 @@ class App:
         try:
             target, path, query, route = self._find(request)
             name = route.name
-            handler = route.handlers.get("GET" if request.method == "HEAD" else request.method)
-            if handler is None:
-                raise MethodNotAllowed(f"{name} does not answer to {request.method}", allow=route.allow)
-            reply = await handler(Call(request, request_id, target, path, query))
+            reply = await route.handler(request.method)(Call(request, request_id, target, path, query))
         except BridgeError as error:
             reply = refused(error)
         except (asyncio.CancelledError, ConnectionError):
@@ -186,7 +186,7 @@ class _Connection(RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,
+        request: web.BaseRequest,  # noqa: ARG002
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,

@@ -74,9 +74,9 @@ class Batch:
         return len(self._answers)
 
     async def schedule(self, request: pb.ScheduleRequest, *, limit_s: float) -> pb.Answer:
-        """TaskService.Schedule. If this is cancelled, the call is abandoned. `limit_s`: past this an answer is not believed in.
+        """TaskService.Schedule. If this is cancelled, the call is abandoned.
 
-        Raises Unavailable.
+        Raises Unavailable; also when no answer has come after `limit_s`, which is none of the task's own limits.
         """
         call = self._add(request.ByteSize())
         call.schedule.CopyFrom(request)
@@ -200,7 +200,7 @@ class Batch:
             if not answer.done():
                 answer.set_exception(
                     Unavailable(
-                        "The connection to the control plane broke before it answered. The task may have been accepted: "
+                        "The connection to the control plane broke before it answered. A task may have been accepted: "
                         "send an Idempotency-Key to be able to ask again safely"
                     )
                 )

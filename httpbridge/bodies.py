@@ -1,7 +1,7 @@
 """Reading what a caller sends, within limits of size, time and memory.
 
-A body is held whole, because its payload has to be taken out of its envelope. What all bodies over 64 KiB may hold together is
-therefore one number, the budget; a call that finds it used up is told to come again, before it has sent anything.
+A body is held whole, because its payload has to be taken out of its envelope. What all bodies over 64 KiB may hold
+together is therefore one number, the budget; a call that finds it used up is told to come again, its body unread.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Hold:
 
 
 class BodyReader:
-    """Reads bodies of at most `limit_bytes`; one that stalls for `stall_limit_s` or takes `total_limit_s` is given up."""
+    """Reads bodies of at most `limit_bytes`; gives one up that stalls for `stall_limit_s` or takes `total_limit_s`."""
 
     def __init__(self, *, limit_bytes: int, stall_limit_s: float, total_limit_s: float) -> None:
         self._limit_bytes = limit_bytes

@@ -1,13 +1,13 @@
-"""The control plane as the bridge sees it: every gRPC call it makes, with refusals translated into the bridge's errors.
+"""The control plane as the bridge sees it: every gRPC call it makes; refusals become the bridge's errors here.
 
-Calls that are many and small go through the Batch stream (`batch`); bodies over 64 KiB go over a channel of their own, so
-that small calls stay fast beside them; the rest is plain unary calls and server streams.
+Calls that are many and small go through the Batch stream (`batch`); bodies over 64 KiB go over a channel of their own,
+so that small calls stay fast beside them; the rest is plain unary calls and server streams.
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import Any, Final, Self
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from typing import Final, Self, TypeVar
 
 import grpc
 import structlog
@@ -28,6 +28,8 @@ ANSWER_GRACE_S: Final = 30.0
 #: How often a broken stream is taken up again without having got any further.
 RESUMES: Final = 3
 RESUME_PAUSE_S: Final = 0.5
+
+Answer = TypeVar("Answer")
 
 log = structlog.get_logger(__name__)
 
@@ -158,19 +160,23 @@ class ControlPlane:
 
     async def detail(self, request: pb.GetDetailRequest, request_id: str) -> pb.GetDetailResponse:
         """TaskService.GetDetail, bodies cut at 1 MiB."""
-        return await _unary(self._tasks.GetDetail, request, self._metadata(request_id))
+        return await _answer(self._tasks.GetDetail(request, metadata=self._metadata(request_id), timeout=CALL_LIMIT_S))
 
     async def check_address(self, address: str, request_id: str) -> Iterable[asset_pb2.Holding]:
         """AssetService.CheckAddress."""
         request = asset_pb2.CheckAddressRequest(address=address)
-        response = await _unary(self._assets.CheckAddress, request, self._metadata(request_id))
+        response = await _answer(
+            self._assets.CheckAddress(request, metadata=self._metadata(request_id), timeout=CALL_LIMIT_S)
+        )
         return response.holdings
 
     async def workspace(self, workspace_id: str, request_id: str) -> workspace_pb2.Workspace:
         """WorkspaceService.GetWorkspace. Raises Unauthorized for an unknown id, which is a credential."""
         request = workspace_pb2.GetWorkspaceRequest(workspace=workspace_id)
         try:
-            response = await _unary(self._workspaces.GetWorkspace, request, self._metadata(request_id))
+            response = await _answer(
+                self._workspaces.GetWorkspace(request, metadata=self._metadata(request_id), timeout=CALL_LIMIT_S)
+            )
         except errors.NotFound:
             raise errors.Unauthorized("There is no workspace with this id") from None
         return response.workspace
@@ -186,7 +192,7 @@ class ControlPlane:
                 for at in range(wire.CHUNK_BYTES, len(body), wire.CHUNK_BYTES)
             ),
         )
-        response = await _unary(self._bodies.Upload, chunks, self._metadata(), TRANSFER_LIMIT_S)
+        response = await _answer(self._bodies.Upload(chunks, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S))
         return response.upload_id
 
     async def body(
@@ -235,7 +241,6 @@ class ControlPlane:
                     # Without this a stream that breaks after its last page would be begun again from the first.
                     if not page.cursor or (request.limit and left <= 0):
                         return
-                return
             except grpc.aio.AioRpcError as error:
                 refused = translated(error)
                 if broken >= RESUMES or not isinstance(refused, errors.Unavailable | errors.TimeLimit):
@@ -243,6 +248,8 @@ class ControlPlane:
                 broken += 1
                 request.limit = left if request.limit else 0
                 await asyncio.sleep(RESUME_PAUSE_S)
+            else:
+                return
             finally:
                 pages.cancel()
 
@@ -255,11 +262,9 @@ def _channel(
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-async def _unary(
-    method: Callable[..., Any], request: Any, metadata: tuple[tuple[str, str], ...], limit_s: float = CALL_LIMIT_S
-) -> Any:
+async def _answer(call: Awaitable[Answer]) -> Answer:
     try:
-        return await method(request, metadata=metadata, timeout=limit_s)
+        return await call
     except grpc.aio.AioRpcError as error:
         raise translated(error) from None
 

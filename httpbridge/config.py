@@ -111,9 +111,7 @@ class Config(BaseSettings):
     """result_code of an accepted task; 100 is what the original's samples print."""
     require_auth: bool = False
     """Want the Authorization header everywhere: for tasks by their id, for published routes, for checkAddress."""
-    trusted_proxies: Annotated[
-        list[Annotated[str, AfterValidator(_network)]], NoDecode, BeforeValidator(_words)
-    ] = []
+    trusted_proxies: Annotated[list[Annotated[str, AfterValidator(_network)]], NoDecode, BeforeValidator(_words)] = []
     """Networks of proxies whose X-Forwarded-For says where a caller is, e.g. 10.0.0.0/8."""
 
     sync_wait: Annotated[Seconds, Field(ge=1, le=3600)] = 300.0

@@ -52,8 +52,9 @@ encode: Final = msgspec.json.Encoder().encode
 def open_(body: bytes, content_type: str, content_encoding: str = "") -> Payload:
     """The container's body out of a caller's. Raises BadRequest.
 
-    * A JSON object with `data`: the envelope. A string is the body as it stands (`application/json` if it is JSON itself, as
-      frameworks like FastAPI insist on that, else `text/plain`; no type if empty); other JSON is serialised compactly.
+    * A JSON object with `data`: the envelope. A string is the body as it stands (`application/json` if it is JSON
+      itself, as frameworks like FastAPI insist on that, else `text/plain`; no type if empty); other JSON is serialised
+      compactly.
     * A JSON object without `data`: itself the body, less `btc_address`.
     * Anything else: the body as it stands, under the type it came with.
 
@@ -84,7 +85,7 @@ def _open_json(body: bytes, content_type: str) -> Payload:
             del members["btc_address"]
             body = encode(members)
         return Payload(body, content_type, address)
-    if memoryview(data)[:1] == b'"':
+    if bytes(memoryview(data)[:1]) == b'"':
         inner = _STRING.decode(data).encode()
         return Payload(inner, _type_of(inner), address)
     inner = msgspec.json.format(bytes(data), indent=-1)
@@ -136,7 +137,7 @@ async def stream_string(chunks: AsyncGenerator[bytes, None], *, is_utf8: bool) -
     """The inside of the JSON string (without its quotes) that holds a body, piece by piece as the body comes."""
     async with aclosing(chunks):
         if is_utf8:
-            # The node saw that it is UTF-8; should it not be, a reader is better off with U+FFFD than with half an answer.
+            # The node saw that it is UTF-8; should it not be, U+FFFD serves a reader better than half an answer.
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             async for chunk in chunks:
                 yield encode(decoder.decode(chunk))[1:-1]

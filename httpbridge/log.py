@@ -1,6 +1,6 @@
 """How the bridge logs: one line per event on stderr, JSON where nobody watches, readable on a terminal.
 
-Event names are constants, data are fields. Never a body, a credential or a whole address; nothing per request at "info".
+Event names are constants, data are fields. Never a body, a credential or a whole address; no line per request.
 """
 
 import logging
@@ -13,7 +13,10 @@ Format = Literal["auto", "json", "console"]
 
 
 def set_up(level: str = "info", format_: Format = "auto") -> None:
-    """Configure structlog, and bring the libraries' own logging into the same lines. `auto`: by whether stderr is a terminal."""
+    """Configure structlog, and bring the libraries' own logging into the same lines.
+
+    `auto`: by whether stderr is a terminal.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -54,7 +54,8 @@ class Metrics(Collector):
         for name, (meaning, value) in self.counters.items():
             yield CounterMetricFamily(name, meaning, value=value())
         replies = CounterMetricFamily(
-            "ngpu_bridge_replies", "Answers by operation and HTTP status; 499: the caller went first.",
+            "ngpu_bridge_replies",
+            "Answers by operation and HTTP status; 499: the caller went first.",
             labels=["operation", "status"],
         )
         for (operation, status), count in self._replies.items():

@@ -29,7 +29,7 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
 def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
     """Our own parameters, decoded, and the rest of `query` byte for byte. Raises BadRequest.
 
-    A parameter of ours given twice is refused: which of two values counts is a question two programs answer differently.
+    A parameter of ours given twice is refused: which of two values counts, no two programs agree on.
     """
     if not query:
         return {}, ""
@@ -51,7 +51,7 @@ def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
 
 
 def container_path(value: str, name: str = "paramUrl") -> tuple[str, str]:
-    """A path (and query, after a `?`) of the container as `(path, query)`, percent-encoded, the path beginning with one "/".
+    """A path (and query, after a `?`) of the container as `(path, query)`, percent-encoded, the path from its "/" on.
 
     Raises BadRequest, speaking of `name`.
     """

@@ -28,8 +28,9 @@ _ALWAYS: Final = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff"
 
 
 class Reply(web.StreamResponse):
-    """A status, headers and a body: bytes, or pieces as they come. `app` adds the request's id and the limit on slow readers."""
+    """A status, headers and a body: bytes, or pieces as they come."""
 
+    #: Set by `app`, which knows it.
     request_id = ""
     #: A reader who takes nothing for so long is cut off.
     stall_limit_s = 60.0

@@ -41,7 +41,7 @@ class Submission:
         *,
         accepted_result_code: int,
         require_auth: bool,
-        sync_wait_s: int,
+        sync_wait_s: float,
         trusted_proxies: Networks = (),
     ) -> None:
         self._control_plane = control_plane
@@ -50,7 +50,7 @@ class Submission:
         self._budget = budget
         self._accepted_result_code = accepted_result_code
         self._require_auth = require_auth
-        self._sync_wait_s = sync_wait_s
+        self._sync_wait_ns = int(sync_wait_s * 1e9)
         self._trusted_proxies = trusted_proxies
 
     async def passthrough(self, call: Call) -> Reply:
@@ -100,7 +100,7 @@ class Submission:
         origin.operation = operation
         origin.user_agent = _printable(fields.get("User-Agent", ""))
         if sync:
-            request.wait.seconds = self._sync_wait_s
+            request.wait.FromNanoseconds(self._sync_wait_ns)
             # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains.
             request.cancel_on_hangup = not key
         try:
@@ -115,9 +115,7 @@ class Submission:
         task = response.task
         if sync:
             return self._answers.called(task, response.response, request.workspace_id)
-        accepted = envelope.Accepted(
-            self._accepted_result_code, ACCEPTED_MSG, task.task_id, task.task_id, task.task_id
-        )
+        accepted = envelope.Accepted(self._accepted_result_code, ACCEPTED_MSG, task.task_id, task.task_id, task.task_id)
         return Reply(envelope.encode(accepted), task_id=task.task_id)
 
     async def _add_body(self, call: Call, request: pb.ScheduleRequest) -> None:

@@ -1,6 +1,7 @@
 """Tasks are asked after: `queryTask`, the lists, `getDetailed` and `getTask`, and `DELETE /user/task`.
 
-The unguessable task id is what opens a task; a header, if one is sent, must own it besides, and opens what says who and whence.
+The unguessable task id is what opens a task; a header, if one is sent, must own it besides, and opens what says who
+and whence.
 """
 
 from collections.abc import AsyncGenerator, Callable
@@ -10,6 +11,7 @@ from math import ceil
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from msgspec import UNSET
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import credentials, envelope, params, times
@@ -138,7 +140,7 @@ class Tasks:
         last = detail.attempts[-1] if detail.attempts else pb.Attempt()
         request, request_encoding = envelope.text(body)
         if is_cut(answered):
-            response, response_encoding = "", envelope.UNSET if answered.is_utf8 else envelope.BASE64
+            response, response_encoding = "", UNSET if answered.is_utf8 else envelope.BASE64
         else:
             response, response_encoding = envelope.text(answered.inline)
         # What the platform caused costs the customer nothing.
@@ -226,14 +228,15 @@ async def _list_json(
     async with aclosing(pages):
         json = b'{"result_code":200,"msg":"success","taskIds":['
         size = 0
-        page: pb.ListTasksResponse | None = first
+        page = first
         while True:
             json += envelope.encode(list(page.task_ids))[1:-1]
             size += len(page.task_ids)
             cursor = page.cursor
-            if (page := await anext(pages, None)) is None:
+            if (following := await anext(pages, None)) is None:
                 break
             yield json
+            page = following
             json = b"," if size and page.task_ids else b""
         more = b',"nextCursor":%b' % envelope.encode(cursor) if paged else b""
         yield json + b'],"result_size":%d%b}' % (size, more)

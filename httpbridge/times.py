@@ -1,7 +1,8 @@
 """Times of the REST surface: `YYYY-MM-DD HH:MM:SS` in the display zone outside, aware UTC inside.
 
 An end includes the whole of the unit it is written in: a date that day, a time to the second that second. So the times
-which answers show may be put into `endTime` as they stand, and ranges written in one unit fit together without gap or overlap.
+which answers show may be put into `endTime` as they stand, and ranges written in one unit fit together without gap or
+overlap.
 """
 
 import re

@@ -71,7 +71,7 @@ class Bulk:
                     backoff.reset()
             except (grpc.aio.AioRpcError, LinkLost) as fault:
                 _check(fault)
-                log.info("fetch.broken", attempt=attempt_id, offset=offset, size=size, reason=_words(fault))
+                log.info("fetch_broken", attempt=attempt_id, offset=offset, size=size, reason=_words(fault))
             finally:
                 call.cancel()
             if offset < size:
@@ -91,7 +91,7 @@ class Bulk:
                     return await self._deliver(attempt_id, head, body)
             except (grpc.aio.AioRpcError, LinkLost) as fault:
                 _check(fault)
-                log.info("deliver.broken", attempt=attempt_id, size=body.size, reason=_words(fault))
+                log.info("deliver_broken", attempt=attempt_id, size=body.size, reason=_words(fault))
             await asyncio.sleep(backoff.next())
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:

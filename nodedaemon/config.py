@@ -1,130 +1,166 @@
-"""What a node operator may set: a TOML file, the environment (`NGPU_NODE_*`), the command line; the later wins.
+"""Settings of the node daemon: a TOML file, the environment and the command line, each winning over the one before.
 
-Only `__main__` reads it. All faults are told at once.
+Only `__main__` reads them; every part gets what it needs by its constructor. Faults are told all at once.
 """
 
 import ipaddress
+import os
 import re
 import socket
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+import pydantic
+import pydantic_settings
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from nodedaemon import log
 from nodedaemon.errors import ConfigFault
 
-GIB = 1024**3
-PREFIX = "NGPU_NODE_"
+ENV_PREFIX: Final = "NGPU_NODE_"
+#: The one variable with that prefix that is no setting: where the settings' file is.
+ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
-def host_port(address: str) -> tuple[str, int]:
-    """Split `HOST:PORT` or `[IPV6]:PORT`. Raises ValueError with words."""
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not HOST:PORT")
-    return host, int(port)
+def _duration(value: object) -> object:
+    """`15`, `"15s"`, `"10m"`: seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no duration: write 15s, 10m or 1h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-def _is_address(value: str) -> str:
-    host_port(value)
+def _size(value: object) -> object:
+    """`1048576`, `"64 MiB"`, `"2G"`: bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write 1048576, 64MiB or 2GiB")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _address(value: str) -> str:
+    split_address(value)
     return value
 
 
-def _is_address_or_empty(value: str) -> str:
-    return _is_address(value) if value else value
+def _optional_address(value: str) -> str:
+    return _address(value) if value else value
 
 
-def _node_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9.-]{1,63}", value):
-        raise ValueError("must be 1 to 63 of a-z, 0-9, '-', '.'")
+def _name(value: str) -> str:
+    if value and not re.fullmatch(r"[a-z0-9.-]{1,63}", value):
+        raise ValueError("must be 1 to 63 of a-z, 0-9, '-' and dots")
     return value
 
 
-def _default_name() -> str:
-    name = re.sub(r"[^a-z0-9.-]+", "-", socket.gethostname().lower()).strip("-.")[:63]
-    return name or "node"
+Seconds = Annotated[float, BeforeValidator(_duration)]
+Bytes = Annotated[int, BeforeValidator(_size)]
 
 
 class Config(BaseSettings):
-    """Everything that may be set, with its default."""
+    """All settings. Durations are `15s`, `10m` or seconds; sizes `64MiB` or bytes."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
-    controlplane: Annotated[str, AfterValidator(_is_address)] = Field(
-        "127.0.0.1:50051", description="HOST:PORT of the control plane's gRPC port; the node only ever dials out"
-    )
-    tls: bool = Field(False, description="speak TLS to the control plane")
-    tls_ca: Path | None = Field(None, description="PEM file with the CA to trust; empty: the system's")
-    allow_plaintext: bool = Field(False, description="allow a control plane on another machine without TLS")
-    token: SecretStr = Field(SecretStr(""), description="one-time token for joining")
-    token_file: Path | None = Field(None, description="file with the one-time token for joining")
-    name: Annotated[str, AfterValidator(_node_name)] = Field(
-        default_factory=_default_name, description="name for people; default: the machine's"
-    )
-    state_dir: Path = Field(Path(".ngpu/node"), description="where the node's key, spool and images of processes live")
-    engine: Literal["auto", "docker", "process"] = Field(
-        "auto", description="what runs containers; auto: Docker if it answers, else processes"
-    )
-    process_images: Path | None = Field(
-        None, description="process engine: directory with one directory per image; default STATE_DIR/images"
-    )
-    stop_grace_s: float = Field(30.0, ge=0, le=3600, description="at SIGTERM: seconds that running tasks get to finish")
-    spool_bytes: int = Field(
-        4 * GIB, ge=64 * 1024**2, description="disk for answers that the control plane has not yet acknowledged"
-    )
-    metrics_listen: Annotated[str, AfterValidator(_is_address_or_empty)] = Field(
-        "", description="HOST:PORT for Prometheus metrics; empty: off"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_form: log.Form = Field("auto", description="auto: console on a terminal, else JSON lines")
+    controlplane: Annotated[str, AfterValidator(_address)] = "127.0.0.1:50051"
+    """HOST:PORT of the control plane. The node only ever dials out."""
+    tls: bool = False
+    """Speak TLS to the control plane."""
+    tls_ca: Path | None = None
+    """PEM file with the roots that the control plane's certificate must lead to; implies tls. Default: the system's."""
+    allow_plaintext: bool = False
+    """Speak without TLS to a control plane on another machine: only inside something that adds TLS."""
+    token: SecretStr = SecretStr("")
+    """One-time token for joining, from `ngpu token create --role node`. Not needed once the node has joined."""
+    token_file: Path | None = None
+    """File with the one-time token."""
+    name: Annotated[str, AfterValidator(_name)] = ""
+    """Name for people, asked for when joining. Default: the machine's."""
+    state_dir: Path = Path(".ngpu/node")
+    """The node's key (its identity: keep it), and what was done and is not yet acknowledged."""
+    engine: Literal["auto", "docker", "process"] = "auto"
+    """What runs containers. auto: Docker if it answered at the first start, else plain processes."""
+    process_images: Path | None = None
+    """Process engine: the directory with a directory for each image. Default: STATE_DIR/images."""
+    allow_root: bool = False
+    """Docker engine: let containers run as root if their image says so."""
+    stop_grace: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
+    """How long running tasks may take to finish when the daemon stops."""
+    spool_limit: Annotated[Bytes, Field(ge=64 * 1024**2)] = 4 * 1024**3
+    """Disk for answers that the control plane has not acknowledged; past it containers wait with theirs."""
+    metrics_listen: Annotated[str, AfterValidator(_optional_address)] = ""
+    """HOST:PORT for Prometheus (/metrics). Empty: off. Port 0: any free one, written to STATE_DIR/metrics_address."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is logged."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: console on a terminal, JSON lines elsewhere."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        faults = []
-        if self.token.get_secret_value() and self.token_file:
-            faults.append("token and token_file: set one of them")
-        if self.tls_ca and not self.tls:
-            faults.append("tls_ca is set but tls is not")
-        if not self.tls and not self.allow_plaintext and not _is_loopback(host_port(self.controlplane)[0]):
-            faults.append(
-                "controlplane is on another machine and would be spoken to in the clear: set tls = true, or "
-                "allow_plaintext = true in a network you trust"
+    @pydantic.field_validator("tls_ca", "token_file")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None and not os.access(value, os.R_OK):
+            raise ValueError(f"{value} cannot be read")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _safe(self) -> Self:
+        if self.token.get_secret_value() and self.token_file is not None:
+            raise ValueError("token and token_file: set one of them")
+        if not self.with_tls and not self.allow_plaintext and not is_loopback(split_address(self.controlplane)[0]):
+            raise ValueError(
+                f"controlplane = {self.controlplane!r} leaves this machine without TLS: set tls = true, "
+                "or allow_plaintext = true if something around it adds TLS"
             )
-        if faults:
-            raise ValueError("; ".join(faults))
         return self
 
     @property
-    def images_dir(self) -> Path:
-        """Where the process engine looks for images."""
+    def with_tls(self) -> bool:
+        """Whether to speak TLS to the control plane."""
+        return self.tls or self.tls_ca is not None
+
+    @property
+    def images(self) -> Path:
+        """Where the process engine finds images."""
         return self.process_images or self.state_dir / "images"
+
+    def join_token(self) -> str:
+        """The one-time token; empty if there is none."""
+        if self.token_file is not None:
+            return self.token_file.read_text().strip()
+        return self.token.get_secret_value()
+
+    def node_name(self) -> str:
+        """The name to ask for."""
+        return self.name or re.sub(r"[^a-z0-9.-]+", "-", socket.gethostname().lower()).strip("-.")[:63] or "node"
 
 
 def load(file: Path | None, options: Mapping[str, Any]) -> Config:
-    """What the file (if any), the environment and `options` of the command line say; the later wins.
+    """Settings from `file` (or the one ENV_FILE names), the environment and `options` (None: not given).
 
-    Raises ConfigFault with every fault.
+    Raises ConfigFault with every fault, a line each.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text())
-        except OSError as fault:
-            raise ConfigFault(f"{file} cannot be read: {fault.strerror}.") from None
-        except ValueError as fault:
-            raise ConfigFault(f"{file} is not TOML: {fault}.") from None
+    known = {env_name(name) for name in Config.model_fields} | {ENV_FILE}
+    faults = [
+        f"{name}: there is no such setting (see `ngpu-node settings`)"
+        for name in sorted(os.environ)
+        if name.startswith(ENV_PREFIX) and name not in known
+    ]
+    if file is None and os.environ.get(ENV_FILE):
+        file = Path(os.environ[ENV_FILE])
+    if file is not None and not file.is_file():
+        raise ConfigFault("\n".join([f"{file}: there is no such file", *faults]))
 
-    class FromAll(Config):
+    class Layered(Config):
         @classmethod
         def settings_customise_sources(
             cls,
@@ -134,22 +170,56 @@ def load(file: Path | None, options: Mapping[str, Any]) -> Config:
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+            return init_settings, env_settings, pydantic_settings.TomlConfigSettingsSource(settings_cls, file)
 
     try:
-        return FromAll(**options)
-    except ValidationError as faults:
-        lines = [
-            f"  {'.'.join(map(str, fault['loc'])) or 'together'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in faults.errors()
-        ]
-        raise ConfigFault("\n".join(["The configuration is not valid:", *lines])) from None
+        config = Layered(**{name: value for name, value in options.items() if value is not None})
+    except pydantic.ValidationError as error:
+        faults += [_words_of(fault) for fault in error.errors()]
+    except (pydantic_settings.SettingsError, ValueError, OSError) as error:
+        faults.append(f"{file}: {error}" if file else str(error))
+    if faults:
+        raise ConfigFault("\n".join(faults))
+    return config
 
 
-def _is_loopback(host: str) -> bool:
+def settings() -> list[tuple[str, str, str]]:
+    """Every setting: its name, its default, what it means."""
+    rows = []
+    for name, field in Config.model_fields.items():
+        default = "" if field.default is None or isinstance(field.default, SecretStr) else str(field.default)
+        rows.append((name, default, " ".join((field.description or "").split())))
+    return rows
+
+
+def env_name(setting: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + setting.upper()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT`, IPv6 in brackets. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is no HOST:PORT")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise ValueError(f"{address!r} is no HOST:PORT: an IPv6 address goes in brackets")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be reached by it."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _words_of(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting (see `ngpu-node settings`)"
+    said = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said

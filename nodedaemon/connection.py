@@ -29,7 +29,7 @@ Address = tuple[str, int]
 
 
 class Connection(asyncio.Protocol):
-    """One connection. Begin an exchange with `begin`, then `wait` and `take` until `complete` and nothing is buffered."""
+    """One connection. `begin` an exchange, then `wait` and `take` until it is `over` and nothing is buffered."""
 
     def __init__(self, sock: socket.socket, address: Address, monotonic: Callable[[], float]) -> None:
         self._sock = sock
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         return self._written_all and not self._unflushed
 
     def begin(self, method: str, data: bytes, course: Course, *, whole: bool) -> bool:
-        """Send the beginning of a request (all of it, if `whole`). False: the container is gone and no byte went out."""
+        """Send a request's beginning (all of it, if `whole`). False: the container is gone and no byte went out."""
         if self._lost:
             return False
         # By our own hand, not the transport's: so that we know whether a byte went out.
@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of the connection, whoever brought it about."""
         if exc is not None and not self.over:
-            # A write failed. An answer that was given before the request was read (413, say) may still lie in the socket.
+            # A write failed. An answer given before the request was read (413, say) may still lie in the socket.
             self._read_rest()
         self._lost = True
         self._close()

@@ -144,22 +144,25 @@ class Executor:
         """A container ended by itself. Its connections break; what is left after EXIT_NEWS_S is ended here."""
         asyncio.get_running_loop().call_later(EXIT_NEWS_S, self._end_exited, exit_)
 
-    async def close(self, within_s: float) -> None:
-        """Take no more; give what runs so long to finish and be acknowledged, end the rest as lost with the node."""
+    def close(self) -> None:
+        """Take no more."""
         self._closed = True
         self._check_quiet()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._quiet.wait()
-        lost = NoAnswer("NODE_LOST", PLATFORM, "The node's daemon was stopped before the container had answered.")
+
+    async def finish(self, within_s: float) -> None:
+        """After `close`: give what runs so long to end; the rest ends as lost with the node."""
         tasks = [attempt.task for attempt in self._running.values()]
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=within_s)
+        lost = NoAnswer("NODE_LOST", PLATFORM, "The node's daemon was stopped before the container had answered.")
         for attempt in self._running.values():
             attempt.interrupt(lost)
-        if tasks:
-            await asyncio.wait(tasks)
+        if late:
+            await asyncio.wait(late)
 
     async def quiet(self, within_s: float) -> bool:
-        """After `close`: wait so long for what is held to be acknowledged. False: something is left."""
+        """After `finish`: wait so long until all that is held is acknowledged. False: something is left."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._quiet.wait()
@@ -261,7 +264,7 @@ class Executor:
                 raise
             attempt.task.uncancel()
         except Exception:
-            log.exception("attempt.broken", attempt=attempt.id)
+            log.exception("attempt_broken", attempt=attempt.id)
             why = NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")
         finally:
             timer.cancel()

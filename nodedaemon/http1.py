@@ -1,7 +1,7 @@
 """HTTP/1.1 as the relay speaks it to a container: a request out, a response in. Bytes and values only, no sockets.
 
-Strict where a lenient reading could mean two things (RFC 9112, 11.2). CPU per request, 300 B in and out, c=64: 95 us with
-aiohttp's client, 29 us with a client on httptools, 29 us with this one: it costs no dependency and no time.
+Strict where a lenient reading could mean two things (RFC 9112, 11.2). CPU per request, 300 B in and out, c=64: 95 us
+with aiohttp's client, 29 us with a client on httptools, 29 us with this one: it costs no dependency and no time.
 """
 
 import enum

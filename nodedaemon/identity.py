@@ -1,7 +1,7 @@
 """Who this node is: a secp256k1 key made here, kept in a file that only its owner can read, and never sent.
 
-The node's address is that of the key, as Ethereum writes it (EIP-55). It is proven by signing what the control plane asks
-(node.proto, KeyProof).
+The node's address is that of the key, as Ethereum writes it (EIP-55). It is proven by signing what the control plane
+asks (node.proto, KeyProof).
 """
 
 import os
@@ -25,6 +25,8 @@ class Identity:
 
     def __init__(self, secret: bytes) -> None:
         """`secret`: the private key, 32 bytes. Raises ValueError for what is no key."""
+        if len(secret) != KEY_BYTES:
+            raise ValueError(f"{len(secret)} bytes are no key")
         self._key = coincurve.PrivateKey(secret)
         self.address = address_of(self._key.public_key.format(compressed=False))
 
@@ -34,17 +36,13 @@ class Identity:
         try:
             if not path.exists():
                 _create(path, random_bytes(KEY_BYTES).hex())
-            mode = path.stat().st_mode
-            if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise KeyUnusable(f"{path} can be read by others than its owner: run `chmod 600 {path}`.")
-            text = path.read_text()
+            mode, text = path.stat().st_mode, path.read_text()
         except OSError as fault:
             raise KeyUnusable(f"{path} cannot be read or made: {fault.strerror}.") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise KeyUnusable(f"{path} can be read by others than its owner: run `chmod 600 {path}`.")
         try:
-            secret = bytes.fromhex(text.strip())
-            if len(secret) != KEY_BYTES:
-                raise ValueError
-            return cls(secret)
+            return cls(bytes.fromhex(text.strip()))
         except ValueError:
             raise KeyUnusable(
                 f"{path} does not hold a key (64 hex digits). Restore it; or remove it, and join again as a new node."

@@ -9,17 +9,20 @@ from typing import Literal
 
 import structlog
 
-Form = Literal["auto", "json", "console"]
+Format = Literal["auto", "json", "console"]
 
 
-def set_up(level: str = "info", form: Form = "auto") -> None:
-    """Configure structlog, and bring the libraries' own logging into the same lines. `auto`: by whether stderr is a terminal."""
+def set_up(level: str = "info", format_: Format = "auto") -> None:
+    """Configure structlog, and bring the libraries' own logging into the same lines.
+
+    `auto`: by whether stderr is a terminal.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
     last: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer()]
         if console

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import urllib.parse
 
@@ -30,7 +31,7 @@ async def probe(readiness: Readiness, address: Address) -> str:
     except TimeoutError:
         return f"port {port} does not answer within {LOOK_S:.0f} s"
     except OSError as error:
-        return f"port {port}: {error.strerror or error}".lower()
+        return f"port {port}: {os.strerror(error.errno).lower() if error.errno else error}"
 
 
 async def _open(port: int, address: Address, reader: asyncio.StreamReader) -> str:

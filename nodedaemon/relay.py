@@ -123,7 +123,7 @@ async def _send(connection: Connection, upload: AsyncGenerator[bytes, None]) -> 
     except NoAnswer as fault:
         connection.fail(fault)
     except Exception:
-        log.exception("relay.upload_broken")
+        log.exception("relay_upload_broken")
         connection.fail(NoAnswer("INTERNAL", PLATFORM, "The node failed while it sent the request; its log says why."))
 
 

@@ -5,10 +5,10 @@ SETTLE_S, or that is there when the daemon stops, is written to a file of its ow
 append-only files from their first byte. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a
 result is of an attempt that a killed daemon left (see `journal`) and is deleted.
 
-Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk; past that the writer of a
-body waits, and so its container does. One exception keeps a full spool from standing still for ever: the oldest body may
-always grow, so it is the limit and one body at most. Results in memory take at most MEMORY_BYTES; `full` then says that
-no further attempt may start here.
+Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk; past that the writer of
+a body waits, and so its container does. One exception keeps a full spool from standing still for ever: the oldest body
+may always grow, so it is the limit and one body at most. Results in memory take at most MEMORY_BYTES; past that, too,
+no further attempt may start here (`full`).
 """
 
 import asyncio
@@ -46,8 +46,8 @@ _MAGIC: Final = b"NGPU1"
 class Body:
     """A response body on disk: one writer, one reader that follows it.
 
-    Opens its file anew for each piece: so nothing is left open while a control plane is gone for long, and a thread that
-    still writes for an attempt that was cancelled can never hit a file that is not its own.
+    Opens its file anew for each piece: so nothing is left open while a control plane is gone for long, and a thread
+    that still writes for an attempt that was cancelled can never hit a file that is not its own.
     """
 
     def __init__(self, spool: "Spool", path: Path, size: int, *, ended: bool) -> None:
@@ -204,7 +204,7 @@ class Spool:
             await self.settle(self._monotonic() - SETTLE_S)
 
     async def settle(self, before: float = float("inf")) -> None:
-        """Write results that were added before that time to disk, and keep in memory no more than half of what may be there.
+        """Write results added before that time to disk; leave in memory at most half of what may be there.
 
         What cannot be written stays in memory.
         """
@@ -215,7 +215,7 @@ class Spool:
                 try:
                     await self.in_thread(_store, self._path(attempt_id, "result"), entry.result.SerializeToString())
                 except OSError as fault:
-                    log.error("spool.write_failed", attempt=attempt_id, reason=str(fault))
+                    log.warning("spool_write_failed", attempt=attempt_id, reason=str(fault))
                     return
                 if self._entries.get(attempt_id) is not entry:
                     # Acknowledged while it was being written.
@@ -255,7 +255,7 @@ class Spool:
             body = path.with_suffix(".body")
             stored = body.stat().st_size if body.exists() else 0
             if result is None or (promised > len(result.response.body.inline) and stored != promised):
-                log.error("spool.damaged", attempt=attempt_id, path=str(path))
+                log.error("spool_damaged", attempt=attempt_id, path=str(path))
                 self.add(_lost(attempt_id))
                 path.unlink()
                 continue

@@ -134,7 +134,7 @@ class Gate:
         for stream in self._streams:
             stream.cancel()
 
-    def _handler(self, method: MethodDescriptor, inner: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    def _handler(self, method: MethodDescriptor, inner: Callable[..., Any]) -> "grpc.RpcMethodHandler[Any, Any]":
         roles = ROLES[method.full_name]
 
         async def unary(request: Any, context: Any) -> Any:

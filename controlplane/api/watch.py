@@ -21,8 +21,10 @@ from controlplane.model import ENDED, State
 from controlplane.slots import Response
 from controlplane.store import Store
 
-#: How often it is looked whether the task has been given to another node, which nothing announces; in seconds.
-LOOK_S: Final = 1.0
+#: How long one question to the dispatcher may wait, in seconds ...
+WAIT_S: Final = 3600.0
+#: ... and the pause before the next, should it have answered without news.
+PAUSE_S: Final = 1.0
 
 T = TypeVar("T")
 
@@ -71,10 +73,12 @@ class Watch:
 
     async def _next(self, view: TaskView) -> TaskView:
         """The task, once its state or attempt is another."""
+        seen = (view.attempt, view.state)
         while True:
-            now = await self._dispatcher.query(view.task_id, wait_s=LOOK_S)
-            if (now.state, now.attempt) != (view.state, view.attempt):
+            now = await self._dispatcher.query(view.task_id, wait_s=WAIT_S, seen=seen)
+            if (now.attempt, now.state) != seen:
                 return now
+            await asyncio.sleep(PAUSE_S)
 
     async def _live(
         self, view: TaskView, offset: int, changed: asyncio.Task[TaskView]

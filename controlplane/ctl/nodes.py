@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from controlplane.ctl.command import connected
-from controlplane.ctl.output import cell, facts, table
+from controlplane.ctl.output import cell, counted, facts, short, table
 from controlplane.ctl.session import Session
 from controlplane.ctl.units import age_text, size_text, time_text
 from controlplane.ctl.workspaces import confirm
@@ -45,7 +45,7 @@ def _listed(answer: pb.ListNodesResponse, now: datetime) -> RenderableType:
             node.running_tasks,
             node.inventory.engine,
             "now" if node.connected else age_text(node.last_seen_time, now),
-            node.addr,
+            short(node.addr) if node.name else node.addr,
         )
         for node in answer.nodes
     ]
@@ -69,8 +69,12 @@ def _gpus(node: pb.Node) -> str:
         return "none"
     free = len(node.inventory.gpus) - len(node.gpu_ids_in_use)
     bad = sum(health.grade == pb.GRADE_QUARANTINED for health in node.gpu_health)
-    text = ", ".join(f"{count} x {model}" for model, count in models.items())
+    text = ", ".join(f"{count} x {_brief(model)}" for model, count in models.items())
     return f"{text} ({free} free{f', {bad} quarantined' if bad else ''})"
+
+
+def _brief(model: str) -> str:
+    return model.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 @app.command()
@@ -89,12 +93,12 @@ def _shown(node: pb.Node, now: datetime) -> RenderableType:
         ("state", _state(node)),
         (
             "machine",
-            f"{has.cpus:g} CPUs, {size_text(has.memory_bytes)} memory, {size_text(has.disk_free_bytes)} disk free",
+            f"{counted(has.cpus, 'CPU')}, {size_text(has.memory_bytes)}, {size_text(has.disk_free_bytes)} of disk free",
         ),
         ("engine", f"{has.engine} {has.engine_version}".strip()),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)),
         ("GPUs", has.gpu_message or ("none" if not has.gpus else "")),
-        ("runs", f"{node.replicas} replicas, {node.running_tasks} tasks"),
+        ("runs", f"{counted(node.replicas, 'replica')}, {counted(node.running_tasks, 'task')}"),
         ("enrolled", f"{time_text(node.enroll_time)} ({age_text(node.enroll_time, now)})"),
         ("seen", f"{age_text(node.last_seen_time, now)}{f' from {node.ip}' if node.ip else ''}"),
     ]

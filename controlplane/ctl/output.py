@@ -31,6 +31,16 @@ def cell(value: object, style: str = "") -> Text:
     return Text(plain(value), style)
 
 
+def counted(number: float, noun: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def short(address: str) -> str:
+    """A node's address, enough of it to tell it from others: `0xCac10F…c669`."""
+    return f"{address[:8]}…{address[-4:]}" if len(address) > 16 else address
+
+
 def table(*headers: str, rows: Iterable[Iterable[object]], right: Iterable[str] = ()) -> Table:
     """Columns without lines; `right` names those of numbers."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -47,8 +57,9 @@ def facts(title: str, lines: Iterable[tuple[str, object]]) -> RenderableType:
     made.add_column(style="dim")
     made.add_column(overflow="fold")
     for name, value in lines:
-        if value not in ("", None):
-            made.add_row(f"  {name}", value if isinstance(value, Text) else cell(value))
+        shown = value if isinstance(value, Text) else cell(value)
+        if shown.plain:
+            made.add_row(f"  {name}", shown)
     return Group(cell(title, "bold"), made)
 
 
@@ -75,11 +86,18 @@ class Output:
             for line in bare:
                 self.write(line)
         else:
-            self._stdout.print(human())
+            self.show(human())
 
     def show(self, renderable: RenderableType) -> None:
         """More of a human answer."""
-        self._stdout.print(renderable)
+        if self._stdout.is_terminal:
+            self._stdout.print(renderable)
+            return
+        # rich fills every line of a table up with spaces, which nobody wants in a file.
+        with self._stdout.capture() as captured:
+            self._stdout.print(renderable)
+        for line in captured.get().splitlines():
+            self.write(line.rstrip())
 
     def write(self, line: str) -> None:
         """A line on stdout as it is."""

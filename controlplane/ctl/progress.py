@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.ctl.output import Output, cell, plain
+from controlplane.ctl.output import Output, cell, counted, plain
 from controlplane.ctl.problem import Problem
 from controlplane.ctl.session import Session
 from controlplane.ctl.units import duration_text
@@ -45,8 +45,7 @@ def is_serving(workspace: pb.Workspace) -> bool:
 
 def count_text(workspace: pb.Workspace) -> str:
     """`1 of 2 replicas ready`."""
-    plural = "" if workspace.spec.replicas == 1 else "s"
-    return f"{workspace.ready_replicas} of {workspace.spec.replicas} replica{plural} ready"
+    return f"{workspace.ready_replicas} of {counted(workspace.spec.replicas, 'replica')} ready"
 
 
 def await_serving(
@@ -90,7 +89,7 @@ def _view(out: Output) -> Iterator[Callable[[pb.Workspace], None]]:
 
 def _too_late(workspace: pb.Workspace, name: str, limit_s: float) -> str:
     reasons = {plain(f"{r.node_name}: {r.message}") for r in workspace.replicas if r.message and not _is_ready(r)}
-    why = plain(workspace.message) or "; ".join(sorted(reasons)[:3])
+    why = (plain(workspace.message) or "; ".join(sorted(reasons)[:3])).rstrip(".")
     return (
         f"Not serving within {duration_text(limit_s)}: {count_text(workspace)}{f' ({why})' if why else ''}. It goes on "
         f"being deployed; watch it with `ngpu workspace show {name} --wait`."
@@ -114,10 +113,12 @@ class _Lines:
         for replica in workspace.replicas:
             share = f" {replica.progress}%" if 0 < replica.progress < 100 and not _is_ready(replica) else ""
             text = f"{replica.id} on {replica.node_name or replica.node_addr}: {state_text(replica.state)}{share}"
-            detail = f" ({replica.message})" if replica.message else ""
+            detail = f" ({replica.message})" if replica.message and not _is_ready(replica) else ""
             # Messages that count bytes change all the time: they alone are no news, unless something is wrong.
             wrong = replica.message if replica.state == pb.REPLICA_STATE_BACKOFF else ""
             self._say(replica.id, (replica.state, replica.progress // STEP, wrong), plain(text + detail))
+        if is_serving(workspace):
+            self._say("", (), f"{workspace.spec.name}: {count_text(workspace)}")
 
     def _say(self, key: str, news: tuple[object, ...], text: str) -> None:
         if self._said.get(key) != news:

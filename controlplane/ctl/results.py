@@ -53,7 +53,7 @@ def follow(
                 for event in session.stream(session.tasks.Watch, request, limit_s=rest):
                     if event.HasField("task"):
                         task = event.task
-                        waiting(_news(task))
+                        waiting(news(task))
                         if sink and offset and begun and task.attempt != begun:
                             sink.restart()
                             offset = begun = 0
@@ -77,7 +77,8 @@ def follow(
     raise Problem(f"Not ended within {duration_text(limit_s)} ({state}). It goes on: ngpu task result {task_id}")
 
 
-def _news(task: pb.Task) -> str:
+def news(task: pb.Task) -> str:
+    """What there is to say of a task that has not ended."""
     if task.state == pb.TASK_STATE_QUEUED:
         return f"queued, {task.queue_position} before it" + (f": {task.waiting_for}" if task.waiting_for else "")
     return state_name(task.state)
@@ -85,9 +86,10 @@ def _news(task: pb.Task) -> str:
 
 def check_outcome(task: pb.Task, head: http_pb2.HttpResponse) -> None:
     """Raises Problem unless the container answered with success."""
+    if task.state == pb.TASK_STATE_CANCELLED:
+        raise Problem("The task was cancelled.")
     if task.state != pb.TASK_STATE_COMPLETED:
-        reason = f": {task.failure.message} ({task.failure.reason})" if task.failure.reason else ""
-        raise Problem(f"The task was {state_name(task.state)}{reason}")
+        raise Problem(f"The task failed: {task.failure.message} ({task.failure.reason})")
     if head.status >= 400:
         raise Problem(f"The container answered with status {head.status}.")
 

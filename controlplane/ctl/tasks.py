@@ -20,9 +20,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from controlplane.ctl.command import connected
-from controlplane.ctl.output import as_json, cell, facts, table
+from controlplane.ctl.output import as_json, cell, facts, short, table
 from controlplane.ctl.problem import Exit, Problem
-from controlplane.ctl.results import ENDED, check_outcome, follow, sink_for, state_name
+from controlplane.ctl.results import ENDED, check_outcome, follow, news, sink_for, state_name
 from controlplane.ctl.session import Session
 from controlplane.ctl.units import age_text, duration_text, moment, parse_time, size_text, time_text
 from controlplane.ctl.workspaces import seconds
@@ -96,9 +96,10 @@ def submit(
 
     \b
     Examples:
-      ngpu task submit sdapi/v1/img2img -w img2img --file request.json --wait -o answer.json
-      ngpu task submit 'search?q=cat' -w index --wait
+      ngpu task submit sdapi/v1/img2img -w img2img -f request.json --wait
+      ngpu task submit 'search?q=cat' -w index --wait -o answer.json
       TASK=$(ngpu task submit train -w lab --data '{"epochs": 3}')
+      ngpu task submit --route img2img --file request.json
     """
     limit_s = seconds(timeout)
     if data is not None and file is not None:
@@ -245,7 +246,7 @@ def _shown(answer: pb.GetDetailResponse, now: datetime) -> RenderableType:
     lines: list[tuple[str, object]] = [
         ("state", _state(task.state)),
         ("why", cell(task.failure.message and f"{task.failure.message} ({task.failure.reason})", "red")),
-        ("waits", f"{task.queue_position} before it; {task.waiting_for}" if task.state == pb.TASK_STATE_QUEUED else ""),
+        ("waits", news(task) if task.state == pb.TASK_STATE_QUEUED else ""),
         ("workspace", answer.workspace_name),
         ("request", f"{request.method} {url} to port {answer.port}, {_body_text(request.headers, request.body)}"),
         ("BTC address", answer.btc_address),
@@ -262,7 +263,7 @@ def _shown(answer: pb.GetDetailResponse, now: datetime) -> RenderableType:
     rows = []
     for one in answer.attempts:
         state = one.failure.message or (f"status {one.http_status}" if one.http_status else "in progress")
-        node = f"{one.node_addr[:8]}… {one.node_ip}" if one.node_addr else ""
+        node = f"{short(one.node_addr)} {one.node_ip}".strip()
         delivery = pb.Delivery.Name(one.delivery).removeprefix("DELIVERY_").lower().replace("_", " ")
         gpu = duration_text(one.gpu_us / 1e6) if one.gpu_ids else ""
         rows.append(
@@ -271,7 +272,7 @@ def _shown(answer: pb.GetDetailResponse, now: datetime) -> RenderableType:
                 node,
                 one.replica_id,
                 delivery,
-                duration_text(one.last_byte_after_us / 1e6),
+                duration_text(one.last_byte_after_us / 1e6) if one.last_byte_after_us else "",
                 gpu,
                 state,
                 one.reason,

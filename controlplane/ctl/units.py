@@ -93,9 +93,9 @@ def moment(stamp: Timestamp) -> datetime | None:
 
 
 def time_text(stamp: Timestamp) -> str:
-    """In the zone of this machine, to the second; `-` if unset."""
+    """In the zone of this machine, to the second: `2026-01-31 14:00:00`; `-` if unset."""
     at = moment(stamp)
-    return at.astimezone().isoformat(" ", "seconds") if at else "-"
+    return f"{at.astimezone():%Y-%m-%d %H:%M:%S}" if at else "-"
 
 
 def age_text(stamp: Timestamp, now: datetime) -> str:

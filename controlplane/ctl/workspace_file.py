@@ -150,7 +150,7 @@ _KEYS: Final[Mapping[str, _Key]] = {
 }
 _SECTIONS: Final = frozenset(key.partition(".")[0] for key in _KEYS if "." in key)
 #: What other tools call it, where likeness alone would guess wrong.
-_MEANT: Final = {"gpus": ["gpu.count"], "timeout": ["limits.run_time"], "cmd": ["command"]}
+_MEANT: Final = {"gpus": ["gpu.count"], "cmd": ["command"], "environment": ["env"], "timeout": ["limits.run_time"]}
 _REQUIRED: Final = ("name", "image", "ports")
 
 

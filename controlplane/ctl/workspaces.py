@@ -11,7 +11,7 @@ from ngpu.v1 import workspace_pb2 as pb
 from rich.console import Group, RenderableType
 
 from controlplane.ctl.command import connected
-from controlplane.ctl.output import cell, facts, table
+from controlplane.ctl.output import cell, counted, facts, table
 from controlplane.ctl.problem import Exit, Problem
 from controlplane.ctl.progress import await_serving, count_text, is_serving, state_text
 from controlplane.ctl.session import Session
@@ -90,7 +90,7 @@ def create(
     typed: dict[str, Any] = {
         "name": name,
         "image": image,
-        "command": shlex.split(command) if command is not None else None,
+        "command": _words(command) if command is not None else None,
         "ports": port or None,
         "env": _pairs(env) if env else None,
         "replicas": replicas,
@@ -125,6 +125,13 @@ def create(
     if session.out.json:
         served.id = workspace.id
         session.out.answer(pb.CreateWorkspaceResponse(workspace=served), lambda: "")
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise Problem(f"--command: {error}", Exit.USAGE) from error
 
 
 def _pairs(typed: list[str]) -> dict[str, str]:
@@ -186,7 +193,10 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
         ("environment", ", ".join(sorted(spec.env))),
         ("ports", ", ".join(map(str, spec.ports))),
         ("GPUs", gpu),
-        ("each replica", f"{spec.cpus:g} CPUs, {size_text(spec.memory_bytes)}, {spec.concurrency} tasks at once"),
+        (
+            "each replica",
+            f"{counted(spec.cpus, 'CPU')}, {size_text(spec.memory_bytes)}, {counted(spec.concurrency, 'task')} at once",
+        ),
         ("ready when", ready),
         ("registry", spec.registry.username),
         ("time limits", _limits(limits)),
@@ -236,7 +246,7 @@ def list_(
     \b
     Examples:
       ngpu workspace list
-      ngpu workspace list --json | jq -r '.workspaces[] | select(.queued_tasks > 10) | .spec.name'
+      ngpu workspace list --json | jq '.workspaces[].queued_tasks'
     """
     answer = session.call(session.workspaces.ListWorkspaces, pb.ListWorkspacesRequest(deleted=deleted))
     if not ids:

@@ -1,16 +1,19 @@
 """A control plane that says what the test tells it to, over real gRPC on a free port of this machine."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent import futures
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 from ngpu import wire
 from ngpu.v1 import fleet_pb2 as fleet
-from ngpu.v1 import fleet_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2_grpc
+from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as task
 from ngpu.v1 import workspace_pb2 as workspace
 
@@ -52,42 +55,55 @@ class Refusal(Exception):
         self.error = http_pb2.Error(code=code.value[0], reason=reason, message=message, retry_after_ms=retry_after_ms)
 
 
-Answers = dict[str, Any]
+class FakeControlPlane:
+    """`answers[method]` is an answer, a Refusal, the list of events of a stream, or a function of the request.
 
-
-class FakeControlPlane(
-    workspace_pb2_grpc.WorkspaceServiceServicer, fleet_pb2_grpc.FleetServiceServicer, task_pb2_grpc.TaskServiceServicer
-):
-    """`answers[method]` is an answer, a Refusal, a list of events of one stream, or a function of the request.
-
-    A list of lists: one for each time the stream is opened. `asked` are the requests, `methods` their methods.
+    A list of lists: one for each time the stream is opened. `asked` are the requests (of Upload: all messages).
     """
 
     def __init__(self) -> None:
-        self.answers: Answers = {}
+        self.answers: dict[str, Any] = {}
         self.asked: list[Any] = []
-        self.methods: list[str] = []
-        self.streams: dict[str, int] = {}
-        self.hold = threading.Event()
+        self.opened: Counter[str] = Counter()
+        self.gone = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.SERVER_OPTIONS)
-        workspace_pb2_grpc.add_WorkspaceServiceServicer_to_server(self, self._server)
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(self, self._server)
-        task_pb2_grpc.add_TaskServiceServicer_to_server(self, self._server)
+        for file in (workspace, fleet, task):
+            for service in file.DESCRIPTOR.services_by_name.values():
+                handlers = {method.name: self._handler(method) for method in service.methods}
+                self._server.add_generic_rpc_handlers(
+                    (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+                )
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
 
     def stop(self) -> None:
-        self.hold.set()
+        self.gone.set()
         self._server.stop(None).wait()
 
     def last(self) -> Any:
         return self.asked[-1]
 
+    def _handler(self, method: MethodDescriptor) -> "grpc.RpcMethodHandler[Any, Any]":
+        codec: dict[str, Any] = {
+            "request_deserializer": GetMessageClass(method.input_type).FromString,
+            "response_serializer": GetMessageClass(method.output_type).SerializeToString,
+        }
+        if method.client_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                lambda requests, context: self._take(method.name, list(requests), context), **codec
+            )
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                lambda request, context: self._events(method.name, request, context), **codec
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: self._take(method.name, request, context), **codec
+        )
+
     def _take(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
         metadata = dict(context.invocation_metadata())
         if metadata.get(wire.AUTHORIZATION) != f"Bearer {TOKEN}":
             refuse(context, Refusal(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", "The token is not known."))
-        self.methods.append(method)
         self.asked.append(request)
         answer = self.answers.get(method)
         if callable(answer):
@@ -96,41 +112,19 @@ class FakeControlPlane(
             refuse(context, answer)
         return answer
 
-    def _unary(self, method: str) -> Callable[[Any, grpc.ServicerContext], Any]:
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
-            return self._take(method, request, context)
-
-        return call
-
-    def _stream(self, method: str) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
-        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            events = self._take(method, request, context)
-            if events and isinstance(events[0], list):
-                number = self.streams[method] = self.streams.get(method, 0) + 1
-                events = events[number - 1]
-            for event in events:
-                if isinstance(event, Refusal):
-                    refuse(context, event)
-                yield event
-            if method == "WatchWorkspace":
-                # The real one never ends by itself.
-                context.add_callback(self.hold.set)
-                self.hold.wait()
-
-        return call
-
-    def __getattribute__(self, name: str) -> Any:
-        # The generated servicers name their methods as the protos do; every one of them is answered from `answers`.
-        if name in ("WatchWorkspace", "ListTasks", "Watch"):
-            return self._stream(name)
-        if name == "Upload":
-            return self._upload
-        return self._unary(name) if name[0].isupper() else super().__getattribute__(name)
-
-    def _upload(self, requests: Iterator[task.UploadRequest], context: grpc.ServicerContext) -> Any:
-        pieces = list(requests)
-        self._take("Upload", pieces, context)
-        return task.UploadResponse(upload_id="upload-1", size=sum(len(piece.data) for piece in pieces))
+    def _events(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        events = self._take(method, request, context)
+        if events and isinstance(events[0], list):
+            events = events[self.opened[method]]
+        self.opened[method] += 1
+        for event in events:
+            if isinstance(event, Refusal):
+                refuse(context, event)
+            yield event
+        if method == "WatchWorkspace":
+            # The real one never ends by itself.
+            context.add_callback(self.gone.set)
+            self.gone.wait()
 
 
 def refuse(context: grpc.ServicerContext, refusal: Refusal) -> NoReturn:

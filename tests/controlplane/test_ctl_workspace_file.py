@@ -1,6 +1,7 @@
 """Workspaces described in TOML: what is read, and that every fault is told at once."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ngpu.v1 import workspace_pb2 as pb
 
-from controlplane.ctl.workspace_file import Source, SpecFault, load, to_spec
+from controlplane.ctl.workspace_file import _KEYS, Source, SpecFault, load, to_spec
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
 
@@ -227,4 +228,13 @@ KEYS = st.sampled_from(
 def test_whatever_is_written_is_a_spec_or_faults(document: dict[str, Any]) -> None:
     source = Source({"name": "a", "image": "b", "ports": [1], **document}, "w.toml")
     with contextlib.suppress(SpecFault):
-        assert to_spec(source).ports
+        assert isinstance(to_spec(source), pb.WorkspaceSpec)
+
+
+def test_the_documented_file_has_every_key_and_the_defaults_it_says() -> None:
+    text = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    [block] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    spec_of(block)
+    keys = {line.split(" = ")[0] for line in block.splitlines() if " = " in line}
+    named = {key.rpartition(".")[2] for key in _KEYS} - {"env", "password_file"}
+    assert named <= keys

@@ -12,20 +12,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from controlplane.errors import Conflict, InvalidArgument, NotFound, StaleAttempt, Unauthenticated, Unavailable
+from controlplane.errors import Conflict, InvalidArgument, StaleAttempt, Unavailable
 from controlplane.migrations import migrate
 from controlplane.model import (
     Attempt,
-    Availability,
     Delivery,
-    Node,
-    Replica,
-    Role,
-    Route,
     State,
     Task,
-    Token,
-    Workspace,
 )
 from controlplane.store import End, Page, Store, TaskQuery
 from controlplane.store_database import connect_to
@@ -52,21 +45,19 @@ async def store(url: str) -> AsyncIterator[Store]:
 
 
 def queued(task_id: str, **columns: Any) -> Task:
-    return Task(
-        **{
-            "id": task_id,
-            "workspace_uid": "w-1",
-            "state": State.QUEUED,
-            "create_time": NOW,
-            "port": 80,
-            "method": "POST",
-            "path": "/run",
-            "request_headers_json": b'[["a","Yg=="]]',
-            "request_body": b"\x00request\xff",
-            "request_size": 9,
-        }
-        | columns
-    )
+    values: dict[str, Any] = {
+        "id": task_id,
+        "workspace_uid": "w-1",
+        "state": State.QUEUED,
+        "create_time": NOW,
+        "port": 80,
+        "method": "POST",
+        "path": "/run",
+        "request_headers_json": b'[["a","Yg=="]]',
+        "request_body": b"\x00request\xff",
+        "request_size": 9,
+    }
+    return Task(**values | columns)
 
 
 def running(task_id: str, **columns: Any) -> Task:
@@ -86,35 +77,31 @@ def running(task_id: str, **columns: Any) -> Task:
 
 
 def ledger(task_id: str, number: int = 1, **columns: Any) -> Attempt:
-    return Attempt(
-        **{
-            "task_id": task_id,
-            "number": number,
-            "replica_id": "r-1",
-            "node_addr": "0x1",
-            "delivery": Delivery.ANSWERED,
-            "assign_time": NOW,
-            "end_time": NOW + SECOND,
-            "gpu_us": 10_000_000_000,
-            "http_status": 200,
-        }
-        | columns
-    )
+    values: dict[str, Any] = {
+        "task_id": task_id,
+        "number": number,
+        "replica_id": "r-1",
+        "node_addr": "0x1",
+        "delivery": Delivery.ANSWERED,
+        "assign_time": NOW,
+        "end_time": NOW + SECOND,
+        "gpu_us": 10_000_000_000,
+        "http_status": 200,
+    }
+    return Attempt(**values | columns)
 
 
 def completed(**fields: Any) -> End:
-    return End(
-        **{
-            "state": State.COMPLETED,
-            "end_time": NOW + SECOND,
-            "response_status": 200,
-            "response_body": b"answer",
-            "response_size": 6,
-            "response_is_utf8": True,
-            "gpu_us": 10_000_000_000,
-        }
-        | fields
-    )
+    values: dict[str, Any] = {
+        "state": State.COMPLETED,
+        "end_time": NOW + SECOND,
+        "response_status": 200,
+        "response_body": b"answer",
+        "response_size": 6,
+        "response_is_utf8": True,
+        "gpu_us": 10_000_000_000,
+    }
+    return End(**values | fields)
 
 
 def failed(reason: str = "QUEUE_TIME_LIMIT") -> End:
@@ -261,12 +248,21 @@ async def test_the_end_of_a_queued_task(store: Store) -> None:
         await store.end_queued("t2", failed())
 
 
+async def test_no_words_keep_a_task_from_ending(store: Store) -> None:
+    await store.add_task(running("t1"))
+    words = "Segmentation\0fault \U0001f4a5"
+    for _ in range(2):
+        await store.finish(ledger("t1", failure_message=words), failed(words))
+    task = await known(store, "t1")
+    assert (task.state, task.failure_reason) == (State.FAILED, "Segmentationfault \U0001f4a5")
+
+
 async def test_moves_that_the_table_of_states_does_not_know_are_refused_at_the_call(store: Store) -> None:
     for state in (State.QUEUED, State.RUNNING):
-        with pytest.raises(ValueError, match="does not go"):
+        with pytest.raises(ValueError, match="a task does not"):
             store.finish(ledger("t1"), completed(state=state))
     for state in (State.QUEUED, State.RUNNING, State.COMPLETED):
-        with pytest.raises(ValueError, match="does not go"):
+        with pytest.raises(ValueError, match="a task does not"):
             store.end_queued("t1", completed(state=state))
     for task in (queued("t1", attempt=1), running("t1", attempt=0), queued("t1", state=State.COMPLETED)):
         with pytest.raises(ValueError, match="a new task"):
@@ -437,167 +433,6 @@ async def test_bodies_past_their_retention_go_and_the_rest_stays(store: Store) -
     await store.expire_bodies([], NOW)
 
 
-# The fleet.
-
-
-def workspace(uid: str = "w-1", name: str = "demo", **columns: Any) -> Workspace:
-    values = {"uid": uid, "id": f"{uid}-credential", "name": name, "spec_json": b"{}", "create_time": NOW}
-    return Workspace(**values | columns)
-
-
-def node(addr: str = "0x1", name: str = "one") -> Node:
-    return Node(addr=addr, name=name, enroll_time=NOW, inventory_json=b'{"cpus":2}')
-
-
-def replica(replica_id: str, **columns: Any) -> Replica:
-    values = {"id": replica_id, "workspace_uid": "w-1", "node_addr": "0x1", "generation": 1, "create_time": NOW}
-    return Replica(**values | columns)
-
-
-async def test_workspaces(store: Store) -> None:
-    for _ in range(2):  # given twice
-        await store.add_workspace(workspace())
-    assert await store.workspaces() == [workspace()]
-    changed = workspace(generation=2, spec_json=b'{"replicas":3}')
-    await store.update_workspace(changed)
-    assert await store.workspaces() == [changed]
-    with pytest.raises(NotFound):
-        await store.update_workspace(workspace("w-9", "none"))
-
-
-async def test_a_name_is_one_living_workspaces_own(store: Store) -> None:
-    await store.add_workspace(workspace("w-1", "demo"))
-    await store.add_workspace(workspace("w-2", "other"))
-    with pytest.raises(Conflict):
-        await store.add_workspace(workspace("w-3", "demo"))
-    with pytest.raises(Conflict):
-        await store.update_workspace(workspace("w-2", "demo"))
-    await store.delete_workspace("w-1", NOW + SECOND)
-    await store.add_workspace(workspace("w-3", "demo", create_time=NOW + SECOND))
-    assert [row.uid for row in await store.workspaces()] == ["w-1", "w-2", "w-3"]
-
-
-async def test_a_deleted_workspace_keeps_its_row_and_loses_its_routes(store: Store) -> None:
-    await store.add_workspace(workspace())
-    await store.put_route(Route(name="a", workspace_uid="w-1", path="/a", create_time=NOW))
-    await store.put_route(Route(name="b", workspace_uid="w-2", path="/b", create_time=NOW))
-    for later in (SECOND, 2 * SECOND):
-        await store.delete_workspace("w-1", NOW + later)
-    (row,) = await store.workspaces()
-    assert row.delete_time == NOW + SECOND
-    assert [route.name for route in await store.routes()] == ["b"]
-    with pytest.raises(NotFound):
-        await store.delete_workspace("w-9", NOW)
-
-
-async def test_routes_are_put_and_moved(store: Store) -> None:
-    await store.put_route(Route(name="a", workspace_uid="w-1", path="/a", create_time=NOW))
-    moved = Route(name="a", workspace_uid="w-2", port=8080, path="/b", create_time=NOW)
-    for _ in range(2):
-        await store.put_route(moved)
-    assert await store.routes() == [moved]
-    for _ in range(2):
-        await store.delete_route("a")
-    assert await store.routes() == []
-
-
-async def test_nodes(store: Store) -> None:
-    for _ in range(2):
-        await store.add_node(node())
-    with pytest.raises(Conflict):
-        await store.add_node(node("0x2", "one"))
-    with pytest.raises(Conflict):
-        await store.add_node(node("0x1", "two"))
-    changed = node().model_copy(update={"availability": Availability.DRAINING, "last_seen_time": NOW})
-    await store.update_node(changed)
-    assert await store.nodes() == [changed]
-    with pytest.raises(NotFound):
-        await store.update_node(node("0x9", "nine"))
-
-
-async def test_replicas_are_placed_all_or_none(store: Store) -> None:
-    await store.add_replicas([replica("r-1"), replica("r-2")])
-    with pytest.raises(Conflict):
-        await store.add_replicas([replica("r-3"), replica("r-2", generation=9)])
-    assert [row.id for row in await store.replicas()] == ["r-1", "r-2"]
-    with pytest.raises(NotFound):
-        await store.update_replicas([replica("r-1", drain_time=NOW), replica("r-9")])
-    assert await store.replicas() == [replica("r-1"), replica("r-2")]
-
-
-async def test_replicas_are_there_until_they_are_gone(store: Store) -> None:
-    await store.add_replicas([replica("r-2", create_time=NOW + SECOND), replica("r-1")])
-    stopping, gone = replica("r-1", stop_time=NOW), replica("r-2", stop_time=NOW, gone_time=NOW)
-    await store.update_replicas([stopping, gone])
-    assert await store.replicas() == [stopping]
-
-
-# Tokens.
-
-
-def join_token(token_id: str = "t-1", **columns: Any) -> Token:
-    values = {"id": token_id, "secret_hash": token_id.encode(), "role": Role.NODE, "create_time": NOW}
-    return Token(**values | columns)
-
-
-async def test_tokens_are_found_by_their_secrets_hash(store: Store) -> None:
-    token = join_token(role=Role.OPERATOR, name="first")
-    await store.add_token(token)
-    with pytest.raises(Conflict):
-        await store.add_token(join_token("t-2", secret_hash=b"t-1"))
-    assert await store.token(b"t-1") == token
-    assert await store.token(b"none") is None
-    await store.add_token(join_token("t-0", create_time=NOW + SECOND))
-    assert [row.id for row in await store.tokens()] == ["t-1", "t-0"]
-    for later in (SECOND, 2 * SECOND):
-        await store.revoke_token("t-1", NOW + later)
-    revoked = await store.token(b"t-1")
-    assert revoked is not None
-    assert revoked.revoke_time == NOW + SECOND
-    with pytest.raises(NotFound):
-        await store.revoke_token("t-9", NOW)
-
-
-async def test_a_nodes_token_enrols_one_node_once(store: Store) -> None:
-    await store.add_token(join_token())
-    for _ in range(2):
-        await store.enroll_node(node(), "t-1")
-    with pytest.raises(Unauthenticated, match="another node"):
-        await store.enroll_node(node("0x2", "two"), "t-1")
-    assert await store.nodes() == [node()]
-    used = await store.token(b"t-1")
-    assert used is not None
-    assert (used.used_by, used.use_time) == ("0x1", NOW)
-
-
-async def test_a_node_that_cannot_be_added_does_not_spend_its_token(store: Store) -> None:
-    await store.add_token(join_token())
-    await store.add_node(node("0x2", "one"))
-    with pytest.raises(Conflict):
-        await store.enroll_node(node("0x1", "one"), "t-1")
-    unused = await store.token(b"t-1")
-    assert unused is not None
-    assert unused.used_by == ""
-
-
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        ({"role": Role.SERVICE}, "not known"),
-        ({"revoke_time": NOW}, "revoked"),
-        ({"expire_time": NOW}, "expired"),
-        ({"used_by": "0x2"}, "another node"),
-    ],
-)
-async def test_a_token_that_is_not_good_says_why(store: Store, columns: dict[str, Any], words: str) -> None:
-    await store.add_token(join_token(**columns))
-    with pytest.raises(Unauthenticated, match=words):
-        await store.enroll_node(node(), "t-1")
-    with pytest.raises(Unauthenticated, match="not known"):
-        await store.enroll_node(node(), "t-9")
-    assert await store.nodes() == []
-
-
 # Its own life.
 
 
@@ -651,6 +486,11 @@ async def test_lost_connections_are_made_anew(url: str, store: Store) -> None:
     assert (await known(store, "t1")).state is State.COMPLETED
 
 
+def say(*words: str) -> None:
+    sys.stdout.write(" ".join(words) + "\n")
+    sys.stdout.flush()
+
+
 async def acknowledge(url: str) -> None:
     """In a process of its own: add and end tasks, and say so of each once the store has."""
     store = await Store.open(url)
@@ -659,22 +499,22 @@ async def acknowledge(url: str) -> None:
         for n in range(1_000_000):
             name = f"t{caller}.{n}"
             await store.add_task(running(name))
-            print("added", name, flush=True)
+            say("added", name)
             await store.finish(ledger(name), completed())
-            print("ended", name, flush=True)
+            say("ended", name)
 
     await asyncio.gather(*map(call, range(16)))
 
 
 async def test_what_was_acknowledged_is_there_after_kill_9(url: str) -> None:
-    code = "import asyncio, sys; from tests.controlplane.test_store import acknowledge; asyncio.run(acknowledge(sys.argv[1]))"
-    child = subprocess.Popen([sys.executable, "-c", code, url], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    lines = [child.stdout.readline() for _ in range(2000)]
-    child.send_signal(signal.SIGKILL)
-    # What it had said before it died counts too; a line that was cut does not.
-    lines += [line for line in child.stdout if line.endswith("\n")]
-    assert child.wait() == -signal.SIGKILL
+    code = f"import asyncio, {__name__} as test; asyncio.run(test.acknowledge({url!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(2000)]
+        child.send_signal(signal.SIGKILL)
+        # What it had said before it died counts too; a line that was cut does not.
+        lines += [line for line in child.stdout if line.endswith("\n")]
+    assert child.returncode == -signal.SIGKILL
     said = [line.split() for line in lines]
     added = {name for word, name in said if word == "added"}
     ended = {name for word, name in said if word == "ended"}

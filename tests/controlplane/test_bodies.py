@@ -1,0 +1,328 @@
+"""Bodies: appended to at their end, followed as they grow, complete once sealed, there after a restart."""
+
+import asyncio
+import errno
+import os
+import resource
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from ngpu import wire
+
+from controlplane.bodies import READ_BYTES, Bodies
+from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
+
+MIB = 1024 * 1024
+NAME = "20250102_03_04_05_00000000000000000001.1.response"
+
+
+@pytest.fixture
+async def bodies(tmp_path: Path) -> AsyncIterator[Bodies]:
+    bodies = await Bodies.open(tmp_path / "bodies")
+    yield bodies
+    await bodies.close()
+
+
+async def store(bodies: Bodies, name: str, data: bytes, *, seal: bool = True) -> None:
+    await bodies.append(name, 0, data, limit_bytes=1 << 40)
+    if seal:
+        await bodies.seal(name)
+
+
+async def whole(bodies: Bodies, name: str, offset: int = 0) -> bytes:
+    return b"".join([chunk async for chunk in bodies.follow(name, offset)])
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+async def waiting(bodies: Bodies, reader: "asyncio.Task[bytes]") -> None:
+    """Returns when the reader has read all there is: its reads and this one take turns in the same threads."""
+    for _ in range(20):
+        await bodies.size(NAME)
+        await asyncio.sleep(0)
+    assert not reader.done()
+
+
+async def test_a_body_is_read_as_it_was_written(bodies: Bodies) -> None:
+    assert await bodies.size(NAME) is None
+    assert await bodies.append(NAME, 0, b"abc", limit_bytes=100) == 3
+    assert await bodies.append(NAME, 3, b"defg", limit_bytes=100) == 7
+    assert await bodies.size(NAME) == 7
+    assert not await bodies.sealed(NAME)
+    assert await bodies.seal(NAME) == 7
+    assert await bodies.sealed(NAME)
+    assert await bodies.size(NAME) == 7
+    assert await whole(bodies, NAME) == b"abcdefg"
+    assert await whole(bodies, NAME, 5) == b"fg"
+    assert await whole(bodies, NAME, 7) == b""
+
+
+async def test_an_empty_body(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"")
+    assert await bodies.size(NAME) == 0
+    assert await whole(bodies, NAME) == b""
+
+
+async def test_chunks_are_no_larger_than_the_wire_takes(bodies: Bodies) -> None:
+    data = os.urandom(2 * READ_BYTES + 12_345)
+    await store(bodies, NAME, data)
+    chunks = [chunk async for chunk in bodies.follow(NAME)]
+    assert max(map(len, chunks)) == wire.CHUNK_BYTES
+    assert b"".join(chunks) == data
+
+
+async def test_an_append_goes_to_the_end_and_nowhere_else(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    for offset in (0, 2, 4):
+        with pytest.raises(OutOfRange, match="size is 3"):
+            await bodies.append(NAME, offset, b"x", limit_bytes=100)
+    with pytest.raises(OutOfRange, match="size is 0"):
+        await bodies.append("other", 4, b"x", limit_bytes=100)
+    assert await bodies.size("other") is None
+
+
+async def test_a_body_does_not_pass_its_limit(bodies: Bodies) -> None:
+    await bodies.append(NAME, 0, b"abc", limit_bytes=5)
+    with pytest.raises(TooLarge, match="5 bytes"):
+        await bodies.append(NAME, 3, b"def", limit_bytes=5)
+    assert await bodies.size(NAME) == 3
+    assert await bodies.append(NAME, 3, b"de", limit_bytes=5) == 5
+
+
+async def test_a_sealed_body_takes_nothing_more(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc")
+    with pytest.raises(Conflict):
+        await bodies.append(NAME, 3, b"d", limit_bytes=100)
+    assert await bodies.seal(NAME) == 3
+    assert await bodies.seal(NAME, durable=False) == 3
+    with pytest.raises(NotFound):
+        await bodies.seal("other")
+
+
+async def test_two_writers_at_once_cannot_mix(bodies: Bodies) -> None:
+    pieces = [bytes([n]) * 1000 for n in range(50)]
+    outcomes = await asyncio.gather(
+        *(bodies.append(NAME, 0, piece, limit_bytes=MIB) for piece in pieces), return_exceptions=True
+    )
+    assert outcomes.count(1000) == 1
+    assert all(isinstance(outcome, OutOfRange) for outcome in outcomes if outcome != 1000)
+    await bodies.seal(NAME)
+    assert await whole(bodies, NAME) in pieces
+
+
+async def test_a_cancelled_append_is_whole_or_not_there(bodies: Bodies) -> None:
+    data = b"x" * MIB
+    appending = asyncio.create_task(bodies.append(NAME, 0, data, limit_bytes=2 * MIB))
+    await asyncio.sleep(0)
+    appending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await appending
+    # What follows waits for what is still under way in its thread.
+    size = len(data) if await bodies.size(NAME) else 0
+    try:
+        await bodies.append(NAME, size, b"y", limit_bytes=2 * MIB)
+    except OutOfRange:
+        assert await bodies.size(NAME) == len(data)
+
+
+# Following.
+
+
+async def test_readers_follow_the_growth_each_from_its_own_offset(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    readers = [asyncio.create_task(whole(bodies, NAME, offset)) for offset in (0, 2, 3)]
+    await waiting(bodies, readers[0])
+    await bodies.append(NAME, 3, b"def", limit_bytes=100)
+    late = asyncio.create_task(whole(bodies, NAME, 4))
+    await bodies.append(NAME, 6, b"ghi", limit_bytes=100)
+    await waiting(bodies, late)
+    await bodies.seal(NAME, durable=False)
+    assert await asyncio.gather(*readers, late) == [b"abcdefghi", b"cdefghi", b"defghi", b"efghi"]
+
+
+async def test_a_reader_gets_what_is_there_before_more_comes(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    async with aclosing(bodies.follow(NAME)) as chunks:
+        assert await anext(chunks) == b"abc"
+        more = asyncio.ensure_future(anext(chunks))
+        await bodies.append(NAME, 3, b"d", limit_bytes=100)
+        assert await more == b"d"
+
+
+async def test_many_readers_and_a_writer_lose_nothing(bodies: Bodies) -> None:
+    data = os.urandom(300_000)
+    await store(bodies, NAME, b"", seal=False)
+    readers = [asyncio.create_task(whole(bodies, NAME)) for _ in range(20)]
+    for at in range(0, len(data), 1000):
+        await bodies.append(NAME, at, data[at : at + 1000], limit_bytes=MIB)
+    await bodies.seal(NAME, durable=False)
+    assert await asyncio.gather(*readers) == [data] * 20
+
+
+async def test_readers_of_a_body_that_is_given_up_are_told(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    reader = asyncio.create_task(whole(bodies, NAME))
+    await waiting(bodies, reader)
+    await bodies.delete(NAME)
+    with pytest.raises(NotFound):
+        await reader
+
+
+async def test_a_reader_that_goes_away_leaves_nothing_behind(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    reader = asyncio.create_task(whole(bodies, NAME))
+    await waiting(bodies, reader)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert bodies.followers == 0
+    await bodies.append(NAME, 3, b"d", limit_bytes=100)
+
+
+async def test_what_is_not_there_cannot_be_followed(bodies: Bodies) -> None:
+    with pytest.raises(NotFound):
+        await whole(bodies, NAME)
+    await store(bodies, NAME, b"abc")
+    with pytest.raises(OutOfRange, match="size is 3"):
+        await whole(bodies, NAME, 4)
+
+
+async def test_close_tells_those_who_wait(tmp_path: Path) -> None:
+    bodies = await Bodies.open(tmp_path)
+    await store(bodies, NAME, b"abc", seal=False)
+    reader = asyncio.create_task(whole(bodies, NAME))
+    await waiting(bodies, reader)
+    await bodies.close()
+    with pytest.raises(Unavailable):
+        await reader
+    with pytest.raises(Unavailable):
+        await bodies.size(NAME)
+
+
+# Names, deletion, restarts.
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/etc/passwd", ".hidden", "a\0b", "a.part", "x" * 129, "é"]
+)
+async def test_a_name_that_is_none_is_refused(bodies: Bodies, name: str) -> None:
+    with pytest.raises(ValueError, match="not a body's name"):
+        await bodies.append(name, 0, b"x", limit_bytes=100)
+    with pytest.raises(ValueError, match="not a body's name"):
+        await whole(bodies, name)
+
+
+async def test_an_upload_becomes_a_tasks_request(bodies: Bodies, tmp_path: Path) -> None:
+    upload, request = "upload-" + "0" * 32, "20250102_03_04_05_00000000000000000001.request"
+    await store(bodies, upload, b"abc", seal=False)
+    with pytest.raises(Conflict, match="not complete"):
+        await bodies.rename(upload, request)
+    await bodies.seal(upload)
+    for _ in range(2):  # given twice
+        await bodies.rename(upload, request)
+    assert await whole(bodies, request) == b"abc"
+    assert files(tmp_path) == [request]
+    with pytest.raises(NotFound):
+        await bodies.rename("none", "other")
+
+
+async def test_deletion(bodies: Bodies, tmp_path: Path) -> None:
+    await store(bodies, "sealed", b"abc")
+    await store(bodies, "growing", b"abc", seal=False)
+    for _ in range(2):
+        await bodies.delete("sealed", "growing", "none")
+    assert files(tmp_path) == []
+    # A writer that has not heard of it does not bring it back.
+    with pytest.raises(OutOfRange):
+        await bodies.append("growing", 3, b"def", limit_bytes=100)
+    assert files(tmp_path) == []
+
+
+async def test_old_uploads_are_swept(bodies: Bodies, tmp_path: Path) -> None:
+    old = datetime(2025, 1, 1, tzinfo=UTC).timestamp()
+    for name, seal in (("upload-old", True), ("upload-half", False), ("task.request", True), ("upload-new", True)):
+        await store(bodies, name, b"abc", seal=seal)
+        if name != "upload-new":
+            (path,) = tmp_path.rglob(f"{name}*")
+            os.utime(path, (old, old))
+    assert await bodies.sweep(datetime(2025, 1, 2, tzinfo=UTC), "upload-") == 2
+    assert files(tmp_path) == ["task.request", "upload-new"]
+    assert await bodies.sweep(datetime(2025, 1, 2, tzinfo=UTC)) == 1
+    assert files(tmp_path) == ["upload-new"]
+
+
+async def test_after_a_restart_a_body_goes_on_from_its_length(tmp_path: Path) -> None:
+    bodies = await Bodies.open(tmp_path)
+    await store(bodies, "sealed", b"abc")
+    await store(bodies, "growing", b"abc", seal=False)
+    await bodies.close()
+    bodies = await Bodies.open(tmp_path)
+    assert await whole(bodies, "sealed") == b"abc"
+    assert await bodies.size("growing") == 3
+    assert not await bodies.sealed("growing")
+    reader = asyncio.create_task(whole(bodies, "growing"))
+    await bodies.append("growing", 3, b"def", limit_bytes=100)
+    await bodies.seal("growing")
+    assert await reader == b"abcdef"
+    await bodies.close()
+
+
+async def test_nobody_else_on_the_machine_can_read_them(bodies: Bodies, tmp_path: Path) -> None:
+    await store(bodies, NAME, b"abc")
+    for path in (tmp_path / "bodies").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+# Disks.
+
+
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """The kernel writes up to that size and refuses the rest, as a disk does that becomes full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_write_that_stops_half_way_is_taken_back(bodies: Bodies) -> None:
+    await store(bodies, NAME, b"x" * 1000, seal=False)
+    with file_size_limit(1500), pytest.raises(Unavailable, match="disk"):
+        await bodies.append(NAME, 1000, b"y" * 1000, limit_bytes=MIB)
+    assert await bodies.size(NAME) == 1000
+    assert await bodies.append(NAME, 1000, b"z" * 1000, limit_bytes=MIB) == 2000
+    await bodies.seal(NAME)
+    assert await whole(bodies, NAME) == b"x" * 1000 + b"z" * 1000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one MiB and not for three."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=2560k", "ngpu-test"]
+    made = subprocess.run(["mount", *options, str(mount)], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"may not mount a file system here: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+async def test_a_full_disk_is_said_and_what_was_there_stays(small_disk: Path) -> None:
+    bodies = await Bodies.open(small_disk)
+    await store(bodies, NAME, b"x" * MIB, seal=False)
+    with pytest.raises(Unavailable, match="disk is full") as caught:
+        await bodies.append(NAME, MIB, b"y" * (2 * MIB), limit_bytes=10 * MIB)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert await bodies.size(NAME) == MIB
+    assert await bodies.append(NAME, MIB, b"z", limit_bytes=10 * MIB) == MIB + 1
+    await bodies.close()

@@ -1,0 +1,613 @@
+"""The deployer with simulated nodes: what it tells them and the dispatcher, and that nothing it meets breaks its promises."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
+
+from controlplane import explain
+from controlplane.deployer import Assignment, Deployer, hash_of
+from controlplane.errors import NgpuError, NodeRevoked, Unavailable
+from controlplane.fleet import Fleet
+from controlplane.model import Availability
+from controlplane.report import Gpu, GpuReading, Inventory, ReplicaReport, ReplicaState, Report
+from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Spec
+from tests.controlplane.fake_rows import FakeRows
+
+
+class FakeTasks:
+    """Remembers what it was told; replicas are as busy as the test says."""
+
+    def __init__(self) -> None:
+        self.capacity: dict[str, int] = {}
+        self.gone: list[str] = []
+        self.lost: list[str] = []
+        self.deleted: list[str] = []
+        self.running: dict[str, int] = {}
+
+    def set_capacity(
+        self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
+    ) -> None:
+        self.capacity[replica_id] = capacity
+
+    def replica_gone(self, replica_id: str) -> None:
+        self.gone.append(replica_id)
+        self.capacity.pop(replica_id, None)
+        self.running.pop(replica_id, None)
+
+    def node_lost(self, node_addr: str) -> None:
+        self.lost.append(node_addr)
+
+    def workspace_deleted(self, workspace_uid: str) -> None:
+        self.deleted.append(workspace_uid)
+
+    def running_on(self, replica_id: str) -> int:
+        return self.running.get(replica_id, 0)
+
+
+class FakeNode:
+    """A node daemon that obeys node.proto: runs what its last list says, stops everything else first."""
+
+    def __init__(self, name: str, *, gpus: int = 2) -> None:
+        self.addr = name
+        cards = tuple(Gpu(f"{name}{n}", "NVIDIA GeForce RTX 4090", 24 * GIB, n) for n in range(gpus))
+        self.inventory = Inventory(
+            gpus=cards, cpus=32, memory_bytes=256 * GIB, disk_free_bytes=500 * GIB, engine="docker"
+        )
+        self.containers: dict[str, Assignment] = {}
+        self.states: dict[str, ReplicaState] = {}
+        self.signs: dict[str, dict[str, Any]] = {}
+        self.session = 0
+
+    def obey(self, desired: list[Assignment]) -> None:
+        self.containers = {assignment.replica_id: assignment for assignment in desired}
+        # Ready when next looked at.
+        self.states = {id: ReplicaState.READY if id in self.states else ReplicaState.STARTING for id in self.containers}
+
+    def report(self) -> Report:
+        readings = tuple(GpuReading(gpu.id, **self.signs.get(gpu.id, {})) for gpu in self.inventory.gpus)
+        replicas = tuple(
+            ReplicaReport(
+                id, self.states[id], capacity=one.spec.concurrency if self.states[id] is ReplicaState.READY else 0
+            )
+            for id, one in self.containers.items()
+        )
+        # An Xid is told once.
+        for sign in self.signs.values():
+            sign.pop("xids", None)
+        return Report(self.inventory, readings=readings, replicas=replicas)
+
+    def reboot(self) -> None:
+        self.containers, self.states = {}, {}
+
+
+class Plant:
+    """Rows, fleet, deployer and nodes, and a clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.rows = FakeRows()
+        self.nodes: dict[str, FakeNode] = {}
+        self.now = datetime(2024, 4, 15, 14, 30, 9, tzinfo=UTC)
+        self.now_s = 1000.0
+        self.numbers = itertools.count(1)
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin anew after kill -9: only the rows are left."""
+        self.tasks = FakeTasks()
+        clocks: Any = {"clock": lambda: self.now, "monotonic": lambda: self.now_s}
+        self.fleet = Fleet(self.rows, random=self.random, **clocks)
+        self.deployer = Deployer(self.fleet, self.tasks, random=self.random, **clocks)
+
+    def random(self, count: int) -> bytes:
+        return next(self.numbers).to_bytes(count)
+
+    async def node(self, name: str, **values: Any) -> FakeNode:
+        await self.fleet.enroll_node(name, name, token_id=f"t-{name}")
+        self.nodes[name] = FakeNode(name, **values)
+        self.connect(name)
+        return self.nodes[name]
+
+    def connect(self, name: str) -> None:
+        self.nodes[name].session = self.deployer.session_up(name, "192.0.2.7")
+        self.beat(name)
+
+    def beat(self, name: str) -> None:
+        """One heartbeat and its answer."""
+        node = self.nodes[name]
+        self.deployer.report(name, node.report())
+        node.obey(self.deployer.desired(name))
+
+    def connected(self) -> list[str]:
+        return [node.addr for node in self.fleet.nodes() if node.connected]
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+        self.now_s += seconds
+
+    async def settle(self, rounds: int = 30) -> None:
+        """Heartbeats and plans until nothing is left to do."""
+        for _ in range(rounds):
+            self.pass_s(5)
+            for name in self.connected():
+                self.beat(name)
+            while await self.deployer.step():
+                pass
+
+    def ready(self, key: str) -> dict[str, str]:
+        """Ready replicas and where they are."""
+        replicas = self.fleet.replicas_of(self.fleet.workspace(key).uid)
+        return {
+            one.id: one.node_addr for one in replicas if self.fleet.state_of(one).state is ReplicaState.READY
+        }
+
+
+SPEC = Spec(name="demo", image="demo:1", ports=(8000,), gpu=GpuNeed("4090", 1), concurrency=2)
+
+
+@pytest.fixture
+async def plant() -> AsyncIterator[Plant]:
+    plant = Plant()
+    await plant.fleet.load()
+    yield plant
+    await plant.fleet.close()
+
+
+async def test_a_workspace_is_deployed_and_offered(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.node("b")
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    assert sorted(plant.ready("demo").values()) == ["a", "b"]
+    assert list(plant.tasks.capacity.values()) == [2, 2]
+
+
+async def test_what_a_node_is_told(plant: Plant) -> None:
+    await plant.node("a")
+    made = await plant.fleet.create_workspace(SPEC)
+    before = plant.fleet.node_changes.version("a")
+    await plant.deployer.step()
+    assert plant.fleet.node_changes.version("a") > before
+    (told,) = plant.deployer.desired("a")
+    assert (told.workspace_name, told.generation, told.spec, told.gpu_ids, told.draining) == (
+        "demo",
+        1,
+        SPEC,
+        ("a0",),
+        False,
+    )
+    assert made.id not in str(told)
+    await plant.settle()
+    await plant.fleet.scale_workspace("demo", 0)
+    plant.tasks.running[told.replica_id] = 1
+    await plant.deployer.step()
+    assert [one.draining for one in plant.deployer.desired("a")] == [True]
+    plant.tasks.running.clear()
+    await plant.deployer.step()
+    assert plant.deployer.desired("a") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"replicas": 7}, True),
+        ({"limits": Limits(queue_length=5)}, True),
+        ({"repeatable": False, "account": "x", "registry": Registry("a", "b")}, True),
+        ({"readiness": Readiness("/health"), "concurrency": 3}, True),
+        ({"image": "demo:2"}, False),
+        ({"command": ("a", "b")}, False),
+        ({"env": {"A": "1"}}, False),
+        ({"ports": (8000, 8001)}, False),
+        ({"cpus": 2}, False),
+        ({"memory_bytes": GIB}, False),
+        ({"shm_bytes": GIB}, False),
+        ({"writable_paths": ("/data",)}, False),
+    ],
+)
+def test_what_makes_another_container(changes: dict[str, Any], same: bool) -> None:
+    assert (hash_of(replace(SPEC, **changes), ("a0",)) == hash_of(SPEC, ("a0",))) is same
+    assert hash_of(SPEC, ("a1",)) != hash_of(SPEC, ("a0",))
+
+
+def test_the_order_of_variables_makes_no_other_container() -> None:
+    one, other = replace(SPEC, env={"A": "1", "B": "2"}), replace(SPEC, env={"B": "2", "A": "1"})
+    assert hash_of(one, ()) == hash_of(other, ())
+
+
+@pytest.mark.parametrize(
+    ("said", "offered"),
+    [
+        (ReplicaReport("?", ReplicaState.READY, capacity=2), 2),
+        (ReplicaReport("?", ReplicaState.READY, capacity=1), 1),
+        # A node's word counts up to what the customer allows.
+        (ReplicaReport("?", ReplicaState.READY, capacity=999), 2),
+        (ReplicaReport("?", ReplicaState.STARTING, capacity=2), 0),
+        (ReplicaReport("?", ReplicaState.BACKOFF, capacity=2), 0),
+        (None, 0),
+    ],
+)
+async def test_what_is_offered(plant: Plant, said: ReplicaReport | None, offered: int) -> None:
+    node = await plant.node("a")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    (id,) = plant.tasks.capacity
+    plant.deployer.report("a", Report(node.inventory, replicas=() if said is None else (replace(said, replica_id=id),)))
+    assert plant.tasks.capacity == {id: offered}
+
+
+async def test_what_drains_is_not_offered_whatever_its_node_says(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    (id,) = plant.tasks.capacity
+    plant.tasks.running[id] = 1
+    await plant.fleet.scale_workspace("demo", 0)
+    await plant.settle()
+    assert plant.tasks.capacity == {id: 0}
+    assert plant.tasks.gone == []
+    plant.tasks.running.clear()
+    await plant.settle()
+    assert plant.tasks.gone == [id]
+    assert plant.fleet.replicas() == ()
+
+
+async def test_a_goodbye_takes_the_offer_back_and_a_broken_stream_does_not(plant: Plant) -> None:
+    node = await plant.node("a")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    plant.deployer.session_down("a", clean=False, session=node.session)
+    assert list(plant.tasks.capacity.values()) == [2]
+    plant.connect("a")
+    plant.deployer.session_down("a", clean=True, session=node.session)
+    assert list(plant.tasks.capacity.values()) == [0]
+
+
+async def test_of_two_sessions_the_older_ones_end_says_nothing(plant: Plant) -> None:
+    node = await plant.node("a")
+    older = node.session
+    plant.connect("a")
+    plant.deployer.session_down("a", clean=False, session=older)
+    assert plant.fleet.node("a").connected
+    plant.deployer.session_down("a", clean=False, session=node.session)
+    assert not plant.fleet.node("a").connected
+
+
+async def test_a_lost_node_is_told_once_and_replaced(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.node("b")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    ((id, lost),) = plant.ready("demo").items()
+    plant.deployer.session_down(lost, clean=False)
+    plant.pass_s(14)
+    await plant.deployer.step()
+    assert plant.tasks.lost == []
+    await plant.settle()
+    assert plant.tasks.lost == [lost]
+    assert plant.tasks.capacity[id] == 0
+    assert list(plant.ready("demo").values()) == [{"a": "b", "b": "a"}[lost]]
+    assert plant.fleet.node(lost).failures == 1
+
+
+async def test_a_lost_node_that_comes_back_stops_what_was_replaced(plant: Plant) -> None:
+    a = await plant.node("a", gpus=1)
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    await plant.node("b", gpus=1)
+    (id,) = plant.ready("demo")
+    plant.deployer.session_down("a", clean=False)
+    await plant.settle()
+    assert id in a.containers, "it runs there still"
+    assert plant.fleet.replica(id) is not None, "and holds its GPU"
+    await plant.fleet.scale_workspace("demo", 2)
+    await plant.settle()
+    assert len(plant.ready("demo")) == 1
+    plant.connect("a")
+    await plant.settle()
+    assert id not in a.containers
+    assert plant.tasks.gone == [id]
+    assert sorted(plant.ready("demo").values()) == ["a", "b"]
+    assert plant.tasks.lost == ["a"]
+
+
+async def test_a_drained_node_empties_without_a_gap(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    await plant.node("b")
+    await plant.fleet.set_availability("a", Availability.DRAINING)
+    for _ in range(30):
+        assert len(plant.ready("demo")) >= 2
+        assert sum(one.active for one in plant.fleet.replicas()) <= 3
+        await plant.settle(1)
+    assert list(plant.ready("demo").values()) == ["b", "b"]
+    assert plant.nodes["a"].containers == {}
+
+
+async def test_a_failing_gpu_is_left_and_no_other_takes_its_place(plant: Plant) -> None:
+    a = await plant.node("a")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    a.signs["a0"] = {"error": "GPU is lost"}
+    await plant.settle()
+    (replica,) = plant.fleet.replicas()
+    assert replica.gpu_ids == ("a1",)
+    await plant.fleet.scale_workspace("demo", 2)
+    await plant.settle()
+    summary, (newest, _) = plant.deployer.explain("demo")
+    assert summary == (
+        "1 of 2 replicas of demo are ready. Replica of demo: none of 1 will do: 1 no free healthy GPU of model 4090."
+    )
+    assert newest.refusals == {"no free healthy GPU of model 4090": 1}
+
+
+async def test_a_contained_memory_error_starts_the_container_anew(plant: Plant) -> None:
+    a = await plant.node("a", gpus=1)
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    (id,) = plant.ready("demo")
+    a.signs["a0"] = {"xids": (94,)}
+    await plant.settle()
+    (other,) = plant.ready("demo")
+    assert other != id
+    assert plant.tasks.gone == [id]
+
+
+async def test_a_container_nobody_knows_is_stopped_before_anything_is_placed(plant: Plant) -> None:
+    a = await plant.node("a", gpus=1)
+    orphan = Assignment("r-orphan", "old", 1, SPEC, ("a0",), "", draining=False)
+    a.containers, a.states = {"r-orphan": orphan}, {"r-orphan": ReplicaState.READY}
+    await plant.fleet.create_workspace(SPEC)
+    plant.deployer.report("a", a.report())
+    await plant.deployer.step()
+    assert plant.fleet.replicas() == ()
+    await plant.settle()
+    assert list(plant.ready("demo").values()) == ["a"]
+    assert "r-orphan" not in a.containers
+
+
+async def test_a_deleted_workspace_ends_what_it_runs_and_is_told_once(plant: Plant) -> None:
+    await plant.node("a")
+    made = await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    (id,) = plant.ready("demo")
+    plant.tasks.running[id] = 1
+    await plant.fleet.delete_workspace("demo")
+    await plant.settle()
+    assert plant.tasks.deleted == [made.uid]
+    assert plant.nodes["a"].containers[id].draining
+    plant.tasks.running.clear()
+    await plant.settle()
+    assert plant.nodes["a"].containers == {}
+    plant.start()
+    await plant.fleet.load()
+    await plant.deployer.step()
+    assert plant.tasks.deleted == [made.uid], "again after a restart: it may have been missed"
+
+
+async def test_a_revoked_node_has_nothing_at_once(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.node("b")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    ((id, addr),) = plant.ready("demo").items()
+    await plant.fleet.revoke_node(addr)
+    assert plant.deployer.desired(addr) == []
+    await plant.settle()
+    assert plant.tasks.gone == [id]
+    assert plant.tasks.lost == [addr]
+    assert len(plant.ready("demo")) == 1
+    with pytest.raises(NodeRevoked):
+        plant.connect(addr)
+
+
+async def test_missing_replicas_are_explained_until_there_is_room(plant: Plant) -> None:
+    await plant.node("a", gpus=0)
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    unplaced = plant.fleet.workspace("demo").unplaced
+    assert unplaced is not None
+    assert explain.summary(unplaced) == "Replica of demo: none of 1 will do: 1 no GPU of model 4090."
+    writes = len(plant.rows.writes)
+    await plant.settle(5)
+    assert len(plant.rows.writes) == writes, "the same reason is not written again and again"
+    await plant.node("b")
+    await plant.settle()
+    assert plant.fleet.workspace("demo").unplaced is None
+    summary, (decision,) = plant.deployer.explain("demo")
+    assert summary == "1 of 1 replicas of demo are ready."
+    assert (decision.chosen, decision.refusals) == ("b", {"no GPU of model 4090": 1})
+
+
+async def test_a_restart_costs_nothing(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.node("b")
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    before = plant.ready("demo")
+    plant.start()
+    await plant.fleet.load()
+    await plant.deployer.step()
+    plant.pass_s(10)
+    for name in plant.nodes:
+        plant.connect(name)
+    await plant.settle()
+    assert plant.ready("demo") == before
+    assert sorted(plant.tasks.capacity) == sorted(before)
+
+
+async def test_a_failed_write_is_made_good(plant: Plant) -> None:
+    for fail_after_write in (False, True):
+        for fail_in in range(4):
+            plant.__init__()  # type: ignore[misc]
+            await plant.node("a")
+            await plant.node("b")
+            await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+            plant.rows.fail_in, plant.rows.fail_after_write = fail_in, fail_after_write
+            for _ in range(10):
+                try:
+                    await plant.settle(2)
+                except Unavailable:
+                    continue
+            assert len(plant.ready("demo")) == len(plant.fleet.replicas()) == 2
+
+
+async def test_the_loop_is_woken_by_news(plant: Plant) -> None:
+    await plant.node("a")
+    running = asyncio.create_task(plant.deployer.run())
+    made = await plant.fleet.create_workspace(SPEC)
+    while not plant.fleet.replicas_of(made.uid):
+        await plant.fleet.workspace_changes.newer(made.uid, plant.fleet.workspace_changes.version(made.uid))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+NAMES = ("a", "b", "c")
+
+
+class Promises(RuleBasedStateMachine):
+    """Whatever happens in whatever order: no GPU is held twice, at most one more than wanted, and it comes to rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.plant = Plant()
+        self.count = 0
+        self.planned = False
+
+    def do(self, what: Any) -> Any:
+        try:
+            return self.loop.run_until_complete(what)
+        except NgpuError:
+            return None
+
+    @initialize(gpus=st.lists(st.integers(0, 3), min_size=3, max_size=3))
+    def begin(self, gpus: list[int]) -> None:
+        self.do(self.plant.fleet.load())
+        for name, count in zip(NAMES, gpus, strict=True):
+            self.do(self.plant.node(name, gpus=count))
+
+    @rule(replicas=st.integers(0, 3), gpus=st.integers(0, 2))
+    @precondition(lambda self: self.count < 4)
+    def create(self, replicas: int, gpus: int) -> None:
+        self.count += 1
+        spec = Spec(name=f"ws{self.count}", image="x", ports=(80,), replicas=replicas, gpu=GpuNeed(count=gpus), cpus=8)
+        self.do(self.plant.fleet.create_workspace(spec))
+
+    @rule(number=st.integers(1, 4), replicas=st.integers(0, 4))
+    def scale(self, number: int, replicas: int) -> None:
+        self.do(self.plant.fleet.scale_workspace(f"ws{number}", replicas))
+
+    @rule(number=st.integers(1, 4))
+    def delete(self, number: int) -> None:
+        self.do(self.plant.fleet.delete_workspace(f"ws{number}"))
+
+    @rule(name=st.sampled_from(NAMES), availability=st.sampled_from(Availability))
+    def steer(self, name: str, availability: Availability) -> None:
+        self.do(self.plant.fleet.set_availability(name, availability))
+
+    @rule(name=st.sampled_from(NAMES))
+    def break_session(self, name: str) -> None:
+        if self.plant.fleet.node(name).connected:
+            self.plant.deployer.session_down(name, clean=False)
+
+    @rule(name=st.sampled_from(NAMES), rebooted=st.booleans())
+    def connect(self, name: str, rebooted: bool) -> None:
+        if rebooted:
+            self.plant.nodes[name].reboot()
+        if not self.plant.fleet.node(name).revoked:
+            self.plant.connect(name)
+
+    @rule(name=st.sampled_from(NAMES), number=st.integers(0, 2), sign=st.sampled_from(["", "lost", "xid", "gone"]))
+    def afflict(self, name: str, number: int, sign: str) -> None:
+        node = self.plant.nodes[name]
+        gpu_id = f"{name}{number}"
+        node.signs[gpu_id] = {"error": "lost"} if sign == "lost" else {"xids": (94,)} if sign == "xid" else {}
+        if sign == "gone" and number < len(node.inventory.gpus):
+            gpus = tuple(gpu for gpu in node.inventory.gpus if gpu.id != gpu_id)
+            node.inventory = replace(node.inventory, gpus=gpus)
+
+    @rule(name=st.sampled_from(NAMES))
+    @precondition(lambda self: len(self.plant.fleet.nodes()) > 1)
+    def revoke(self, name: str) -> None:
+        self.do(self.plant.fleet.revoke_node(name))
+
+    @rule(pick=st.integers(0, 9), busy=st.integers(0, 2))
+    def work(self, pick: int, busy: int) -> None:
+        replicas = self.plant.fleet.replicas()
+        if replicas:
+            self.plant.tasks.running[replicas[pick % len(replicas)].id] = busy
+
+    @rule(seconds=st.sampled_from([1, 5, 16, 130]), names=st.sets(st.sampled_from(NAMES)))
+    def beat(self, seconds: int, names: set[str]) -> None:
+        self.plant.pass_s(seconds)
+        for name in names & set(self.plant.connected()):
+            self.plant.beat(name)
+
+    @rule(fail_in=st.one_of(st.none(), st.integers(0, 3)), after=st.booleans())
+    def step(self, fail_in: int | None, after: bool) -> None:
+        self.plant.rows.fail_in, self.plant.rows.fail_after_write = fail_in, after
+        done = self.do(self.plant.deployer.step())
+        self.plant.rows.fail_in = None
+        self.planned = done is not None
+        if self.planned:
+            for workspace in self.plant.fleet.workspaces(deleted=True):
+                active = [one for one in self.plant.fleet.replicas_of(workspace.uid) if one.active]
+                assert len(active) <= workspace.wanted + 1
+
+    @rule()
+    def kill_and_start(self) -> None:
+        self.plant.start()
+        self.do(self.plant.fleet.load())
+
+    @invariant()
+    def no_gpu_is_held_twice(self) -> None:
+        rows = [row for row in self.plant.rows.replica.values() if row.gone_time is None]
+        held = [gpu_id for row in rows for gpu_id in eval(row.gpu_ids_json)]
+        assert len(held) == len(set(held))
+        for node in self.plant.nodes.values():
+            if not self.plant.rows.node or self.plant.rows.node[node.addr].revoke_time is not None:
+                continue
+            used = [gpu_id for one in node.containers.values() for gpu_id in one.gpu_ids]
+            assert len(used) == len(set(used))
+
+    def teardown(self) -> None:
+        plant = self.plant
+        if plant.nodes:
+            # All is well again: the nodes that are left connect, their GPUs recover, nothing is drained or busy.
+            for node in plant.fleet.nodes():
+                plant.nodes[node.addr].signs.clear()
+                plant.connect(node.addr)
+                self.do(plant.fleet.set_availability(node.addr, Availability.OPEN))
+            plant.tasks.running.clear()
+            self.do(plant.settle(60))
+            self.at_rest()
+        self.do(plant.fleet.close())
+        self.loop.close()
+
+    def at_rest(self) -> None:
+        plant = self.plant
+        assert self.do(plant.deployer.step()) == 0
+        for workspace in plant.fleet.workspaces(deleted=True):
+            replicas = plant.fleet.replicas_of(workspace.uid)
+            assert all(one.active for one in replicas)
+            missing = workspace.wanted - len(replicas)
+            assert missing >= 0
+            assert bool(missing) is (workspace.unplaced is not None and not workspace.deleted)
+        assert {one.id for one in plant.fleet.replicas()} == {
+            id for node in plant.fleet.nodes() for id in plant.nodes[node.addr].containers
+        }
+
+
+Promises.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestPromises = Promises.TestCase
