@@ -27,7 +27,7 @@ from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavai
 THREADS: Final = 4
 #: What a reader takes from a file at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB.
 READ_BYTES: Final = 4 * wire.CHUNK_BYTES
-#: Bodies deleted in one sweep.
+#: Bodies deleted in one step of a sweep.
 SWEPT: Final = 1000
 
 #: Sub-directories, so that none has millions of files.
@@ -164,13 +164,15 @@ class Bodies:
         await self._run(delete)
 
     async def sweep(self, before: datetime, prefix: str = "") -> int:
-        """Delete bodies last written before `before` whose name begins with `prefix`, SWEPT at most; gives how many.
+        """Delete bodies last written before `before` whose name begins with `prefix`; gives how many.
 
         With `upload-` those that no task took; without, what a crash may have left behind.
         """
-        names = await self._run(_stale, self._directory, before.timestamp(), prefix)
-        await self.delete(*names)
-        return len(names)
+        count = 0
+        while names := await self._run(_stale, self._directory, before.timestamp(), prefix):
+            await self.delete(*names)
+            count += len(names)
+        return count
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.endswith(_GROWING):
@@ -312,9 +314,11 @@ def _stale(directory: Path, before: float, prefix: str) -> list[str]:
             for entry in entries:
                 if len(names) == SWEPT:
                     return names
+                name = entry.name.removesuffix(_GROWING)
                 try:
-                    if entry.name.startswith(prefix) and entry.stat().st_mtime < before:
-                        names.append(entry.name.removesuffix(_GROWING))
+                    # Not what somebody else may have put there.
+                    if name.startswith(prefix) and _NAME.fullmatch(name) and entry.stat().st_mtime < before:
+                        names.append(name)
                 except FileNotFoundError:  # deleted or sealed meanwhile
                     continue
     return names

@@ -36,7 +36,7 @@ class Fleet(Protocol):
     def replicas_of(self, workspace_uid: str) -> Sequence[PlacedReplica]:
         """All not known to be gone."""
 
-    def replica_report(self, replica: PlacedReplica) -> ReplicaReport:
+    def state_of(self, replica: PlacedReplica) -> ReplicaReport:
         """How it stands."""
 
 
@@ -128,7 +128,7 @@ class Callers:
         now = self._monotonic()
         if now >= queue.waiting_for_until:
             uid = queue.workspace_uid
-            reports = [self._fleet.replica_report(replica) for replica in self._fleet.replicas_of(uid)]
+            reports = [self._fleet.state_of(replica) for replica in self._fleet.replicas_of(uid)]
             queue.waiting_for = routing.waiting_for(self._slots.pool(uid).replicas.values(), reports)
             queue.waiting_for_until = now + WORDS_S
         return queue.waiting_for

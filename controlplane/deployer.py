@@ -213,6 +213,8 @@ class Deployer:
 
     async def step(self) -> int:
         """Make one plan and apply it; gives the number of its actions. Raises as the store does."""
+        # After a failed write the picture may lack what is on disk: a plan of it would place it once more.
+        await self._fleet.load()
         self._fleet.news.clear()
         self._tell()
         began_s = self._monotonic()

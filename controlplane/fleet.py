@@ -94,7 +94,7 @@ class Fleet(Picture):
 
     @_change
     async def load(self) -> None:
-        """Read the picture, before anything else; again only after a failed write. Every change does so first."""
+        """Read the picture, before anything else; again only if a write has failed since. Every change does so first."""
 
     async def close(self) -> None:
         """Let changes that were begun end."""

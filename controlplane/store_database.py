@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -51,6 +52,10 @@ def connect_to(url: str, *, connections: int = 1, read_only: bool = False) -> sa
         raise ValueError(f"databases of the kind {backend!r} are not supported: use SQLite or PostgreSQL")
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ValueError("SQLite needs a file: sqlite:////absolute/path")
+    if backend == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        if find_spec("psycopg") is None:
+            raise ValueError("PostgreSQL needs a driver: pip install 'ngpu[postgres]'")
     engine = sa.create_engine(
         parsed,
         connect_args={"timeout": LOCK_WAIT_S} if backend == "sqlite" else _POSTGRES,

@@ -269,8 +269,11 @@ def page(connection: sa.Connection, query: TaskQuery, last: int) -> Page:
 
 
 def _position(cursor: str) -> tuple[datetime, int]:
-    microseconds, _, number = cursor.partition(".")
     try:
-        return EPOCH + int(microseconds) * MICROSECOND, int(number)
+        microseconds, number = map(int, cursor.split("."))
+        time = EPOCH + microseconds * MICROSECOND
     except (ValueError, OverflowError):
-        raise InvalidArgument("The cursor is none that this list gave: begin without one.") from None
+        number = -1
+    if not 0 <= number < 2**63:  # what has room in the column
+        raise InvalidArgument("The cursor is none that this list gave: begin without one.")
+    return time, number

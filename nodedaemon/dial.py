@@ -5,7 +5,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Final, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -15,6 +15,8 @@ from ngpu.v1 import http_pb2, node_pb2_grpc
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 Metadata = tuple[tuple[str, str], ...]
+#: A class that only the type checker knows.
+Stub: TypeAlias = "node_pb2_grpc.NodeServiceAsyncStub"
 
 #: To answer a unary call.
 CALL_LIMIT_S: Final = 10.0
@@ -62,7 +64,7 @@ def bearer(token: str) -> Metadata:
     return ((wire.AUTHORIZATION, f"Bearer {token}"),)
 
 
-def stub_of(channel: grpc.aio.Channel) -> node_pb2_grpc.NodeServiceAsyncStub:
+def stub_of(channel: grpc.aio.Channel) -> Stub:
     """The service on that channel."""
     return node_pb2_grpc.NodeServiceStub(channel)
 

@@ -14,11 +14,11 @@ from typing import Final, Protocol, TypeAlias
 
 import grpc
 import structlog
-from ngpu.v1 import node_pb2, node_pb2_grpc
+from ngpu.v1 import node_pb2
 
 from nodedaemon import statement
 from nodedaemon.bulk import Bulk
-from nodedaemon.dial import CALL_LIMIT_S, Backoff, Dialler, LinkLost, bearer, read, reason_of, stub_of, write
+from nodedaemon.dial import CALL_LIMIT_S, Backoff, Dialler, LinkLost, Stub, bearer, read, reason_of, stub_of, write
 from nodedaemon.engine import Assignment
 from nodedaemon.errors import EnrolRefused, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
@@ -76,7 +76,7 @@ class Gpus(Protocol):
         """The control plane has these."""
 
 
-async def enroll(stub: node_pb2_grpc.NodeServiceAsyncStub, identity: Identity, token: str, name: str) -> str:
+async def enroll(stub: Stub, identity: Identity, token: str, name: str) -> str:
     """Make the node known, with a one-time token; the name it was given. Raises EnrolRefused, AioRpcError."""
     challenge = node_pb2.ChallengeRequest(node_addr=identity.address)
     nonce = (await stub.Challenge(challenge, timeout=CALL_LIMIT_S)).nonce
@@ -192,7 +192,7 @@ class Session:
             await channel.close()
         raise AssertionError("streams end with an error")
 
-    async def _login(self, stub: node_pb2_grpc.NodeServiceAsyncStub) -> node_pb2.LoginResponse:
+    async def _login(self, stub: Stub) -> node_pb2.LoginResponse:
         """Log in; join first if need be."""
         try:
             return await self._log_in(stub)
@@ -205,7 +205,7 @@ class Session:
         log.info("node_joined", node=self._identity.address, name=name)
         return await self._log_in(stub)
 
-    async def _log_in(self, stub: node_pb2_grpc.NodeServiceAsyncStub) -> node_pb2.LoginResponse:
+    async def _log_in(self, stub: Stub) -> node_pb2.LoginResponse:
         challenge = node_pb2.ChallengeRequest(node_addr=self._identity.address)
         nonce = (await stub.Challenge(challenge, timeout=CALL_LIMIT_S)).nonce
         request = node_pb2.LoginRequest(

@@ -208,6 +208,7 @@ class Spool:
 
         What cannot be written stays in memory.
         """
+        failed = 0
         for attempt_id, entry in list(self._entries.items()):
             if entry.time > before:
                 break
@@ -215,8 +216,9 @@ class Spool:
                 try:
                     await self.in_thread(_store, self._path(attempt_id, "result"), entry.result.SerializeToString())
                 except OSError as fault:
-                    log.warning("spool_write_failed", attempt=attempt_id, reason=str(fault))
-                    return
+                    failed += 1
+                    reason = fault.strerror
+                    continue
                 if self._entries.get(attempt_id) is not entry:
                     # Acknowledged while it was being written.
                     self._path(attempt_id, "result").unlink(missing_ok=True)
@@ -226,6 +228,8 @@ class Spool:
             if entry.result is not None and self.memory_bytes > self._memory_limit_bytes // 2:
                 entry.result = None
                 self.memory_bytes -= entry.size
+        if failed:
+            log.warning("spool_write_failed", results=failed, reason=reason)
 
     def close(self) -> None:
         """After the last call."""

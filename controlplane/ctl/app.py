@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from controlplane.ctl import explain, nodes, routes, tasks, tokens, workspaces
+from controlplane.ctl import assets, explain, nodes, routes, tasks, tokens, workspaces
 
 app = typer.Typer(
     name="ngpu",
@@ -37,6 +37,7 @@ for _name, _module in (
     ("explain", explain),
     ("node", nodes),
     ("token", tokens),
+    ("asset", assets),
 ):
     app.add_typer(_module.app, name=_name)
 

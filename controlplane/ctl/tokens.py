@@ -49,7 +49,7 @@ def create(
 
     \b
     Examples:
-      ngpu token create --role node --name "Ann's gaming PC"
+      ngpu token create --role node --name "PC in the attic"
       ngpu token create --role service --name bridge > bridge.token
       ngpu token create --role operator --lifetime 8h --json
     """

@@ -42,8 +42,8 @@ CLOSE_GRACE_S: Final = 5.0
 NODE, REPLICA = "NGPU_NODE", "NGPU_REPLICA"
 
 ISOLATION: Final = (
-    "Local processes: nothing is kept apart. They run as the daemon's own user, see its files and network, and can stop "
-    "one another. Run only what you trust."
+    "Local processes: nothing is kept apart. They run as the daemon's own user, see its files and network, and can "
+    "stop one another. Run only what you trust."
 )
 LIMITS: Final = (
     "limits of cpu, memory, processes and disk are not enforced",
@@ -89,6 +89,7 @@ class ProcessEngine:
         self._limit_address_space = limit_address_space
         self._there: dict[str, _Process] = {}
         self._looks: list[Callable[[], None]] = []
+        self._sweeping = asyncio.Lock()
         self._swept = False
         #: By directory name: the reference it was last asked for by.
         self._references: dict[str, str] = {}
@@ -115,6 +116,7 @@ class ProcessEngine:
 
     async def start(self, assignment: Assignment, *, restarts: int) -> Container:
         """As Engine."""
+        await self._sweep()
         await self._end(assignment.replica_id, grace_s=0)
         directory = self._directory(assignment.image)
         command, env = _image_toml(directory)
@@ -154,10 +156,7 @@ class ProcessEngine:
 
     async def containers(self) -> list[Container]:
         """As Engine."""
-        if not self._swept:
-            # What a killed daemon left: its children died with it, their children need not have.
-            await asyncio.to_thread(_kill, {f"{NODE}={self._node}"})
-            self._swept = True
+        await self._sweep()
         return [process.container for process in self._there.values()]
 
     async def watch(self, look: Callable[[], None]) -> None:
@@ -197,6 +196,13 @@ class ProcessEngine:
         await asyncio.gather(*(self._end(replica_id, grace_s=CLOSE_GRACE_S) for replica_id in list(self._there)))
 
     # Processes.
+
+    async def _sweep(self) -> None:
+        """Once: end what a killed daemon left. Its children died with it; their children need not have."""
+        async with self._sweeping:
+            if not self._swept:
+                await asyncio.to_thread(_kill, {f"{NODE}={self._node}"})
+                self._swept = True
 
     async def _launch(
         self, argv: list[str], env: dict[str, str], directory: Path, address_space: int
@@ -326,7 +332,7 @@ def _free_ports(declared: Iterable[int]) -> dict[int, int]:
 
 
 def _read_all(fd: int) -> str:
-    with open(fd, "rb") as file:  # noqa: PTH123
+    with open(fd, "rb") as file:
         return file.read().decode(errors="replace")
 
 

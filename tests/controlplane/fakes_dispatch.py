@@ -74,7 +74,7 @@ class FakeFleet:
     def replicas_of(self, workspace_uid: str) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.workspace_uid == workspace_uid]
 
-    def replica_report(self, replica: Replica) -> ReplicaReport:
+    def state_of(self, replica: Replica) -> ReplicaReport:
         return self.reports[replica.id]
 
 

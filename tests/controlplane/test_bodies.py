@@ -246,15 +246,17 @@ async def test_deletion(bodies: Bodies, tmp_path: Path) -> None:
 
 async def test_old_uploads_are_swept(bodies: Bodies, tmp_path: Path) -> None:
     old = datetime(2025, 1, 1, tzinfo=UTC).timestamp()
+    (tmp_path / "bodies" / "00" / ".not-ours").touch()
+    os.utime(tmp_path / "bodies" / "00" / ".not-ours", (old, old))
     for name, seal in (("upload-old", True), ("upload-half", False), ("task.request", True), ("upload-new", True)):
         await store(bodies, name, b"abc", seal=seal)
         if name != "upload-new":
             (path,) = tmp_path.rglob(f"{name}*")
             os.utime(path, (old, old))
     assert await bodies.sweep(datetime(2025, 1, 2, tzinfo=UTC), "upload-") == 2
-    assert files(tmp_path) == ["task.request", "upload-new"]
+    assert files(tmp_path) == [".not-ours", "task.request", "upload-new"]
     assert await bodies.sweep(datetime(2025, 1, 2, tzinfo=UTC)) == 1
-    assert files(tmp_path) == ["upload-new"]
+    assert files(tmp_path) == [".not-ours", "upload-new"]
 
 
 async def test_after_a_restart_a_body_goes_on_from_its_length(tmp_path: Path) -> None:

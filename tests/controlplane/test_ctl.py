@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from ngpu.v1 import asset_pb2 as asset
 from ngpu.v1 import fleet_pb2 as fleet
 from ngpu.v1 import node_pb2 as node
 from ngpu.v1 import workspace_pb2 as workspace
@@ -399,6 +400,18 @@ def test_explain(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     assert plane.last().task_id == "20260131"
 
 
+# --- assets ---
+
+
+def test_asset_check(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    plane.answers["CheckAddress"] = asset.CheckAddressResponse(holdings=[asset.Holding(ticker="AINN", balance="100.5")])
+    assert ngpu("asset", "check", "bc1q").stdout == "TICKER  BALANCE\nAINN      100.5\n"
+    assert plane.last().address == "bc1q"
+    assert ngpu("asset", "check", "bc1q", "-q").stdout == "AINN 100.5\n"
+    plane.answers["CheckAddress"] = asset.CheckAddressResponse()
+    assert "none of the configured assets" in ngpu("asset", "check", "bc1q").stdout
+
+
 # --- errors and exit codes ---
 
 
@@ -508,7 +521,7 @@ def test_version(ngpu: Ngpu) -> None:
         *("workspace create", "workspace show", "workspace list", "workspace scale", "workspace delete"),
         *("route publish", "route list", "route delete", "explain task", "explain workspace"),
         *("node list", "node show", "node drain", "node cordon", "node uncordon", "node revoke"),
-        *("token create", "token list", "token revoke"),
+        *("token create", "token list", "token revoke", "asset check"),
         *("task submit", "task result", "task show", "task list", "task cancel", "version"),
     ],
 )
@@ -531,8 +544,8 @@ def test_without_a_command_the_help_is_shown(ngpu: Ngpu) -> None:
 
 
 def test_no_answer_is_left_out(plane: FakeControlPlane, ngpu: Ngpu) -> None:
-    """Every method of the three services is behind some command."""
-    services: list[Any] = [workspace.DESCRIPTOR, fleet.DESCRIPTOR]
+    """Every method that is not for nodes is behind some command."""
+    services: list[Any] = [workspace.DESCRIPTOR, fleet.DESCRIPTOR, asset.DESCRIPTOR]
     methods = {m.name for file in services for s in file.services_by_name.values() for m in s.methods}
     source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "controlplane/ctl").glob("*.py"))
     assert {name for name in methods if f".{name}" not in source} == set()
@@ -540,10 +553,10 @@ def test_no_answer_is_left_out(plane: FakeControlPlane, ngpu: Ngpu) -> None:
 
 def test_every_command_of_the_documentation_exists(ngpu: Ngpu) -> None:
     text = (Path(__file__).parents[2] / "docs/cli.md").read_text()
-    documented = set(re.findall(r"ngpu ((?:workspace|route|task|explain|node|token) [a-z]+)\b", text))
+    documented = set(re.findall(r"ngpu ((?:workspace|route|task|explain|node|token|asset) [a-z]+)\b", text))
     assert len(documented) >= 20
     for command in sorted(documented):
         ngpu(*command.split(), "--help")
-    for command in ("workspace", "route", "task", "explain", "node", "token"):
+    for command in ("workspace", "route", "task", "explain", "node", "token", "asset"):
         listed = set(re.findall(r"^\u2502 ([a-z]+) ", ngpu(command, "--help").stdout, re.MULTILINE))
         assert {f"{command} {name}" for name in listed} <= documented

@@ -65,6 +65,8 @@ class FakeNode:
         self.states: dict[str, ReplicaState] = {}
         self.signs: dict[str, dict[str, Any]] = {}
         self.session = 0
+        #: Lists that are on their way, in order.
+        self.inbox: list[list[Assignment]] = []
 
     def obey(self, desired: list[Assignment]) -> None:
         self.containers = {assignment.replica_id: assignment for assignment in desired}
@@ -116,14 +118,17 @@ class Plant:
         return self.nodes[name]
 
     def connect(self, name: str) -> None:
+        self.nodes[name].inbox.clear()
         self.nodes[name].session = self.deployer.session_up(name, "192.0.2.7")
         self.beat(name)
 
-    def beat(self, name: str) -> None:
-        """One heartbeat and its answer."""
+    def beat(self, name: str, *, late: bool = False) -> None:
+        """One heartbeat and its answer; `late`: which arrives only after the next heartbeat was sent."""
         node = self.nodes[name]
         self.deployer.report(name, node.report())
-        node.obey(self.deployer.desired(name))
+        node.inbox.append(self.deployer.desired(name))
+        while len(node.inbox) > late:
+            node.obey(node.inbox.pop(0))
 
     def connected(self) -> list[str]:
         return [node.addr for node in self.fleet.nodes() if node.connected]
@@ -489,11 +494,13 @@ class Promises(RuleBasedStateMachine):
         except NgpuError:
             return None
 
-    @initialize(gpus=st.lists(st.integers(0, 3), min_size=3, max_size=3))
-    def begin(self, gpus: list[int]) -> None:
+    @initialize(gpus=st.lists(st.integers(1, 3), min_size=3, max_size=3), replicas=st.integers(1, 4))
+    def begin(self, gpus: list[int], replicas: int) -> None:
         self.do(self.plant.fleet.load())
         for name, count in zip(NAMES, gpus, strict=True):
             self.do(self.plant.node(name, gpus=count))
+        self.create(replicas, 1)
+        self.do(self.plant.settle(2))
 
     @rule(replicas=st.integers(0, 3), gpus=st.integers(0, 2))
     @precondition(lambda self: self.count < 4)
@@ -536,7 +543,7 @@ class Promises(RuleBasedStateMachine):
             node.inventory = replace(node.inventory, gpus=gpus)
 
     @rule(name=st.sampled_from(NAMES))
-    @precondition(lambda self: len(self.plant.fleet.nodes()) > 1)
+    @precondition(lambda self: len(self.plant.fleet.nodes()) == len(NAMES))
     def revoke(self, name: str) -> None:
         self.do(self.plant.fleet.revoke_node(name))
 
@@ -546,11 +553,16 @@ class Promises(RuleBasedStateMachine):
         if replicas:
             self.plant.tasks.running[replicas[pick % len(replicas)].id] = busy
 
-    @rule(seconds=st.sampled_from([1, 5, 16, 130]), names=st.sets(st.sampled_from(NAMES)))
-    def beat(self, seconds: int, names: set[str]) -> None:
+    @rule()
+    def turn(self) -> None:
+        self.beat(5, set(NAMES), late=False)
+        self.step(None, after=False)
+
+    @rule(seconds=st.sampled_from([1, 5, 16, 130]), names=st.sets(st.sampled_from(NAMES)), late=st.booleans())
+    def beat(self, seconds: int, names: set[str], late: bool) -> None:
         self.plant.pass_s(seconds)
         for name in names & set(self.plant.connected()):
-            self.plant.beat(name)
+            self.plant.beat(name, late=late)
 
     @rule(fail_in=st.one_of(st.none(), st.integers(0, 3)), after=st.booleans())
     def step(self, fail_in: int | None, after: bool) -> None:
@@ -608,6 +620,6 @@ class Promises(RuleBasedStateMachine):
 
 
 Promises.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestPromises = Promises.TestCase

@@ -360,7 +360,7 @@ async def test_a_list_goes_on_from_its_cursor(store: Store) -> None:
     assert await listed(store, workspace_uid="w-2") == []
 
 
-@pytest.mark.parametrize("cursor", ["x", "1", ".", "1.x", "9" * 40 + ".1", "1.2.3"])
+@pytest.mark.parametrize("cursor", ["x", "1", ".", "1.x", "9" * 40 + ".1", f"1.{2**63}", "1.-1", "1.2.3"])
 async def test_a_cursor_that_is_none_is_refused(store: Store, cursor: str) -> None:
     with pytest.raises(InvalidArgument, match="cursor"):
         await listed(store, cursor=cursor)

@@ -7,7 +7,6 @@ import signal
 import sys
 import textwrap
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
