@@ -106,7 +106,7 @@ class App:
             auto_decompress=False,
             # Also the time a head may take: nothing else bounds a caller who sends it byte by byte.
             keepalive_timeout=self._limits.idle_s,
-            lingering_time=LINGER_S,
+            lingering_time=min(LINGER_S, self._limits.stall_s),
             max_line_size=self._limits.line_bytes,
             max_field_size=self._limits.line_bytes,
         )

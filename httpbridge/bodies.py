@@ -36,13 +36,14 @@ class Hold:
         self._budget = budget
         self._bytes = 0
 
-    def take(self, size: int) -> None:
-        """Raises Unavailable if that is more than is left."""
+    def grow_to(self, size: int) -> None:
+        """Hold `size` bytes at least. Raises Unavailable if that is more than is left."""
         budget = self._budget
-        if budget.used_bytes + size > budget.total_bytes:
+        more = max(0, size - self._bytes)
+        if budget.used_bytes + more > budget.total_bytes:
             raise Unavailable("Too many large bodies are under way; try again soon")
-        budget.used_bytes += size
-        self._bytes += size
+        budget.used_bytes += more
+        self._bytes += more
 
     def __enter__(self) -> "Hold":
         return self
@@ -67,16 +68,12 @@ class BodyReader:
         """
         length = request.content_length
         if length is not None:
-            if length > self._limit_bytes:
-                raise self._too_large()
-            if length > wire.INLINE_BYTES:
-                hold.take(length)
+            self._admit(length, hold)
         content = request.content
         # Nearly always the body came in the packet of its head.
         if content.is_eof():
             body = content.read_nowait(-1)
-            if length is None and len(body) > self._limit_bytes:
-                raise self._too_large()
+            self._admit(len(body), hold)
             return body
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(_CONTINUE)
@@ -84,13 +81,13 @@ class BodyReader:
             request.writer.output_size = 0
         try:
             async with asyncio.timeout(self._total_limit_s):
-                return await self._gather(content, hold, counted=length is not None)
+                return await self._gather(content, hold)
         except TimeoutError:
             raise SlowClient from None
         except web.RequestPayloadError as error:
             raise BadRequest(f"The body is not valid HTTP: {error}") from None
 
-    async def _gather(self, content: StreamReader, hold: Hold, *, counted: bool) -> bytes:
+    async def _gather(self, content: StreamReader, hold: Hold) -> bytes:
         chunks: list[bytes] = []
         size = 0
         while True:
@@ -99,11 +96,11 @@ class BodyReader:
             if not chunk and content.at_eof():
                 return b"".join(chunks)
             size += len(chunk)
-            if size > self._limit_bytes:
-                raise self._too_large()
-            if not counted and size > wire.INLINE_BYTES:
-                hold.take(len(chunk))
+            self._admit(size, hold)
             chunks.append(chunk)
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")
+    def _admit(self, size: int, hold: Hold) -> None:
+        if size > self._limit_bytes:
+            raise TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")
+        if size > wire.INLINE_BYTES:
+            hold.grow_to(size)

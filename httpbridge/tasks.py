@@ -122,7 +122,7 @@ class Tasks:
         with self._budget.hold() as hold:
             body = sent.inline
             if is_cut(sent):
-                hold.take(sent.size)
+                hold.grow_to(sent.size)
                 rest = self._control_plane.body(
                     task_id, workspace_id, offset=len(body), size=sent.size, part=pb.WatchRequest.PART_REQUEST
                 )

@@ -46,7 +46,7 @@ class NotEnrolled(NodeError):
 
 
 class Revoked(NodeError):
-    """This node was revoked by an operator of the platform, and its containers are stopped. Ask before joining again."""
+    """This node was revoked by an operator of the platform and its containers are stopped; ask before joining again."""
 
     exit_code = 5
 

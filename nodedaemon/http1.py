@@ -5,6 +5,7 @@ with aiohttp's client, 29 us with a client on httptools, 29 us with this one: it
 """
 
 import enum
+import re
 from typing import Final
 
 from ngpu.v1 import http_pb2
@@ -22,6 +23,7 @@ CHUNK_LINE_BYTES: Final = 4096
 _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _HEX: Final = b"0123456789abcdefABCDEF"
 _VISIBLE: Final = bytes(range(0x21, 0x7F))
+_NOT_IN_VALUE: Final = re.compile(rb"[\r\n\0]").search
 #: Never travel, either way (http.proto, Header).
 _HOP_BY_HOP: Final = frozenset(
     (
@@ -63,19 +65,20 @@ def request_head(request: http_pb2.HttpRequest, authority: str) -> bytes:
     if not target.startswith(b"/") or target.startswith(b"//") or target.translate(None, _VISIBLE):
         raise BadRequest("the path must begin with one '/' and be percent-encoded")
     parts = [b"%s %s HTTP/1.1\r\nHost: %s\r\n" % (method.encode(), target, authority.encode())]
-    dropped = _NOT_TO_CONTAINERS
-    for header in request.headers:
-        if header.name.lower() == "connection":
-            dropped |= _connection_options(header.value)
+    named: frozenset[str] = frozenset()
     for header in request.headers:
         name, value = header.name, header.value
         folded = name.lower()
-        if folded in dropped or folded.startswith(_PLATFORM):
+        if folded in _NOT_TO_CONTAINERS or folded.startswith(_PLATFORM):
+            if folded == "connection":
+                named |= _connection_options(value)
             continue
         raw = name.encode()
-        if not raw or raw.translate(None, _TOKEN) or b"\r" in value or b"\n" in value or b"\0" in value:
+        if not raw or raw.translate(None, _TOKEN) or _NOT_IN_VALUE(value):
             raise BadRequest("a header field holds characters that HTTP does not allow")
         parts.append(b"%s: %s\r\n" % (raw, value))
+    if named:
+        parts[1:] = [part for part in parts[1:] if part.partition(b":")[0].decode().lower() not in named]
     if size or method in _BODY_EXPECTED:
         parts.append(b"Content-Length: %d\r\n" % size)
     parts.append(b"\r\n")

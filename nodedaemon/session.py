@@ -113,6 +113,7 @@ class Session:
         machine: Machine,
         monotonic: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
+        answer_limit_s: float = ANSWER_LIMIT_S,
     ) -> None:
         self._dialler = dialler
         self._identity = identity
@@ -126,6 +127,7 @@ class Session:
         self._machine = machine
         self._monotonic = monotonic
         self._backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S, chance=chance)
+        self._answer_limit_s = answer_limit_s
         self._report_after_s = REPORT_AFTER_S
         # Reports that were not answered: sequence, when sent, readings in it.
         self._unanswered: deque[tuple[int, float, tuple[GpuReading, ...]]] = deque()
@@ -232,10 +234,10 @@ class Session:
             await write(call, self._report(sequence, readings))
             await asyncio.sleep(REPORT_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._report_after_s - REPORT_INTERVAL_S):
+                async with asyncio.timeout(min(self._report_after_s, self._answer_limit_s) - REPORT_INTERVAL_S):
                     await self._news.wait()
-            if self._unanswered and self._monotonic() - self._unanswered[0][1] > ANSWER_LIMIT_S:
-                raise LinkLost(f"the control plane has not answered for {ANSWER_LIMIT_S:g} s")
+            if self._unanswered and self._monotonic() - self._unanswered[0][1] >= self._answer_limit_s:
+                raise LinkLost(f"the control plane has not answered for {self._answer_limit_s:g} s")
         report = self._report(sequence + 1, self._gpus.readings())
         report.goodbye = True
         await write(call, report)

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 from httpbridge.__main__ import assemble
@@ -34,7 +35,7 @@ class Bridge:
 
     async def call(
         self, method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any
-    ) -> tuple[int, dict[str, Any], dict[str, str]]:
+    ) -> tuple[int, dict[str, Any], CIMultiDictProxy[str]]:
         """Status, JSON, headers. The path goes out as it stands."""
         url = URL(self.url + path, encoded=True)
         if "json" in options:
@@ -44,12 +45,12 @@ class Bridge:
         async with self.client.request(method, url, headers=headers, **options) as response:
             assert response.headers["X-Request-Id"]
             assert response.content_type == "application/json"
-            return response.status, await response.json(), dict(response.headers)
+            return response.status, await response.json(), response.headers
 
-    async def get(self, path: str, **options: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    async def get(self, path: str, **options: Any) -> tuple[int, dict[str, Any], CIMultiDictProxy[str]]:
         return await self.call("GET", path, **options)
 
-    async def post(self, path: str, **options: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    async def post(self, path: str, **options: Any) -> tuple[int, dict[str, Any], CIMultiDictProxy[str]]:
         return await self.call("POST", path, **options)
 
     async def raw(self, request: bytes) -> bytes:

@@ -327,5 +327,4 @@ async def test_many_calls_share_frames(bridge: Bridge, fake: FakeControlPlane) -
     assert sum(fake.frames) == 300
     assert len(fake.frames) < 150
     assert max(fake.frames) <= 256
-    assert json.loads(json.dumps(answers[0][1]))["taskID"].startswith("20")
-    assert WORKSPACE not in json.dumps(answers[0])
+    assert WORKSPACE not in json.dumps(answers[0][1])

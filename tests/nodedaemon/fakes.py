@@ -1,4 +1,4 @@
-"""Fakes around the node daemon: a control plane on real gRPC, containers on real sockets, replicas and GPUs as values."""
+"""Fakes around the node daemon: a control plane on real gRPC, containers on sockets, replicas and GPUs as values."""
 
 import asyncio
 import contextlib
@@ -239,7 +239,7 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         self.report_after_ms = 60_000
         self.answering = True
         self.news = asyncio.Event()
-        self._ending: tuple[grpc.StatusCode, str] | None = None
+        self._endings: list[tuple[grpc.StatusCode, str]] = []
         # Execute.
         self.streams: asyncio.Queue[ExecuteStream] = asyncio.Queue()
         # Bodies.
@@ -273,7 +273,7 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
             return await self.streams.get()
 
     def end_heartbeat(self, code: grpc.StatusCode, reason: str) -> None:
-        self._ending = (code, reason)
+        self._endings.append((code, reason))
         self.news.set()
 
     def login_elsewhere(self) -> None:
@@ -281,7 +281,8 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         self.session = "another"
         self.end_heartbeat(grpc.StatusCode.ABORTED, "SUPERSEDED")
 
-    # The service.
+    # The service; its names are the wire's.
+    # ruff: noqa: N802
 
     async def Challenge(self, request: node_pb2.ChallengeRequest, context: Any) -> node_pb2.ChallengeResponse:
         nonce = len(self._nonces).to_bytes(32, "big")
@@ -309,7 +310,6 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         self, requests: AsyncIterator[node_pb2.HeartbeatRequest], context: Any
     ) -> AsyncIterator[node_pb2.HeartbeatResponse]:
         await self._authenticate(context)
-        self._ending = None
         queue: asyncio.Queue[node_pb2.HeartbeatRequest | None] = asyncio.Queue()
         reader = asyncio.create_task(self._hear(requests, queue))
         try:
@@ -321,8 +321,8 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
                     yield node_pb2.HeartbeatResponse(
                         sequence=report.sequence, assignments=self.desired, report_after_ms=self.report_after_ms
                     )
-            if self._ending:
-                await fail(context, *self._ending)
+            while self._endings:
+                await fail(context, *self._endings.pop())
         finally:
             reader.cancel()
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nodedaemon.config import Config, ConfigFault, load, settings
+from nodedaemon.config import Config, load, settings
+from nodedaemon.errors import ConfigFault
 
 
 @pytest.fixture(autouse=True)

@@ -460,7 +460,7 @@ async def test_broken_stream_is_not_a_cancel(boot: Boot) -> None:
         # Told again: a control plane that was started anew does not know.
         assert sorted((await second.frame()).sent) == ["t.1", "t.2"]
         stuck.go_on.set()
-        results = {}
+        results: dict[str, bytes] = {}
         while len(results) < 2:
             results.update({r.attempt_id: r.response.body.inline for r in (await second.frame()).results})
         assert results == {"t.1": b"one", "t.2": b"two"}

@@ -239,5 +239,5 @@ def test_no_bytes_do_more_than_be_malformed(noise: bytes) -> None:
     for prefix in (b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"):
         try:
             parse(prefix + noise)
-        except Malformed as fault:
-            assert str(fault)
+        except Malformed:
+            continue

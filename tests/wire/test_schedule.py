@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,65 +143,60 @@ async def test_failure_is_told_with_its_cause(there: House, node: Node) -> None:
     assert not answer.HasField("response")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda r: setattr(r.request, "method", "get"), "request.method"),
-        (lambda r: setattr(r.request, "method", "CONNECT"), "request.method"),
-        (lambda r: setattr(r.request, "method", ""), "request.method"),
-        (lambda r: setattr(r.request, "path", ""), "request.path"),
-        (lambda r: setattr(r.request, "path", "a"), "request.path"),
-        (lambda r: setattr(r.request, "path", "http://evil/"), "request.path"),
-        (lambda r: setattr(r.request, "path", "//evil"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a//b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/%2fevil"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a/../b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a/%2e%2E"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/..;/b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a\\b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a%5Cb"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a\r\nX: 1"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a%0d%0aX:%201"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a%00"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/a?b"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/ä"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/%zz"), "request.path"),
-        (lambda r: setattr(r.request, "path", "/" + "a" * 20_000), "longer"),
-        (lambda r: setattr(r.request, "query", "a b"), "request.query"),
-        (lambda r: setattr(r.request, "query", "a\nb"), "request.query"),
-        (lambda r: setattr(r.request, "query", "a#b"), "request.query"),
-        (lambda r: r.request.headers.add(name="Bad Name", value=b"1"), "request.headers"),
-        (lambda r: r.request.headers.add(name="", value=b"1"), "request.headers"),
-        (lambda r: r.request.headers.add(name="X", value=b"1\r\nY: 2"), "request.headers"),
-        (lambda r: r.request.headers.add(name="X", value=b"1" * 40_000), "request.headers"),
-        (lambda r: [r.request.headers.add(name="X", value=b"1") for _ in range(101)], "request.headers"),
-        (lambda r: setattr(r.request.body, "inline", b"x" * (wire.INLINE_BYTES + 1)), "request.body"),
-        (lambda r: setattr(r, "port", 22), "port"),
-        (lambda r: setattr(r, "idempotency_key", "k" * 256), "idempotency_key"),
-        (lambda r: setattr(r, "btc_address", "not an address"), "BTC address"),
-        (lambda r: r.wait.CopyFrom(seconds(3601)), "wait"),
-        (lambda r: r.wait.FromSeconds(-1), "wait"),
-        (lambda r: setattr(r, "route", "img2img"), "workspace_id and route"),
-        (lambda r: setattr(r, "workspace_id", ""), "workspace_id"),
-    ],
-)
-async def test_bad_input_is_refused_in_words_and_nothing_is_made(request_house: House, change: Any, words: str) -> None:
-    workspace = await request_house.operator.workspace(replicas=0)
-    bad = request(workspace)
-    change(bad)
-    with refused(*INVALID, words):
-        await request_house.bridge.schedule(bad)
-    detail = await request_house.operator.workspaces.GetWorkspace(
-        workspace_pb2.GetWorkspaceRequest(workspace="echo"), metadata=request_house.operator.auth
+#: What is done to a good request, and what its refusal speaks of.
+BAD: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda r: setattr(r.request, "method", "get"), "request.method"),
+    (lambda r: setattr(r.request, "method", "CONNECT"), "request.method"),
+    (lambda r: setattr(r.request, "method", ""), "request.method"),
+    (lambda r: setattr(r.request, "path", ""), "request.path"),
+    (lambda r: setattr(r.request, "path", "a"), "request.path"),
+    (lambda r: setattr(r.request, "path", "http://evil/"), "request.path"),
+    (lambda r: setattr(r.request, "path", "//evil"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a//b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/%2fevil"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a/../b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a/%2e%2E"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/..;/b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a\\b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a%5Cb"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a\r\nX: 1"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a%0d%0aX:%201"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a%00"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/a?b"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/ä"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/%zz"), "request.path"),
+    (lambda r: setattr(r.request, "path", "/" + "a" * 20_000), "longer"),
+    (lambda r: setattr(r.request, "query", "a b"), "request.query"),
+    (lambda r: setattr(r.request, "query", "a\nb"), "request.query"),
+    (lambda r: setattr(r.request, "query", "a#b"), "request.query"),
+    (lambda r: r.request.headers.add(name="Bad Name", value=b"1"), "request.headers"),
+    (lambda r: r.request.headers.add(name="", value=b"1"), "request.headers"),
+    (lambda r: r.request.headers.add(name="X", value=b"1\r\nY: 2"), "request.headers"),
+    (lambda r: r.request.headers.add(name="X", value=b"1" * 40_000), "request.headers"),
+    (lambda r: [r.request.headers.add(name="X", value=b"1") for _ in range(101)], "request.headers"),
+    (lambda r: setattr(r.request.body, "inline", b"x" * (wire.INLINE_BYTES + 1)), "request.body"),
+    (lambda r: setattr(r, "port", 22), "port"),
+    (lambda r: setattr(r, "idempotency_key", "k" * 256), "idempotency_key"),
+    (lambda r: setattr(r, "btc_address", "not an address"), "BTC address"),
+    (lambda r: r.wait.CopyFrom(seconds(3601)), "wait"),
+    (lambda r: r.wait.FromSeconds(-1), "wait"),
+    (lambda r: setattr(r, "route", "img2img"), "workspace_id and route"),
+    (lambda r: setattr(r, "workspace_id", ""), "workspace_id"),
+]
+
+
+async def test_bad_input_is_refused_in_words_and_nothing_is_made(there: House) -> None:
+    workspace = await there.operator.workspace(replicas=0)
+    for change, words in BAD:
+        bad = request(workspace)
+        change(bad)
+        with refused(*INVALID, words):
+            await there.bridge.schedule(bad)
+    detail = await there.operator.workspaces.GetWorkspace(
+        workspace_pb2.GetWorkspaceRequest(workspace="echo"), metadata=there.operator.auth
     )
     assert detail.workspace.queued_tasks == 0
-
-
-@pytest.fixture
-async def request_house(tmp_path: Path) -> Any:
-    async with house(tmp_path) as running:
-        yield running
 
 
 async def test_unknown_workspaces_routes_and_tasks_are_not_found(there: House) -> None:
