@@ -52,10 +52,12 @@ class Batch:
         *,
         outstanding: int = wire.BATCH_OUTSTANDING,
         chance: Callable[[], float] = random.random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._open_stream = open_stream
         self._outstanding = outstanding
         self._chance = chance
+        self._sleep = sleep
         self._answers: dict[int, asyncio.Future[pb.Answer]] = {}
         #: Full frames, and the one that calls are put into until the writer takes it.
         self._full: deque[pb.BatchRequest] = deque()
@@ -143,11 +145,11 @@ class Batch:
                 reason = await self._use(stream)
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
-            failures = 0 if loop.time() - began > GOOD_STREAM_S else failures + 1
+            failures = 1 if loop.time() - began > GOOD_STREAM_S else failures + 1
             # Half of it by chance, so that bridges which lost one control plane do not come back as one.
-            pause_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures) * (0.5 + self._chance() / 2)
+            pause_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)) * (0.5 + self._chance() / 2)
             log.warning("batch_stream_lost", reason=reason, retry_in_s=round(pause_s, 2))
-            await asyncio.sleep(pause_s)
+            await self._sleep(pause_s)
 
     async def _use(self, stream: Stream) -> str:
         """Read until the stream ends. Returns why it did."""

@@ -25,7 +25,7 @@ ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
-_OFFSET: Final = re.compile(r"(?:UTC)?([+-])(\d{1,2})(?::?([0-5]\d))?")
+_OFFSET: Final = re.compile(r"(?:UTC)?([+-])(0?\d|1[0-4])(?::?([0-5]\d))?")
 
 
 def _duration(value: object) -> object:

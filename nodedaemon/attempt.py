@@ -77,7 +77,6 @@ class Attempt:
         self.stepped = False
         self.given_up = False
         self.task: asyncio.Task[None]
-        self.delivering: asyncio.Task[None] | None = None
 
     def interrupt(self, why: NoAnswer) -> None:
         """End it for that reason; the first one stays. Its container's connection is closed at once."""

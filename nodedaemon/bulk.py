@@ -128,7 +128,7 @@ async def _tell(call: DeliverCall, body: Body, offset: int) -> None:
         last = False
         while not last:
             data = await body.read(offset)
-            last = body.ended and offset + len(data) == body.size
+            last = body.ended and offset + len(data) >= body.size
             await write(call, node_pb2.DeliverRequest(offset=offset, data=data, last=last))
             offset += len(data)
 

@@ -286,24 +286,29 @@ class Connections:
 
     async def new(self, address: Address) -> Connection:
         """A new connection. Raises NoAnswer."""
+        try:
+            return await self._connect(address)
+        except TimeoutError:
+            words = f"it did not answer within {CONNECT_LIMIT_S:g} s"
+        except ConnectionRefusedError:
+            words = "nothing listens on its port"
+        except OSError as fault:
+            words = fault.strerror or str(fault)
+        raise NoAnswer("CONNECT_FAILED", PLATFORM, f"No connection to the container could be made: {words}.")
+
+    async def _connect(self, address: Address) -> Connection:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        loop = asyncio.get_running_loop()
         try:
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
             async with asyncio.timeout(CONNECT_LIMIT_S):
                 await loop.sock_connect(sock, address)
             _, connection = await loop.create_connection(lambda: Connection(sock, address, self._monotonic), sock=sock)
-        except BaseException as fault:
+        except BaseException:
             sock.close()
-            if isinstance(fault, TimeoutError):
-                words = f"did not answer within {CONNECT_LIMIT_S:g} s"
-            elif isinstance(fault, ConnectionRefusedError):
-                words = "refused it: nothing listens on its port"
-            elif isinstance(fault, OSError):
-                words = f"could not be reached ({fault.strerror})"
-            else:
-                raise
+            raise
+        return connection
             raise NoAnswer(
                 "CONNECT_FAILED", PLATFORM, f"No connection to the container could be made: it {words}."
             ) from None

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, cast
 
@@ -78,6 +78,12 @@ async def read(
     if message is grpc.aio.EOF:
         raise LinkLost("the control plane ended it")
     return cast("Answered", message)
+
+
+async def ask(call: Awaitable[Answered]) -> Answered:
+    """The answer of a unary call. Raises LinkLost, AioRpcError."""
+    with _cancelled_by_other_side():
+        return await call
 
 
 async def write(call: grpc.aio.StreamStreamCall[Asked, Answered], message: Asked) -> None:

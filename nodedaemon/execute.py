@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
+from weakref import WeakValueDictionary
 
 import grpc
 import structlog
@@ -66,9 +67,10 @@ class Executor:
         self._clock_ns = clock_ns
         self._group: asyncio.TaskGroup
         self._running: dict[str, Attempt] = {}
-        self._gpu_clocks: dict[str, GpuClock] = {}
-        # Attempts, running or ended, whose body is on its way to the control plane: their results wait for it.
-        self._delivering: set[str] = set()
+        # By replica, for as long as an attempt holds its GPUs.
+        self._gpu_clocks: WeakValueDictionary[str, GpuClock] = WeakValueDictionary()
+        # Of attempts, running or ended, whose body is on its way to the control plane: their results wait for it.
+        self._deliveries: dict[str, asyncio.Task[None]] = {}
         # What the next frames carry; the results themselves lie in the spool.
         self._results: deque[str] = deque()
         self._sent: dict[str, None] = {}
@@ -174,7 +176,7 @@ class Executor:
         """Serve one Execute stream until it ends. Raises a group with LinkLost or AioRpcError in it."""
         resume = node_pb2.Resume(running=list(self._running), ended=self._spool.attempts())
         await write(call, node_pb2.ExecuteRequest(resume=resume))
-        self._results = deque(i for i in self._spool.attempts() if i not in self._delivering)
+        self._results = deque(i for i in self._spool.attempts() if i not in self._deliveries)
         self._sent = dict.fromkeys(i for i, attempt in self._running.items() if attempt.course.sent_at)
         self._sent_ripe = True
         self._frame_due.set()
@@ -299,7 +301,7 @@ class Executor:
         except OSError as fault:
             words = f"The node could not store the container's answer: {fault.strerror}."
             raise NoAnswer("INTERNAL", PLATFORM, words) from None
-        attempt.delivering = self._deliver_soon(attempt.id, head, body)
+        self._deliver_soon(attempt.id, head, body)
         return body
 
     async def _explained(self, attempt: Attempt, why: NoAnswer) -> NoAnswer:
@@ -314,10 +316,7 @@ class Executor:
     def _end(self, attempt: Attempt, result: node_pb2.Result, why: NoAnswer | None) -> None:
         """Keep the result until it is acknowledged."""
         if why is not None:
-            if attempt.delivering is not None:
-                attempt.delivering.cancel()
-            self._delivering.discard(attempt.id)
-            self._spool.drop_body(attempt.id)
+            self._drop_body(attempt.id)
         if attempt.given_up:
             self._forget(attempt.id)
         else:
@@ -329,11 +328,12 @@ class Executor:
         result.end_time.seconds = seconds
         self.ended[result.failure.reason] += 1
         self._spool.add(result)
-        if result.attempt_id not in self._delivering:
+        if result.attempt_id not in self._deliveries:
             self._results.append(result.attempt_id)
             self._frame_due.set()
 
     def _forget(self, attempt_id: str) -> None:
+        self._drop_body(attempt_id)
         self._spool.forget(attempt_id)
         self._journal.end(attempt_id)
         self._sent.pop(attempt_id, None)
@@ -341,12 +341,18 @@ class Executor:
 
     # Bodies.
 
-    def _deliver_soon(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> asyncio.Task[None]:
-        self._delivering.add(attempt_id)
+    def _deliver_soon(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
         bare = http_pb2.HttpResponse()
         bare.CopyFrom(head)
         bare.ClearField("body")
-        return self._group.create_task(self._deliver(attempt_id, bare, body), name=f"deliver {attempt_id}")
+        name = f"deliver {attempt_id}"
+        self._deliveries[attempt_id] = self._group.create_task(self._deliver(attempt_id, bare, body), name=name)
+
+    def _drop_body(self, attempt_id: str) -> None:
+        """No body of this attempt is wanted any more."""
+        if delivery := self._deliveries.pop(attempt_id, None):
+            delivery.cancel()
+        self._spool.drop_body(attempt_id)
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
         try:
@@ -358,7 +364,7 @@ class Executor:
                 attempt.interrupt(why)
                 return
             self._replace(attempt_id, why)
-        self._delivering.discard(attempt_id)
+        self._deliveries.pop(attempt_id, None)
         if attempt_id in self._spool:
             self._results.append(attempt_id)
             self._frame_due.set()

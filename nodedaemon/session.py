@@ -18,7 +18,7 @@ from ngpu.v1 import node_pb2
 
 from nodedaemon import statement
 from nodedaemon.bulk import Bulk
-from nodedaemon.dial import CALL_LIMIT_S, Backoff, Dialler, LinkLost, Stub, bearer, read, reason_of, stub_of, write
+from nodedaemon.dial import CALL_LIMIT_S, Backoff, Dialler, LinkLost, Stub, ask, bearer, read, reason_of, stub_of, write
 from nodedaemon.engine import Assignment
 from nodedaemon.errors import EnrolRefused, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
@@ -77,12 +77,15 @@ class Gpus(Protocol):
 
 
 async def enroll(stub: Stub, identity: Identity, token: str, name: str) -> str:
-    """Make the node known, with a one-time token; the name it was given. Raises EnrolRefused, AioRpcError."""
+    """Make the node known, with a one-time token; the name it was given.
+
+    Raises EnrolRefused, Revoked, AioRpcError, LinkLost.
+    """
     challenge = node_pb2.ChallengeRequest(node_addr=identity.address)
-    nonce = (await stub.Challenge(challenge, timeout=CALL_LIMIT_S)).nonce
+    nonce = (await ask(stub.Challenge(challenge, timeout=CALL_LIMIT_S))).nonce
     request = node_pb2.EnrollRequest(proof=identity.prove("enroll", nonce), token=token, name=name)
     try:
-        return (await stub.Enroll(request, timeout=CALL_LIMIT_S)).name
+        return (await ask(stub.Enroll(request, timeout=CALL_LIMIT_S))).name
     except grpc.aio.AioRpcError as fault:
         reason, message = reason_of(fault)
         if reason == "NODE_REVOKED":
@@ -209,11 +212,11 @@ class Session:
 
     async def _log_in(self, stub: Stub) -> node_pb2.LoginResponse:
         challenge = node_pb2.ChallengeRequest(node_addr=self._identity.address)
-        nonce = (await stub.Challenge(challenge, timeout=CALL_LIMIT_S)).nonce
+        nonce = (await ask(stub.Challenge(challenge, timeout=CALL_LIMIT_S))).nonce
         request = node_pb2.LoginRequest(
             proof=self._identity.prove("login", nonce), boot_id=self._boot_id, version=self._machine.daemon_version
         )
-        return await stub.Login(request, timeout=CALL_LIMIT_S)
+        return await ask(stub.Login(request, timeout=CALL_LIMIT_S))
 
     async def _heartbeat(self, call: HeartbeatCall) -> None:
         self._report_after_s = REPORT_AFTER_S
@@ -241,7 +244,8 @@ class Session:
         report = self._report(sequence + 1, self._gpus.readings())
         report.goodbye = True
         await write(call, report)
-        await call.done_writing()
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await call.done_writing()
         # It ends the stream when it has heard; if not, so do we.
         await asyncio.sleep(GOODBYE_LIMIT_S)
         raise LinkLost("the control plane has not said goodbye")

@@ -87,7 +87,8 @@ class Body:
 
     def delete(self) -> None:
         """Give its room back. What still writes or reads it fails with OSError."""
-        self._path.unlink(missing_ok=True)
+        # Taking a large file's pages away takes a while, and nobody waits for it.
+        self._spool.in_thread(self._path.unlink, True)
         self._spool.used_bytes -= self.size
         self.size = 0
         self.end()

@@ -100,3 +100,25 @@ setup_docker() {
     DOCKER_REASON="a Docker engine was started but did not come up: see $log"
     return 1
 }
+
+# setup_postgres: a private PostgreSQL cluster of this run on a free port. Sets NGPU_TEST_POSTGRES_URL and POSTGRES_HOME; stop_postgres ends it.
+setup_postgres() {
+    local bin port user=()
+    bin=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -n 1)
+    [[ -n $bin ]] || return 1
+    # initdb refuses root.
+    ((EUID != 0)) || user=(runuser -u postgres --)
+    POSTGRES_HOME=$("${user[@]}" mktemp -d /tmp/ngpu-postgres-XXXXXX) || return 1
+    POSTGRES_STOP=("${user[@]}" "$bin/pg_ctl" -D "$POSTGRES_HOME/data" -m immediate stop)
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    "${user[@]}" "$bin/initdb" -A trust -U ngpu -D "$POSTGRES_HOME/data" >/dev/null &&
+        (cd / && "${user[@]}" "$bin/pg_ctl" -D "$POSTGRES_HOME/data" -l "$POSTGRES_HOME/log" -w -t 30 \
+            -o "-p $port -k $POSTGRES_HOME -c listen_addresses=127.0.0.1" start >/dev/null) || return 1
+    export NGPU_TEST_POSTGRES_URL=postgresql+psycopg://ngpu@127.0.0.1:$port/postgres
+}
+
+stop_postgres() {
+    [[ -n ${POSTGRES_HOME:-} ]] || return 0
+    "${POSTGRES_STOP[@]}" >/dev/null 2>&1 || true
+    rm -rf "$POSTGRES_HOME"
+}

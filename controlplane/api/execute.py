@@ -114,9 +114,12 @@ class Execution:
         attempt_id = message.attempt_id
         limit = await self._limit_of(addr, attempt_id)
         name = f"{attempt_id}.response"
-        self._deliveries.begin(attempt_id, translate.response_of(message.head))
-        size = await self._bodies.size(name) or 0
+        size = await self._bodies.size(name)
+        if size is None:
+            size = await self._bodies.append(name, 0, b"", limit_bytes=limit)
         complete = await self._bodies.sealed(name)
+        # Only now: who is told of the head begins to read the body.
+        self._deliveries.begin(attempt_id, translate.response_of(message.head))
         while not complete:
             await stream.write(pb.DeliverResponse(stored_bytes=size))
             if (message := await stream.read()) is None:

@@ -90,9 +90,12 @@ class Watch:
             return
         yield _head(head)
         chunks = self._bodies.follow(body_of_response(view.task_id, view.attempt), offset)
-        while chunk := await _unless(changed, _next_chunk(chunks)):
-            yield pb.WatchResponse(data=chunk, offset=offset)
-            offset += len(chunk)
+        try:
+            while chunk := await _unless(changed, _next_chunk(chunks)):
+                yield pb.WatchResponse(data=chunk, offset=offset)
+                offset += len(chunk)
+        except NotFound:
+            return  # it was deleted because the attempt was given up, which `changed` is about to tell
 
     async def _recorded(self, view: TaskView, response: Response, offset: int) -> AsyncIterator[pb.WatchResponse]:
         """The bytes of the answer of an ended task."""

@@ -4,6 +4,13 @@ One module a noun (`workspaces`, `nodes`, ...) with its commands, each a functio
 `session` speaks gRPC, `output` prints, `units` reads and writes sizes and times, `problem` has the exit codes.
 """
 
-from controlplane.ctl.app import main
+import os
 
-__all__ = ["main"]
+
+def main() -> None:
+    """The console script."""
+    # Before grpc is loaded: what its C core says of a failed connection is of no use to whoever typed a command.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from controlplane.ctl.app import app
+
+    app()

@@ -47,8 +47,3 @@ def version(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
     """Print the version of this command."""
     number = version_of("ngpu")
     sys.stdout.write(json.dumps({"version": number}) + "\n" if as_json else f"ngpu {number}\n")
-
-
-def main() -> None:
-    """The console script."""
-    app()

@@ -129,7 +129,7 @@ class Session(AbstractContextManager["Session"]):
         details = error.details() or ""
         if code is grpc.StatusCode.UNAVAILABLE:
             return Problem(
-                f"The control plane does not answer at {self.target.server} ({details.rsplit(': ', 1)[-1]}). Start it "
+                f"The control plane does not answer at {self.target.server} ({_why_not(details)}). Start it "
                 "with `ngpu-controlplane run`, or name another with --server or NGPU_SERVER.",
                 Exit.UNREACHABLE,
             )
@@ -148,6 +148,17 @@ def error_of(error: grpc.RpcError) -> Error | None:
         if item.key == wire.ERROR and isinstance(item.value, bytes):
             return Error.FromString(item.value)
     return None
+
+
+def _why_not(details: str) -> str:
+    """gRPC's account of a connection that did not come about, cut down to what is of use."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "its certificate is not trusted: name the CA's with --tls-ca"
+    if "handshake failed" in details:
+        return "it does not speak TLS: leave --tls and --tls-ca out"
+    if details.endswith("Socket closed"):
+        return "it hung up: does it want --tls?"
+    return details.rsplit(": ", 1)[-1].rstrip("]")
 
 
 def find_token(file: Path | None, environment: Mapping[str, str]) -> str:

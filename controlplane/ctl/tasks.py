@@ -337,6 +337,8 @@ def list_(
                 show_header = False
     except grpc.RpcError as error:
         raise session.problem(error) from error
+    if show_header and not (session.out.json or session.out.quiet):
+        session.out.show(cell("There are no such tasks.", "dim"))
 
 
 def _known_state(name: str) -> pb.TaskState.ValueType:

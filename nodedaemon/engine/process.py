@@ -56,9 +56,10 @@ LIMITS: Final = (
 class _Process:
     """One process group."""
 
-    def __init__(self, container: Container, child: asyncio.subprocess.Process) -> None:
+    def __init__(self, container: Container, child: asyncio.subprocess.Process, pipe: asyncio.ReadTransport) -> None:
         self.container = container
         self.child = child
+        self.pipe = pipe
         self.start = time.monotonic()
         self.over = asyncio.Event()
         self.writer: asyncio.Task[None]
@@ -130,7 +131,7 @@ class ProcessEngine:
         except OSError as error:
             raise DiskFull(f"{home} cannot be made: {error.strerror}") from error
         address_space = assignment.memory_bytes if self._limit_address_space else 0
-        child = await self._launch(argv, self._env(assignment, ports, env), directory, address_space)
+        child, lines, pipe = await self._launch(argv, self._env(assignment, ports, env), directory, address_space)
         process = self._there[assignment.replica_id] = _Process(
             Container(
                 replica_id=assignment.replica_id,
@@ -140,9 +141,9 @@ class ProcessEngine:
                 addresses={declared: ("127.0.0.1", port) for declared, port in ports.items()},
             ),
             child,
+            pipe,
         )
-        assert child.stdout
-        log = self._log(assignment.replica_id).take(child.stdout)
+        log = self._log(assignment.replica_id).take(lines)
         process.writer = asyncio.create_task(log, name=f"log of {assignment.replica_id}")
         process.waiter = asyncio.create_task(self._await_end(process), name=f"end of {assignment.replica_id}")
         self._look()
@@ -206,26 +207,30 @@ class ProcessEngine:
 
     async def _launch(
         self, argv: list[str], env: dict[str, str], directory: Path, address_space: int
-    ) -> asyncio.subprocess.Process:
-        ours, its = os.pipe()
+    ) -> tuple[asyncio.subprocess.Process, asyncio.StreamReader, asyncio.ReadTransport]:
+        """The process, and what it writes."""
+        # Not asyncio's pipes: with these, wait() lasts until the last child of the child has closed its end.
+        output, its_output = os.pipe()
+        status, its_status = os.pipe()
         try:
+            lines, pipe = await _stream(output)
+            words, _ = await _stream(status)
             child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(LAUNCH), str(os.getpid()), str(its), str(address_space), *argv),
+                *(sys.executable, "-I", "-S", str(LAUNCH), str(os.getpid()), str(its_status), str(address_space)),
+                *argv,
                 cwd=directory,
                 env=env,
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
+                stdout=its_output,
+                stderr=its_output,
                 start_new_session=True,
-                pass_fds=[its],
+                pass_fds=[its_status],
             )
-        except BaseException:
-            os.close(ours)
-            raise
         finally:
-            os.close(its)
+            os.close(its_output)
+            os.close(its_status)
         try:
-            fault = await asyncio.to_thread(_read_all, ours)
+            fault = (await words.read()).decode(errors="replace")
         except asyncio.CancelledError:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -233,7 +238,7 @@ class ProcessEngine:
         if fault:
             await child.wait()
             raise StartFailed(f"the start command {argv[0]!r} is not in the image, or is no program: {fault}")
-        return child
+        return child, lines, pipe
 
     async def _await_end(self, process: _Process) -> None:
         code = await process.child.wait()
@@ -258,6 +263,7 @@ class ProcessEngine:
             except TimeoutError:
                 process.signal(signal.SIGKILL)
                 await process.over.wait()
+        process.pipe.close()
         process.writer.cancel()
         await asyncio.wait({process.writer, process.waiter})
         self._there.pop(replica_id, None)
@@ -331,9 +337,12 @@ def _free_ports(declared: Iterable[int]) -> dict[int, int]:
         return taken
 
 
-def _read_all(fd: int) -> str:
-    with open(fd, "rb") as file:
-        return file.read().decode(errors="replace")
+async def _stream(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
+    reader = asyncio.StreamReader()
+    file = os.fdopen(fd, "rb", buffering=0)
+    loop = asyncio.get_running_loop()
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    return reader, pipe
 
 
 def _size(directory: Path) -> int:

@@ -14,8 +14,9 @@ PAUSE_S = 0.01
 class ProcessLog:
     """The log of one replica: `path`, and before it `path`.1."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, file_bytes: int = FILE_BYTES) -> None:
         self._path = path
+        self._file_bytes = file_bytes
         self._older = path.with_name(path.name + ".1")
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -46,6 +47,6 @@ class ProcessLog:
     def _append(self, piece: bytes) -> None:
         with self._path.open("ab") as file:
             file.write(piece)
-            full = file.tell() >= FILE_BYTES
+            full = file.tell() >= self._file_bytes
         if full:
             self._path.replace(self._older)

@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -53,7 +54,7 @@ class FakeTasks:
 
 
 class FakeNode:
-    """A node daemon that obeys node.proto: runs what its last list says, stops everything else first."""
+    """A node daemon that obeys node.proto: runs what its last list says; what it stops takes three more."""
 
     def __init__(self, name: str, *, gpus: int = 2) -> None:
         self.addr = name
@@ -64,14 +65,18 @@ class FakeNode:
         self.containers: dict[str, Assignment] = {}
         self.states: dict[str, ReplicaState] = {}
         self.signs: dict[str, dict[str, Any]] = {}
+        self.stopping: dict[str, int] = {}
         self.session = 0
         #: Lists that are on their way, in order.
         self.inbox: list[list[Assignment]] = []
 
     def obey(self, desired: list[Assignment]) -> None:
-        self.containers = {assignment.replica_id: assignment for assignment in desired}
-        # Ready when next looked at.
-        self.states = {id: ReplicaState.READY if id in self.states else ReplicaState.STARTING for id in self.containers}
+        listed = {assignment.replica_id: assignment for assignment in desired}
+        self.stopping = {id: self.stopping.get(id, 4) - 1 for id in self.containers if id not in listed}
+        ending = {id: self.containers[id] for id, left in self.stopping.items() if left}
+        self.states = {id: ReplicaState.READY if id in self.states else ReplicaState.STARTING for id in listed}
+        self.states |= dict.fromkeys(ending, ReplicaState.STOPPING)
+        self.containers = ending | listed
 
     def report(self) -> Report:
         readings = tuple(GpuReading(gpu.id, **self.signs.get(gpu.id, {})) for gpu in self.inventory.gpus)
@@ -87,7 +92,7 @@ class FakeNode:
         return Report(self.inventory, readings=readings, replicas=replicas)
 
     def reboot(self) -> None:
-        self.containers, self.states = {}, {}
+        self.containers, self.states, self.stopping = {}, {}, {}
 
 
 class Plant:
@@ -620,6 +625,37 @@ class Promises(RuleBasedStateMachine):
 
 
 Promises.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestPromises = Promises.TestCase
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_storms(seed: int) -> None:
+    """The same promises in long lives, of which hypothesis tries few."""
+    chance = random.Random(seed)
+    storm = Promises()
+    storm.begin([chance.randint(1, 3) for _ in NAMES], chance.randint(1, 4))
+
+    def name() -> str:
+        return chance.choice(NAMES)
+
+    happenings: list[tuple[int, Callable[[], None]]] = [
+        (100, storm.turn),
+        (20, lambda: storm.beat(chance.choice([1, 5, 16]), set(chance.sample(NAMES, 2)), late=chance.random() < 0.5)),
+        (20, lambda: storm.step(chance.choice([None, 0, 1]), after=chance.random() < 0.5)),
+        (8, lambda: storm.steer(name(), chance.choice(list(Availability)))),
+        (8, lambda: storm.break_session(name())),
+        (12, lambda: storm.connect(name(), rebooted=chance.random() < 0.3)),
+        (8, lambda: storm.afflict(name(), chance.randrange(3), chance.choice(["", "", "lost", "xid"]))),
+        (8, lambda: storm.work(chance.randrange(10), chance.choice([0, 0, 1]))),
+        (8, lambda: storm.scale(chance.randint(1, 4), chance.randint(0, 4))),
+        (2, lambda: storm.create(chance.randint(1, 3), chance.randint(0, 2)) if storm.count < 4 else None),
+        (2, storm.kill_and_start),
+    ]
+    weights = [weight for weight, _ in happenings]
+    for _ in range(400):
+        ((_, happen),) = chance.choices(happenings, weights)
+        happen()
+        storm.no_gpu_is_held_twice()
+    storm.teardown()

@@ -125,6 +125,8 @@ class FakeControlPlane(
         self.break_after: dict[str, int] = {}
         #: Schedule and Query are taken and not answered.
         self.silent = False
+        #: Key and certificate, PEM.
+        self.tls: tuple[bytes, bytes] | None = None
         self._keys: dict[tuple[str, str], str] = {}
         self._numbers = itertools.count(1)
         self._server: grpc.aio.Server | None = None
@@ -140,7 +142,11 @@ class FakeControlPlane(
         task_pb2_grpc.add_TaskServiceServicer_to_server(self, self._server)
         asset_pb2_grpc.add_AssetServiceServicer_to_server(self, self._server)
         workspace_pb2_grpc.add_WorkspaceServiceServicer_to_server(self, self._server)
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        if self.tls is None:
+            self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        else:
+            credentials = grpc.ssl_server_credentials([self.tls])
+            self._port = self._server.add_secure_port(f"127.0.0.1:{self._port}", credentials)
         await self._server.start()
 
     async def stop(self) -> None:

@@ -124,6 +124,7 @@ class Node:
                 disk_free_bytes=1000 * GIB,
                 engine="docker",
             ),
+            readings=[node_pb2.GpuReading(gpu_id=f"GPU-{self.name}-{index}") for index in range(self.gpus)],
             replicas=[
                 node_pb2.ReplicaReport(
                     replica_id=assignment.replica_id,
@@ -161,8 +162,8 @@ class Node:
         reporting = asyncio.create_task(report(), name="report")
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
-                every_s = message.report_after_ms / 1000
-                if list(message.assignments) != self.assignments:
+                pace, every_s = every_s, message.report_after_ms / 1000
+                if list(message.assignments) != self.assignments or pace != every_s:
                     self.assignments = list(message.assignments)
                     self._news.set()
         finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 from ngpu import wire
-from ngpu.v1 import http_pb2
+from ngpu.v1 import http_pb2, workspace_pb2
 from ngpu.v1 import task_pb2 as pb
 
 from tests.wire.house import DEADLINE_S, POOR, RICH, Client, House, check_words, refused, request, seconds, until
@@ -221,8 +221,6 @@ async def test_flood_of_unanswered_calls_is_taken_slowly_and_wholly(there: House
         detail = there.operator.workspaces
 
         async def accepted() -> int:
-            from ngpu.v1 import workspace_pb2
-
             answer = await detail.GetWorkspace(
                 workspace_pb2.GetWorkspaceRequest(workspace="echo"), metadata=there.operator.auth
             )
