@@ -94,7 +94,7 @@ class Fleet(Picture):
 
     @_change
     async def load(self) -> None:
-        """Read the picture, before anything else; again only if a write has failed since. Every change does so first."""
+        """Read the picture, before anything else; again if a write has failed. Every change does so first."""
 
     async def close(self) -> None:
         """Let changes that were begun end."""
@@ -209,7 +209,9 @@ class Fleet(Picture):
         if availability is Availability.OPEN:
             there = {gpu.id for gpu in node.inventory.gpus}
             memories = self._memories.get(node.addr, {})
-            self._memories[node.addr] = {id: health.after_test(memory) for id, memory in memories.items() if id in there}
+            self._memories[node.addr] = {
+                id: health.after_test(memory) for id, memory in memories.items() if id in there
+            }
         return self._nodes[node.addr]
 
     @_change

@@ -20,7 +20,7 @@ import typer
 
 from nodedaemon import config, log
 from nodedaemon.bulk import Bulk
-from nodedaemon.dial import Dialler, reason_of, stub_of
+from nodedaemon.dial import Dialler, LinkLost, stub_of, words_of
 from nodedaemon.engine import Engine, EngineDown, EngineError
 from nodedaemon.engine.docker import DockerEngine
 from nodedaemon.engine.process import ProcessEngine
@@ -48,7 +48,9 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     """Run until `stop` is set. Raises NodeError, OSError."""
     # Who we are, and what we have.
     identity = Identity.load(settings.state_dir / "node.key")
-    engine = await _engine(settings, identity.address)
+    kind = await _engine_kind(settings, identity.address)
+    _publish(settings.state_dir / "engine", kind)
+    engine = _engine(settings, kind, identity.address)
     gpus = Gpus(engine.owns)
     machine = Machine(engine)
 
@@ -83,7 +85,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     try:
         if settings.metrics_listen:
             _publish(address_file, await metrics.start(*config.split_address(settings.metrics_listen)))
-        _log.info("node_started", node=identity.address, engine=settings.engine, state_dir=str(settings.state_dir))
+        _log.info("node_started", node=identity.address, engine=kind, state_dir=str(settings.state_dir))
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(gpus.run(), name="gpus"),
@@ -104,7 +106,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     finally:
         address_file.unlink(missing_ok=True)
         await metrics.stop()
-        if stop_containers or isinstance(engine, ProcessEngine):
+        if stop_containers or kind == "process":
             # Processes are our children: nobody could take them up again.
             await _stop_containers(replicas)
         await engine.close()
@@ -147,28 +149,30 @@ async def _stop_containers(replicas: Replicas) -> None:
         _log.error("containers_left", reason=str(fault) or "they did not stop in time")
 
 
-async def _engine(settings: config.Config, node_addr: str) -> Engine:
-    """The engine asked for.
+async def _engine_kind(settings: config.Config, node_addr: str) -> str:
+    """`docker` or `process`.
 
     `auto` decides once: a Docker that is down one day must not turn containers into processes.
     """
     chosen = settings.state_dir / "engine"
-    kind = settings.engine
-    if kind == "auto" and chosen.exists():
-        kind = "process" if chosen.read_text().strip() == "process" else "docker"
-    docker = DockerEngine(node_addr, state_dir=settings.state_dir, allow_root=settings.allow_root)
-    if kind == "auto":
-        try:
-            await docker.info()
-            kind = "docker"
-        except EngineDown as fault:
-            kind = "process"
-            _log.warning("docker_missing", reason=str(fault), instead="processes, which are not kept apart")
-    _publish(chosen, kind)
+    if settings.engine != "auto":
+        return settings.engine
+    if chosen.exists():
+        return "process" if chosen.read_text().strip() == "process" else "docker"
+    docker = _engine(settings, "docker", node_addr)
+    try:
+        await docker.info()
+    except EngineDown as fault:
+        _log.warning("docker_missing", reason=str(fault), instead="processes, which are not kept apart")
+        return "process"
+    finally:
+        await docker.close()
+    return "docker"
+
+
+def _engine(settings: config.Config, kind: str, node_addr: str) -> Engine:
     if kind == "docker":
-        return docker
-    await docker.close()
-    settings.images.mkdir(parents=True, exist_ok=True)
+        return DockerEngine(node_addr, state_dir=settings.state_dir, allow_root=settings.allow_root)
     return ProcessEngine(node_addr, images=settings.images, state_dir=settings.state_dir)
 
 
@@ -332,12 +336,12 @@ async def _join(settings: config.Config, identity: Identity) -> str:
     async with dialler.channel() as channel:
         try:
             return await enroll(stub_of(channel), identity, settings.join_token(), settings.node_name())
-        except grpc.aio.AioRpcError as fault:
-            raise NodeError(f"The control plane at {dialler.target} did not answer: {reason_of(fault)[1]}") from None
+        except (grpc.aio.AioRpcError, LinkLost) as fault:
+            raise NodeError(f"The control plane at {dialler.target} did not answer: {words_of(fault)}") from None
 
 
 async def _inventory(settings: config.Config, node_addr: str) -> dict[str, Any]:
-    engine = await _engine(settings, node_addr)
+    engine = _engine(settings, await _engine_kind(settings, node_addr), node_addr)
     gpus, machine = Gpus(engine.owns), Machine(engine)
     reading = asyncio.create_task(gpus.run(), name="gpus")
     try:

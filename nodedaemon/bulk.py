@@ -14,7 +14,7 @@ import structlog
 from ngpu.v1 import http_pb2, node_pb2
 
 from nodedaemon.course import CUSTOMER, PLATFORM, NoAnswer
-from nodedaemon.dial import Backoff, LinkLost, Metadata, bearer, read, reason_of, stub_of, write
+from nodedaemon.dial import Backoff, LinkLost, Metadata, bearer, read, reason_of, stub_of, words_of, write
 from nodedaemon.spool import Body
 
 DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.DeliverRequest, node_pb2.DeliverResponse]"
@@ -71,7 +71,7 @@ class Bulk:
                     backoff.reset()
             except (grpc.aio.AioRpcError, LinkLost) as fault:
                 _check(fault)
-                log.info("fetch_broken", attempt=attempt_id, offset=offset, size=size, reason=_words(fault))
+                log.info("fetch_broken", attempt=attempt_id, offset=offset, size=size, reason=words_of(fault))
             finally:
                 call.cancel()
             if offset < size:
@@ -91,7 +91,7 @@ class Bulk:
                     return await self._deliver(attempt_id, head, body)
             except (grpc.aio.AioRpcError, LinkLost) as fault:
                 _check(fault)
-                log.info("deliver_broken", attempt=attempt_id, size=body.size, reason=_words(fault))
+                log.info("deliver_broken", attempt=attempt_id, size=body.size, reason=words_of(fault))
             await asyncio.sleep(backoff.next())
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
@@ -141,7 +141,3 @@ def _check(fault: grpc.aio.AioRpcError | LinkLost) -> None:
             raise GivenUp
         if reason == "TOO_LARGE":
             raise NoAnswer("RESPONSE_TOO_LARGE", CUSTOMER, message)
-
-
-def _words(fault: grpc.aio.AioRpcError | LinkLost) -> str:
-    return reason_of(fault)[1] if isinstance(fault, grpc.aio.AioRpcError) else str(fault)

@@ -309,10 +309,6 @@ class Connections:
             sock.close()
             raise
         return connection
-            raise NoAnswer(
-                "CONNECT_FAILED", PLATFORM, f"No connection to the container could be made: it {words}."
-            ) from None
-        return connection
 
     def keep(self, replica_id: str, connection: Connection) -> None:
         """The exchange on it is over: keep it for the next, or close it."""

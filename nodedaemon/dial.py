@@ -118,3 +118,8 @@ def reason_of(fault: grpc.aio.AioRpcError) -> tuple[str, str]:
                 break
             return error.reason, error.message
     return "", f"{fault.code().name}: {fault.details() or 'no details'}"
+
+
+def words_of(fault: grpc.aio.AioRpcError | LinkLost) -> str:
+    """Why a call failed or a stream ended, for a person."""
+    return reason_of(fault)[1] if isinstance(fault, grpc.aio.AioRpcError) else str(fault)

@@ -194,15 +194,17 @@ class Gpus:
             first = await answers.until("inventory", self._start_deadline_s)
             self._take_inventory(first)
             if not first["gpus"]:
-                return LEAVE_OUT_S
+                return RETRY_S if self._known else LEAVE_OUT_S
             sick = 0
             for _ in range(LIFE_READINGS):
                 assert child.stdin
                 child.stdin.write(b"read\n")
-                self._take_readings(await answers.until("readings", self._deadline_s))
-                sick += any(reading.error for reading in self._readings.values())
+                said = await answers.until("readings", self._deadline_s)
+                self._take_readings(said)
+                sick += any("error" in reading for reading in said)
                 await asyncio.sleep(self._interval_s)
-                if sick >= SICK_READINGS:
+                over = any(until <= time.monotonic() for until, _ in self._left_out.values())
+                if over or sick >= SICK_READINGS:
                     break
         except (_Fault, ConnectionError) as fault:
             log.warning("gpu_probe_failed", fault=str(fault), index=answers.at)
@@ -276,7 +278,8 @@ class _Answers:
                 raise _Fault(f"the NVIDIA driver does not answer within {deadline_s:g} s") from None
             if not line:
                 code = await self._child.wait()
-                raise _Fault("the NVIDIA driver's library crashed" + (f" (signal {-code})" if code < 0 else ""))
+                how = f"the NVIDIA driver's library crashed (signal {-code})" if code < 0 else "the GPU probe failed"
+                raise _Fault(how)
             said = json.loads(line)
             if key in said:
                 return said[key]
@@ -370,14 +373,14 @@ def _reading(nvml: Any, handle: Any) -> dict[str, Any]:
                 return None
             raise
 
-    memory, utilization, power = ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetUtilizationRates"),
-    ask("nvmlDeviceGetPowerUsage") clocks = ask("nvmlDeviceGetCurrentClocksEventReasons")
+    memory, utilization = ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetUtilizationRates")
+    power, remapped = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetRemappedRows")
+    compute, graphics = ask("nvmlDeviceGetComputeRunningProcesses"), ask("nvmlDeviceGetGraphicsRunningProcesses")
+    recovery = ask("nvmlDeviceGetFieldValues", [RECOVERY_ACTION])
+    clocks = ask("nvmlDeviceGetCurrentClocksEventReasons")
     if clocks is None:
         # Its name before driver 530.
         clocks = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-    remapped = ask("nvmlDeviceGetRemappedRows")
-    compute, graphics = ask("nvmlDeviceGetComputeRunningProcesses"), ask("nvmlDeviceGetGraphicsRunningProcesses")
-    recovery = ask("nvmlDeviceGetFieldValues", [RECOVERY_ACTION])
     return {
         "memory_used_bytes": memory and memory.used,
         "utilization": utilization and utilization.gpu,

@@ -18,7 +18,20 @@ from ngpu.v1 import node_pb2
 
 from nodedaemon import statement
 from nodedaemon.bulk import Bulk
-from nodedaemon.dial import CALL_LIMIT_S, Backoff, Dialler, LinkLost, Stub, ask, bearer, read, reason_of, stub_of, write
+from nodedaemon.dial import (
+    CALL_LIMIT_S,
+    Backoff,
+    Dialler,
+    LinkLost,
+    Stub,
+    ask,
+    bearer,
+    read,
+    reason_of,
+    stub_of,
+    words_of,
+    write,
+)
 from nodedaemon.engine import Assignment
 from nodedaemon.errors import EnrolRefused, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
@@ -288,15 +301,9 @@ def _leaves(faults: BaseExceptionGroup[BaseException]) -> list[grpc.aio.AioRpcEr
 
 def _why(faults: list[grpc.aio.AioRpcError | LinkLost]) -> str:
     """Why a session ended. Raises what no further session can mend."""
-    words = ""
-    for fault in faults:
-        if isinstance(fault, grpc.aio.AioRpcError):
-            reason, message = reason_of(fault)
-            if reason == "SUPERSEDED":
-                raise Superseded from None
-            if reason == "NODE_REVOKED":
-                raise Revoked from None
-            words = words or message
-        else:
-            words = words or str(fault)
-    return words
+    reasons = [reason_of(fault)[0] for fault in faults if isinstance(fault, grpc.aio.AioRpcError)]
+    if "SUPERSEDED" in reasons:
+        raise Superseded
+    if "NODE_REVOKED" in reasons:
+        raise Revoked
+    return words_of(faults[0])

@@ -11,6 +11,7 @@ import re
 import secrets
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -142,9 +143,10 @@ class Gate:
 
         async def server_stream(request: Any, context: Any) -> None:
             async def write_all(caller: Caller) -> None:
-                async for message in inner(request, caller):
-                    caller.check()
-                    await context.write(message)
+                async with aclosing(inner(request, caller)) as messages:
+                    async for message in messages:
+                        caller.check()
+                        await context.write(message)
 
             await self._run(method, roles, context, write_all)
 

@@ -6,6 +6,7 @@ attempt is never mixed with the bytes of the next: then the watcher is told to b
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from ngpu import wire
@@ -89,13 +90,13 @@ class Watch:
         if head is None:
             return
         yield _head(head)
-        chunks = self._bodies.follow(body_of_response(view.task_id, view.attempt), offset)
-        try:
-            while chunk := await _unless(changed, _next_chunk(chunks)):
-                yield pb.WatchResponse(data=chunk, offset=offset)
-                offset += len(chunk)
-        except NotFound:
-            return  # it was deleted because the attempt was given up, which `changed` is about to tell
+        async with aclosing(self._bodies.follow(body_of_response(view.task_id, view.attempt), offset)) as chunks:
+            try:
+                while chunk := await _unless(changed, _next_chunk(chunks)):
+                    yield pb.WatchResponse(data=chunk, offset=offset)
+                    offset += len(chunk)
+            except NotFound:
+                return  # it was deleted because the attempt was given up, which `changed` is about to tell
 
     async def _recorded(self, view: TaskView, response: Response, offset: int) -> AsyncIterator[pb.WatchResponse]:
         """The bytes of the answer of an ended task."""
@@ -155,6 +156,8 @@ async def _unless(changed: asyncio.Task[TaskView], what: Coroutine[Any, Any, T])
         return waiting.result() if waiting.done() else None
     finally:
         waiting.cancel()
+        # Else what it waits in would still be running when it is closed.
+        await asyncio.wait({waiting})
 
 
 def _state(view: TaskView) -> pb.WatchResponse:

@@ -95,15 +95,15 @@ class FakeRows:
 
         def now() -> None:
             assert not done.cancelled(), "a write must not be cancelled: it may be half way to the disk"
-            try:
-                if failing and not self.fail_after_write:
-                    raise Unavailable
-                write()
+            if not failing or self.fail_after_write:
+                try:
+                    write()
+                except (Conflict, NotFound) as error:
+                    done.set_exception(error)
+                    return
                 self.writes.append(name)
-                if failing:
-                    raise Unavailable
-            except (Conflict, NotFound, Unavailable) as error:
-                done.set_exception(error)
+            if failing:
+                done.set_exception(Unavailable())
             else:
                 done.set_result(None)
 

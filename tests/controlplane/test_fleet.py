@@ -1,7 +1,6 @@
 """The fleet: found by every key, written before it is shown, the same after a restart."""
 
 import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -59,8 +58,8 @@ def opened(rows: FakeRows, time: Time) -> Fleet:
 
 
 @pytest.fixture
-def fleet(rows: FakeRows, time: Time) -> Iterator[Fleet]:
-    yield opened(rows, time)
+def fleet(rows: FakeRows, time: Time) -> Fleet:
+    return opened(rows, time)
 
 
 def replica(workspace: Workspace, number: int = 1, **values: Any) -> Replica:
@@ -356,9 +355,7 @@ async def test_images_are_compared_by_what_they_name(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("written", [False, True])
-async def test_after_a_failed_write_the_picture_is_what_is_on_disk(
-    fleet: Fleet, rows: FakeRows, written: bool
-) -> None:
+async def test_after_a_failed_write_the_picture_is_what_is_on_disk(fleet: Fleet, rows: FakeRows, written: bool) -> None:
     await fleet.load()
     rows.fail_in, rows.fail_after_write = 0, written
     with pytest.raises(Unavailable):

@@ -206,7 +206,13 @@ EARLIER = NOW - timedelta(minutes=1)
             id="a silent node is lost though its stream stands",
         ),
         pytest.param(
-            [workspace(), node("a", said={"r-1": READY}), replica(1, "a", stop_time=EARLIER), replica(2, "b"), node("b")],
+            [
+                workspace(),
+                node("a", said={"r-1": READY}),
+                replica(1, "a", stop_time=EARLIER),
+                replica(2, "b"),
+                node("b"),
+            ],
             {},
             [],
             id="it comes back with what was replaced: that is only stopped",
@@ -381,8 +387,8 @@ def test_changed_numbers_are_written_after_a_while() -> None:
 
 def test_an_explanation_ends_with_its_cause() -> None:
     known = Decision(NOW, "replica of ws1", refusals={"no GPU": 2})
-    there = [workspace(unplaced=known), node("a", said={"r-1": READY}), replica(1, "a")]
-    assert in_words(plan(world(*there))) == ["placed w-1"]
+    actions = plan(world(workspace(unplaced=known), node("a", said={"r-1": READY}), replica(1, "a")))
+    assert in_words(actions) == ["placed w-1"]
 
 
 def test_a_plan_places_a_bounded_number() -> None:

@@ -172,7 +172,9 @@ class FakeControlPlane(
         if not state.HasField("create_time"):
             state.create_time.FromDatetime(self.clock())
         number = int(task_id.rpartition("_")[2])
-        self.tasks[task_id] = Task(pb.ScheduleRequest(), workspace_id, 8080, b"", state, number)
+        task = self.tasks[task_id] = Task(pb.ScheduleRequest(), workspace_id, 8080, b"", state, number)
+        if state.state > pb.TASK_STATE_RUNNING:
+            task.ended.set()
         return task_id
 
     def _new_id(self) -> str:
@@ -346,7 +348,7 @@ class FakeControlPlane(
         await self._admit(context, "ListTasks")
         if request.workspace_id not in self.workspaces:
             await self._refuse(context, Refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such workspace"))
-        after = int(request.cursor or 0)
+        after = int(request.cursor) if request.cursor.isdigit() else 0
         found = [task for task in self.tasks.values() if self._listed(task, request) and task.number > after]
         most = request.limit or len(found)
         for sent, start in enumerate(range(0, max(1, min(len(found), most)), self.page_size)):
@@ -421,7 +423,7 @@ class FakeControlPlane(
 
     async def CheckAddress(self, request: asset_pb2.CheckAddressRequest, context: Any) -> asset_pb2.CheckAddressResponse:  # noqa: N802
         await self._admit(context, "CheckAddress")
-        if not request.address.startswith(("bc1", "1", "3")):
+        if not request.address.startswith(("bc1", "BC1", "1", "3")):
             await self._refuse(
                 context, Refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", "not a mainnet address")
             )
@@ -475,7 +477,7 @@ class FakeControlPlane(
     def _check_asset(self, address: str) -> None:
         if not address:
             return
-        if not address.startswith(("bc1", "1", "3")):
+        if not address.startswith(("bc1", "BC1", "1", "3")):
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", "btc_address is not an address")
         if address not in self.holdings:
             raise Refused(grpc.StatusCode.PERMISSION_DENIED, "ASSET_MISSING", "The address holds no AINN")

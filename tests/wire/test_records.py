@@ -100,7 +100,9 @@ async def test_list_is_complete_while_it_grows(there: House) -> None:
 
 async def test_all_that_is_recorded_is_shown_to_the_owner(there: House, node: Node) -> None:
     node.answer = lambda start: answered(start.attempt_id, b"answer", 202, headers={"X-B": "2"})
-    workspace = await there.operator.workspace(ports=[8080, 9090])
+    node.gpus = 1
+    node.say()
+    workspace = await there.operator.workspace(ports=[8080, 9090], gpu=workspace_pb2.GpuNeed(count=1))
     await there.operator.ready("echo")
     sent = request(workspace, "/p", b"question", port=9090, btc_address=RICH, wait_s=10)
     sent.request.query = "a=1"
@@ -133,6 +135,7 @@ async def test_all_that_is_recorded_is_shown_to_the_owner(there: House, node: No
         (attempt,) = shown.attempts
         assert (attempt.number, attempt.node_addr, attempt.node_ip) == (1, node.addr, "127.0.0.1")
         assert (attempt.delivery, attempt.http_status, attempt.gpu_us) == (pb.DELIVERY_ANSWERED, 202, 20)
+        assert list(attempt.gpu_ids) == ["GPU-node-1-0"]
         assert attempt.reason
     # The task's id alone opens its result, not whose it is.
     hidden = await detail(there.bridge, task_id)
