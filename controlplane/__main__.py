@@ -25,8 +25,11 @@ from controlplane.api.execute import Execution
 from controlplane.api.fleet import FleetApi, known, new_token
 from controlplane.api.gate import Gate
 from controlplane.api.nodes import Nodes
+from controlplane.api.owners import Owners
+from controlplane.api.records import Records
 from controlplane.api.server import Server
 from controlplane.api.tasks import TaskApi
+from controlplane.api.watch import Watch
 from controlplane.api.workspaces import WorkspaceApi
 from controlplane.bodies import Bodies
 from controlplane.deployer import Deployer
@@ -49,7 +52,7 @@ RANDOM_BYTES: Final = 4096
 _log = structlog.get_logger("controlplane")
 
 
-async def serve(settings: config.Config, stop: asyncio.Event) -> None:
+async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: PLR0915, wiring is read whole
     """Run until `stop` is set. Raises OSError (an address that cannot be had), NgpuError (no database)."""
     async with AsyncExitStack() as stack:
         # What remembers.
@@ -80,17 +83,20 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:
         # What speaks.
         gate = Gate(access)
         deliveries = Deliveries()
+        owners = Owners(fleet, dispatcher)
         tasks = TaskApi(
+            owners=owners,
             fleet=fleet,
             dispatcher=dispatcher,
             store=store,
             bodies=bodies,
-            deliveries=deliveries,
             assets=holdings,
             new_task_id=partial(_task_id, settings.zone, _pooled()),
             allow_unchecked=settings.asset_check_on_error == "allow",
         )
-        batches = Batches(tasks, gate)
+        batches = Batches(tasks, owners, gate)
+        records = Records(owners, fleet, dispatcher, store, bodies)
+        watch = Watch(owners, dispatcher, store, bodies, deliveries)
         nodes = Nodes(
             access=access,
             fleet=fleet,
@@ -106,7 +112,7 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:
         server = Server(
             gate,
             {
-                "TaskService": [tasks, batches],
+                "TaskService": [tasks, batches, records, watch],
                 "WorkspaceService": [WorkspaceApi(fleet, dispatcher)],
                 "NodeService": [nodes, execution],
                 "AssetService": [AssetApi(holdings)],

@@ -22,8 +22,9 @@ SHM_BYTES: Final = (64 * 1024, 1024 * GIB)
 START_LIMIT_S: Final = (1.0, 24 * 3600.0)
 WRITABLE_PATHS: Final = 32
 PATH_LENGTH: Final = 2048
-#: A whole description as JSON: it travels to its nodes in every list of what they should run.
-SPEC_BYTES: Final = 64 * 1024
+#: A whole description as JSON: it travels to its nodes in every list of what they should run, and a full list of
+#: placement.REPLICAS must fit into a message.
+SPEC_BYTES: Final = 32 * 1024
 
 _DAY_S: Final = 24 * 3600.0
 #: Least and most of each of a task's limits.

@@ -20,8 +20,8 @@ import structlog
 from controlplane import explain, health, ids, rollout
 from controlplane.errors import NgpuError
 from controlplane.explain import Decision
-from controlplane.fleet import Fleet, Replica
-from controlplane.placement import DEFAULT_POLICY, Policy
+from controlplane.fleet import Fleet, Node, Replica
+from controlplane.placement import DEFAULT_POLICY, NodeView, Policy
 from controlplane.report import ReplicaState, Report
 from controlplane.rollout import Action, Place, Unplaced, Update, World
 from controlplane.spec import Spec
@@ -104,6 +104,8 @@ class Deployer:
         #: lost, as it is with a lost report.
         self._doomed: set[str] = set()
         self._hashes: dict[str, tuple[Spec, str]] = {}
+        #: By node: its view, and what it was made of.
+        self._views: dict[str, tuple[Node, Sequence[Replica], NodeView]] = {}
         #: How long the last plan took to make.
         self._plan_s = 0.0
 
@@ -178,7 +180,8 @@ class Deployer:
     # The loop.
 
     async def run(self) -> None:
-        """Plan and apply, woken by news and at latest every PLAN_EVERY_S, until cancelled."""
+        """Plan and apply, woken by news and at latest every PLAN_EVERY_S, until cancelled; once nodes can reach us."""
+        self._fleet.listen()
         planned_s = -PLAN_EVERY_S
         while True:
             if self._monotonic() - planned_s >= PLAN_EVERY_S or self._is_due():
@@ -235,6 +238,7 @@ class Deployer:
                 if not workspace.deleted or fleet.replicas_of(workspace.uid)
             ],
             nodes={node.addr: node for node in fleet.nodes(revoked=True)},
+            views={node.addr: self._view(node) for node in fleet.nodes()},
             replicas=fleet.replicas(),
             new_id=lambda: ids.replica_id(self._random),
             running=self._tasks.running_on,
@@ -244,6 +248,14 @@ class Deployer:
             lost_after_s=self._lost_after_s,
             policy=self._policy,
         )
+
+    def _view(self, node: Node) -> NodeView:
+        replicas = self._fleet.replicas_on(node.addr)
+        seen = self._views.get(node.addr)
+        if seen is None or seen[0] is not node or seen[1] is not replicas:
+            view = rollout.view_of(node, replicas, lambda uid: self._fleet.workspace(uid).spec, time=self._clock())
+            seen = self._views[node.addr] = node, replicas, view
+        return seen[2]
 
     async def _apply(self, actions: Sequence[Action]) -> None:
         updates = [action for action in actions if isinstance(action, Update)]

@@ -9,6 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from math import inf
 from typing import Final
@@ -311,14 +312,14 @@ class Dispatcher:
         """What a heartbeat says the node holds. A safety net: what it has not mentioned for long is lost, and its slot free."""
         missing = self._slots.missing(node_addr, set(attempt_ids), self._monotonic() - HELD_AFTER_S)
         for attempt_id in missing:
-            replica = self._slots.release(attempt_id, node_addr)
+            freed = self._slots.release(attempt_id, node_addr)
             task = self._life.attempts.get(attempt_id)
             if task is not None and task.phase is Phase.RUNNING:
                 assert task.attempt is not None
                 failure = node_lost("Its node does not know of it any more.")
                 self._life.fail(task, task.attempt.delivery, failure)
-            if replica is not None:
-                self._life.fill(replica.workspace_uid)
+            for uid in freed:
+                self._life.fill(uid)
 
     def sent(self, node_addr: str, attempt_id: str) -> None:
         """The attempt's request has been sent whole to the container."""
@@ -328,7 +329,7 @@ class Dispatcher:
 
     def result(self, node_addr: str, result: AttemptResult) -> None:
         """An attempt has ended: its slot is free at once. It is acknowledged when that is on disk; one given up, now."""
-        replica = self._slots.release(result.attempt_id, node_addr)
+        freed = self._slots.release(result.attempt_id, node_addr)
         task = self._life.attempts.get(result.attempt_id)
         attempt = None if task is None else task.attempt
         if task is None or attempt is None or attempt.node_addr != node_addr:
@@ -338,20 +339,22 @@ class Dispatcher:
         else:
             task.acks = ((node_addr, attempt.id),)
             if task.phase is Phase.RUNNING:
-                if result.response is not None:
-                    if replica is not None:
-                        now = self._monotonic()
-                        self._slots.observe(replica, now - attempt.given_at, now)
-                    self._life.complete(task, result)
-                else:
-                    failure = result.failure or Failure(
-                        Cause.PLATFORM, "INTERNAL", "Its node did not say what happened."
-                    )
-                    if replica is not None and failure.cause is Cause.PLATFORM:
-                        replica.failures += 1
-                    self._life.fail(task, result.delivery, failure, result)
-        if replica is not None:
-            self._life.fill(replica.workspace_uid)
+                self._take(task, attempt, result)
+        for uid in freed:
+            self._life.fill(uid)
+
+    def _take(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult) -> None:
+        replica = self._slots.replica(attempt.replica_id)
+        if result.response is not None:
+            if replica is not None:
+                now = self._monotonic()
+                self._slots.observe(replica, now - attempt.given_at, now)
+            self._life.complete(task, result)
+            return
+        failure = result.failure or Failure(Cause.PLATFORM, "INTERNAL", "Its node did not say what happened.")
+        if replica is not None and failure.cause is Cause.PLATFORM:
+            replica.failures += 1
+        self._life.fail(task, result.delivery, failure, result)
 
     # The deployer.
 
@@ -425,11 +428,10 @@ class Dispatcher:
         while True:
             life.sooner.clear()
             until = life.tick()
-            timeout = None if until == inf else max(0.0, until - self._monotonic())
-            try:
-                await asyncio.wait_for(life.sooner.wait(), timeout)
-            except TimeoutError:
-                continue
+            # Not wait_for, which in Python 3.11 may swallow a cancel.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if until == inf else max(0.0, until - self._monotonic())):
+                    await life.sooner.wait()
 
     def tick(self) -> None:
         """Do what is due now. `run` does so in time."""

@@ -287,7 +287,7 @@ class Fleet(Picture):
     async def _read(self) -> None:
         workspaces, routes = await self._rows.workspaces(), await self._rows.routes()
         nodes, replicas = await self._rows.nodes(), await self._rows.replicas()
-        known_replicas = dict(self._replicas)
+        stopped = {replica.id: replica for replica in self._replicas.values() if replica.stop_time is not None}
         for index in (self._uid_of_name, self._replicas, self._replicas_of, self._replicas_on):
             index.clear()
         for workspace in workspaces:
@@ -303,8 +303,7 @@ class Fleet(Picture):
                 node = replace(known, name=node.name, availability=node.availability, revoke_time=node.revoke_time)
             self._show_node(node)
         for replica in map(census.replica_of, replicas):
-            before = known_replicas.get(replica.id)
-            shown = before is not None and before.stop_time is not None
-            stop_report = before.stop_report if before and shown else self._nodes[replica.node_addr].reports
+            before = stopped.get(replica.id)
+            stop_report = self._nodes[replica.node_addr].reports if before is None else before.stop_report
             self._show_replicas([replace(replica, stop_report=stop_report)])
         self._stale = False

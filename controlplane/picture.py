@@ -127,6 +127,11 @@ class Picture:
 
     # What nodes say.
 
+    def listen(self) -> None:
+        """Nodes can reach us from now on: silence counts from here."""
+        for node in list(self._nodes.values()):
+            self._nodes[node.addr] = replace(node, heard_s=self._monotonic())
+
     def session_up(self, addr: str, ip: str) -> None:
         """A session of the node has begun. Raises NodeUnknown, NodeRevoked."""
         node = self.node(addr)

@@ -19,6 +19,8 @@ from controlplane.health import Grade
 from controlplane.model import Availability
 from controlplane.spec import GIB, GpuNeed
 
+#: Most replicas on one node: all of them go into one message.
+REPLICAS: Final = 100
 #: Sums of fractions of a core: what is smaller is rounding.
 _CPU_ROUNDING: Final = 1e-6
 
@@ -39,7 +41,7 @@ class NodeView(msgspec.Struct, frozen=True):
 
     `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: sizes by normalised reference,
     or by directory with the process engine. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers
-    it has that are no replicas of ours. `here`: replicas by workspace uid.
+    it has that are no replicas of ours. `replicas`: all that are; `here`: by workspace uid.
     """
 
     addr: str
@@ -57,6 +59,7 @@ class NodeView(msgspec.Struct, frozen=True):
     failures: float = 0.0
     uptime_days: float = 0.0
     orphans: int = 0
+    replicas: int = 0
     here: Mapping[str, int] = {}
 
 
@@ -143,6 +146,11 @@ def is_tidy(_need: Need, node: NodeView, _policy: Policy) -> str:
     return "still stops containers that were given up" if node.orphans else ""
 
 
+def has_room(_need: Need, node: NodeView, _policy: Policy) -> str:
+    """It does not have the most it may have."""
+    return "" if node.replicas < REPLICAS else f"has {REPLICAS} replicas, which is the most"
+
+
 def has_engine(need: Need, node: NodeView, _policy: Policy) -> str:
     """There is an engine, and it can get the image: the process engine cannot pull."""
     if not node.engine:
@@ -194,6 +202,7 @@ FILTERS: Final[tuple[Filter, ...]] = (
     has_memory,
     has_disk,
     is_tidy,
+    has_room,
 )
 #: Said of nodes that have half of the workspace's replicas, while others have not.
 CROWDED: Final = "has half of the workspace's replicas already"

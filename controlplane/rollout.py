@@ -26,9 +26,10 @@ from controlplane.image import comparable, directory
 from controlplane.model import Availability
 from controlplane.placement import GpuView, Need, NodeView, Policy
 from controlplane.report import ReplicaState
+from controlplane.spec import Spec
 
 #: Placements tried in one plan: each costs milliseconds on a large fleet, and the dispatcher runs beside us.
-PLACEMENTS_AT_ONCE: Final = 16
+PLACEMENTS_AT_ONCE: Final = 8
 #: A stopped replica is gone when so many reports after the stop do not have it: the first may have crossed the order.
 GONE_REPORTS: Final = 2
 #: From so many nodes that fell silent at once, and more than half of all, it is us who are cut off ...
@@ -42,15 +43,17 @@ EXPLANATION_S: Final = 60.0
 class World(msgspec.Struct, frozen=True):
     """All that a plan is made of.
 
-    `replicas`: all not known to be gone, oldest first. `doomed`: those whose container must start anew. `running`: how
-    many attempts a replica has in flight. `image_bytes`: an image's size by normalised reference. `turn`: counts plans,
-    so that workspaces that find no room take turns. `now_s`: monotonic.
+    `views`: the nodes as placement sees them, `view_of` each. `replicas`: all not known to be gone, oldest first.
+    `doomed`: those whose container must start anew. `running`: how many attempts a replica has in flight. `image_bytes`:
+    an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room take turns.
+    `now_s`: monotonic.
     """
 
     time: datetime
     now_s: float
     workspaces: Sequence[Workspace]
     nodes: Mapping[str, Node]
+    views: Mapping[str, NodeView]
     replicas: Sequence[Replica]
     new_id: Callable[[], str]
     running: Callable[[str], int] = lambda _: 0
@@ -207,7 +210,11 @@ def _placed(short: Sequence[_Shortage], world: World, lost: frozenset[str]) -> I
     waiting = deque(_in_turn([shortage for shortage in short if shortage.places], world.turn))
     if not waiting:
         return
-    views = _views(world, lost)
+    views = {
+        addr: replace(view, connected=False) if addr in lost else view
+        for addr, view in world.views.items()
+        if not world.nodes[addr].revoked
+    }
     for _ in range(PLACEMENTS_AT_ONCE):
         if not waiting:
             return
@@ -273,23 +280,12 @@ def need_of(workspace: Workspace, image_bytes: Callable[[str], int | None]) -> N
     )
 
 
-def _views(world: World, lost: frozenset[str]) -> dict[str, NodeView]:
-    workspaces = {workspace.uid: workspace for workspace in world.workspaces}
-    on: dict[str, list[Replica]] = {}
-    for replica in world.replicas:
-        on.setdefault(replica.node_addr, []).append(replica)
-    return {
-        node.addr: view_of(node, on.get(node.addr, ()), workspaces, world.time, lost=node.addr in lost)
-        for node in world.nodes.values()
-        if not node.revoked
-    }
+def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[str], Spec], time: datetime) -> NodeView:
+    """The node as placement sees it: what it has, less what the rows of its replicas hold.
 
-
-def view_of(
-    node: Node, replicas: Sequence[Replica], workspaces: Mapping[str, Workspace], time: datetime, *, lost: bool = False
-) -> NodeView:
-    """The node as placement sees it: what it has, less what the rows of its replicas hold."""
-    specs = [workspaces[replica.workspace_uid].spec for replica in replicas]
+    `spec_of`: by a workspace's uid.
+    """
+    specs = [spec_of(replica.workspace_uid) for replica in replicas]
     held = {gpu_id for replica in replicas for gpu_id in replica.gpu_ids}
     rows = {replica.id for replica in replicas}
     slots = sum(said.capacity for said in node.said.values())
@@ -297,7 +293,7 @@ def view_of(
     return NodeView(
         addr=node.addr,
         name=node.name,
-        connected=node.connected and node.report is not None and not lost,
+        connected=node.connected and node.report is not None,
         availability=node.availability,
         engine=node.inventory.engine,
         gpus=tuple(
@@ -319,6 +315,7 @@ def view_of(
         load=min(1.0, tasks / slots) if slots else 0.0,
         failures=node.failures,
         uptime_days=(time - node.enroll_time).total_seconds() / 86_400,
+        replicas=len(replicas),
         orphans=sum(replica_id not in rows for replica_id in node.said),
         here=Counter(replica.workspace_uid for replica in replicas if replica.active),
     )
@@ -331,5 +328,6 @@ def _taken(view: NodeView, need: Need, gpu_ids: Sequence[str]) -> NodeView:
         gpus=tuple(replace(gpu, free=False) if gpu.id in gpu_ids else gpu for gpu in view.gpus),
         cpus_free=view.cpus_free - need.cpus,
         memory_free_bytes=view.memory_free_bytes - need.memory_bytes,
+        replicas=view.replicas + 1,
         here={**view.here, need.workspace_uid: view.here.get(need.workspace_uid, 0) + 1},
     )

@@ -117,7 +117,7 @@ def _bind(
         return None
     which = "the only replica with a free slot" if open_count == 1 else f"the fastest of {open_count} with a free slot"
     others = len(replicas) - open_count
-    reason = f"{which}{f', {others} others busy or not ready' if others else ''}"
+    reason = f"{which}, {others} busy or not ready" if others else which
     return Binding(task, best.id, f"{reason}; {best_s:.3g} s expected" if best_s else reason)
 
 

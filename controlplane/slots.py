@@ -102,6 +102,11 @@ class Node:
         #: each costs every replica of the node a slot.
         self.strangers: set[str] = set()
 
+    @property
+    def workspaces(self) -> set[str]:
+        """Those that have a replica here."""
+        return {replica.workspace_uid for replica in self.replicas.values()}
+
 
 class Replica:
     """A replica and what it has in flight. What it satisfies is routing.Candidate."""
@@ -212,18 +217,19 @@ class Slots:
         replica.in_flight[attempt_id] = now
         self._where[attempt_id] = replica
 
-    def release(self, attempt_id: str, node_addr: str) -> Replica | None:
-        """The attempt is over, by word of this node; gives the replica it was on, None if it was on none of that node."""
+    def release(self, attempt_id: str, node_addr: str) -> Collection[str]:
+        """The attempt is over, by word of this node. Gives the workspaces that have got a free slot by that."""
         replica = self._where.get(attempt_id)
-        if replica is None:
-            node = self._nodes.get(node_addr)
-            if node is not None:
-                node.strangers.discard(attempt_id)
-            return None
-        if replica.node.addr != node_addr:
-            return None
-        del self._where[attempt_id], replica.in_flight[attempt_id]
-        return replica
+        if replica is not None:
+            if replica.node.addr != node_addr:
+                return ()
+            del self._where[attempt_id], replica.in_flight[attempt_id]
+            return (replica.workspace_uid,)
+        node = self._nodes.get(node_addr)
+        if node is None or attempt_id not in node.strangers:
+            return ()
+        node.strangers.remove(attempt_id)
+        return node.workspaces
 
     def observe(self, replica: Replica, seconds: float, now: float) -> None:
         """A task ran there for so long and was answered."""
@@ -246,7 +252,7 @@ class Slots:
             for attempt_id in over:
                 del self._where[attempt_id], replica.in_flight[attempt_id]
         node.strangers = {attempt_id for attempt_id in running if attempt_id not in self._where}
-        return {replica.workspace_uid for replica in node.replicas.values()}
+        return node.workspaces
 
     def disconnect(self, node_addr: str, link: Link, now: float) -> bool:
         """The link is gone. False if it was not the node's current one: then nothing has changed."""
@@ -262,9 +268,8 @@ class Slots:
         node = self._nodes.get(node_addr)
         if node is None or node.link is None:
             return []
-        if node.strangers:
-            node.strangers.intersection_update(held)
-        return [
+        strangers = [attempt_id for attempt_id in node.strangers if attempt_id not in held]
+        return strangers + [
             attempt_id
             for replica in node.replicas.values()
             for attempt_id, since in replica.in_flight.items()

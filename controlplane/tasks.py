@@ -98,7 +98,7 @@ FOLLOWING: Final[dict[Phase, frozenset[Phase]]] = {
 UNASSIGNED: Final = frozenset({Phase.RECORDING, Phase.WAITING})
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Waiter:
     """A caller who waits for a task. `seen`: the (attempt, state) of which it knows; any other is worth telling."""
 
@@ -114,7 +114,7 @@ class Waiter:
 # In both of the following, names that end in `_at` are monotonic seconds, inf: never.
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class OpenAttempt:
     """The attempt that a task has a slot for."""
 
@@ -142,7 +142,7 @@ class OpenAttempt:
         return Delivery.SENT if self.sent else Delivery.SENT_PARTLY
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class OpenTask:
     """A task that has not ended."""
 

@@ -49,7 +49,8 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     # Who we are, and what we have.
     identity = Identity.load(settings.state_dir / "node.key")
     kind = await _engine_kind(settings, identity.address)
-    _publish(settings.state_dir / "engine", kind)
+    if settings.engine == "auto":
+        _publish(settings.state_dir / "engine", kind)
     engine = _engine(settings, kind, identity.address)
     gpus = Gpus(engine.owns)
     machine = Machine(engine)
@@ -94,9 +95,9 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
                 group.create_task(executor.run(), name="executor"),
                 group.create_task(spool.run(), name="spool"),
             ]
-            speaking = group.create_task(_speak(gpus, replicas, session), name="session")
+            speaking = group.create_task(_speak(gpus, machine, replicas, session), name="session")
             await stop.wait()
-            await _hand_over(settings, executor, spool, session, speaking)
+            await _hand_over(settings, executor, session, speaking)
             for loop in loops:
                 loop.cancel()
     except BaseExceptionGroup as faults:
@@ -106,27 +107,28 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     finally:
         address_file.unlink(missing_ok=True)
         await metrics.stop()
+        await spool.settle()
+        journal.close()
         if stop_containers or kind == "process":
             # Processes are our children: nobody could take them up again.
             await _stop_containers(replicas)
         await engine.close()
         await bulk_channel.close()
         relay.close()
-        await spool.settle()
         spool.close()
-        journal.close()
         _log.info("node_stopped", results_left=len(spool))
 
 
-async def _speak(gpus: Gpus, replicas: Replicas, session: Session) -> None:
-    # A report that does not yet know what runs here would say that nothing does.
+async def _speak(gpus: Gpus, machine: Machine, replicas: Replicas, session: Session) -> None:
+    # A report that does not yet know what is here would say that nothing is.
     await gpus.read()
+    await machine.survey()
     await replicas.listed()
     await session.run()
 
 
 async def _hand_over(
-    settings: config.Config, executor: Executor, spool: Spool, session: Session, speaking: asyncio.Task[None]
+    settings: config.Config, executor: Executor, session: Session, speaking: asyncio.Task[None]
 ) -> None:
     """Finish what runs or give it back, and say goodbye."""
     _log.info("node_stopping", running=executor.running, grace_s=settings.stop_grace)
@@ -135,7 +137,6 @@ async def _hand_over(
     await executor.finish(settings.stop_grace)
     if session.up:
         await executor.quiet(LAST_ACKS_S)
-    await spool.settle()
     session.leave()
     done, _ = await asyncio.wait([speaking], timeout=GOODBYE_LIMIT_S + 1)
     if not done:
@@ -321,7 +322,7 @@ def show(
         for fact, value in facts.items():
             lines = value if isinstance(value, list) else [value]
             for line in lines or ["none"]:
-                typer.echo(f"{fact + ':':<12}{_words(line)}")
+                typer.echo(f"{fact + ':':<13}{_words(line)}")
 
 
 @app.command(name="settings")

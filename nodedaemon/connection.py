@@ -5,6 +5,7 @@ we wrote into it. To keep that race rare a connection is reused only within IDLE
 """
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -61,11 +62,8 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Another exchange may follow on it."""
-        return self.response.complete and self.response.reusable and self._flushed and not self._lost
-
-    @property
-    def _flushed(self) -> bool:
-        return self._written_all and not self._unflushed
+        sent = self._written_all and not self._unflushed
+        return self.response.complete and self.response.reusable and sent and not self._lost
 
     def begin(self, method: str, data: bytes, course: Course, *, whole: bool) -> bool:
         """Send a request's beginning (all of it, if `whole`). False: the container is gone and no byte went out."""
@@ -197,17 +195,17 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The container closed its side."""
-        self._close()
+        self._close(proper=True)
         # What it has not read by now it never will.
         self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of the connection, whoever brought it about."""
-        if exc is not None and not self.over:
-            # A write failed. An answer given before the request was read (413, say) may still lie in the socket.
+        if exc is not None:
+            # A write failed, say. An answer given before the request was read (413) may still lie in the socket.
             self._read_rest()
         self._lost = True
-        self._close()
+        self._close(proper=False)
 
     def pause_writing(self) -> None:
         """The socket did not take all."""
@@ -237,11 +235,12 @@ class Connection(asyncio.Protocol):
         if self._writer is not None and not self._writer.done():
             self._writer.set_result(None)
 
-    def _close(self) -> None:
+    def _close(self, *, proper: bool) -> None:
+        """There will be no more bytes. `proper`: because the container said so; a reset ends no answer."""
         course = self._course
         if course is None or self.over:
             return
-        if self.response.eof():
+        if proper and self.response.eof():
             course.ended()
         else:
             self._fault = NoAnswer("CONNECTION_CLOSED", CUSTOMER, self._closed_when(course))
@@ -258,11 +257,9 @@ class Connection(asyncio.Protocol):
         )
 
     def _read_rest(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while not self.over and (data := self._sock.recv(BUFFER_BYTES)):
                 self.data_received(data)
-        except OSError:
-            return
 
 
 class Connections:

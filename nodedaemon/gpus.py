@@ -1,8 +1,7 @@
-"""The GPUs of this machine: what is built in, and how each is. The only file that imports pynvml.
+"""The GPUs of this machine: what is built in, and how each is.
 
-A hung driver blocks every call into it for ever, so none is made from the daemon: `python -m nodedaemon.gpus` is a
-child process that speaks JSON lines and is replaced when it misses its deadline. It says which GPU it is at, so that
-only that one is out.
+A hung driver blocks every call into it for ever, so none is made from the daemon: gpu_probe.py runs as a child process
+that is replaced when it misses its deadline. It says which GPU it is at, so that only that one is out.
 """
 
 import asyncio
@@ -10,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,14 +27,12 @@ RETRY_S: Final = 30.0
 LIFE_READINGS: Final = 120
 #: ... and after so many with an error in it: one that was reset is found only by a new one.
 SICK_READINGS: Final = 6
-#: Children that even SIGKILL does not end, because they hang in the kernel; with so many no more are started.
-STUCK_LIMIT: Final = 4
+#: A child that SIGKILL does not end in that time hangs in the kernel; with so many of them no more are started.
+KILL_S, STUCK_LIMIT = 1.0, 4
 XIDS_KEPT: Final = 64
 #: A stranger may hold this share of a GPU's memory (a desktop does) before nothing is started there.
 FOREIGN_SHARE: Final = 0.1
 LINE_BYTES: Final = 1024 * 1024
-#: NVML_FI_DEV_GET_GPU_RECOVERY_ACTION, which bindings of before 2025 do not name.
-RECOVERY_ACTION: Final = 230
 
 Owns = Callable[[int], bool | None]
 
@@ -99,10 +95,7 @@ class Gpus:
         deadline_s: float = 5.0,
         start_deadline_s: float = 30.0,
     ) -> None:
-        """`owns`: is this pid one of our containers'? (Engine.owns.) Deadlines.
-
-        For one GPU, and for the driver to load.
-        """
+        """`owns`: is this pid one of our containers'? (Engine.owns.) Deadlines are for one GPU, and for the start."""
         self._owns = owns
         self._interval_s = interval_s
         self._deadline_s = deadline_s
@@ -114,7 +107,8 @@ class Gpus:
         self._xids: dict[str, collections.deque[int]] = {}
         #: By index: until when it is left out, and why.
         self._left_out: dict[int, tuple[float, str]] = {}
-        self._stuck: list[asyncio.subprocess.Process] = []
+        #: The ends awaited of children that SIGKILL did not end.
+        self._stuck: list[asyncio.Future[int]] = []
         self._read = asyncio.Event()
 
     def inventory(self) -> GpuInventory:
@@ -143,7 +137,7 @@ class Gpus:
         for gpu_id in gpu_ids:
             if gpu_id not in self._known:
                 return f"there is no GPU {gpu_id} in this machine; {self._inventory.message}".removesuffix("; ")
-            reading = self._readings[gpu_id]
+            reading = self._readings.get(gpu_id, GpuReading(gpu_id, error="it has not been read yet"))
             if reading.error:
                 return f"GPU {gpu_id} cannot be used: {reading.error}"
             foreign = reading.foreign_memory_bytes or 0
@@ -171,21 +165,26 @@ class Gpus:
                     await self._end(child)
             await asyncio.sleep(pause_s)
 
-    # The child, from outside.
+    # The child.
 
     async def _start(self) -> asyncio.subprocess.Process:
-        self._stuck = [child for child in self._stuck if child.returncode is None]
+        self._stuck = [end for end in self._stuck if not end.done()]
         if len(self._stuck) >= STUCK_LIMIT:
             raise OSError(0, f"{STUCK_LIMIT} probes hang in the driver; restart the machine")
-        now = time.monotonic()
-        self._left_out = {index: out for index, out in self._left_out.items() if out[0] > now}
+        for index in self._forgiven():
+            del self._left_out[index]
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "nodedaemon.gpus", *map(str, self._left_out)),
+            *(sys.executable, "-m", "nodedaemon.gpu_probe", *map(str, self._left_out)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
             limit=LINE_BYTES,
         )
+
+    def _forgiven(self) -> list[int]:
+        """Who may be asked again. Nobody, when one more child that gets stuck would take the other GPUs out."""
+        if len(self._stuck) >= STUCK_LIMIT - 1:
+            return []
+        return [index for index, (until, _) in self._left_out.items() if until <= time.monotonic()]
 
     async def _listen(self, child: asyncio.subprocess.Process) -> float:
         """Read with this child until it is to be replaced. Returns how long to wait before that."""
@@ -203,8 +202,7 @@ class Gpus:
                 self._take_readings(said)
                 sick += any("error" in reading for reading in said)
                 await asyncio.sleep(self._interval_s)
-                over = any(until <= time.monotonic() for until, _ in self._left_out.values())
-                if over or sick >= SICK_READINGS:
+                if sick >= SICK_READINGS or self._forgiven():
                     break
         except (_Fault, ConnectionError) as fault:
             log.warning("gpu_probe_failed", fault=str(fault), index=answers.at)
@@ -217,11 +215,14 @@ class Gpus:
     async def _end(self, child: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
+        end = asyncio.ensure_future(child.wait())
         try:
-            async with asyncio.timeout(1):
-                await child.wait()
-        except TimeoutError:
-            self._stuck.append(child)
+            await asyncio.wait({end}, timeout=KILL_S)
+        except asyncio.CancelledError:
+            await asyncio.wait({end}, timeout=KILL_S)
+            raise
+        if not end.done():
+            self._stuck.append(end)
 
     def _take_inventory(self, said: dict[str, Any]) -> None:
         listed = [Gpu(**gpu) for gpu in said["gpus"]]
@@ -281,145 +282,6 @@ class _Answers:
                 how = f"the NVIDIA driver's library crashed (signal {-code})" if code < 0 else "the GPU probe failed"
                 raise _Fault(how)
             said = json.loads(line)
+            self.at = said.get("at")
             if key in said:
                 return said[key]
-            self.at = said["at"]
-
-
-# The child, from inside.
-
-
-def main() -> None:
-    """List the GPUs, then answer each line on stdin with their readings. Arguments: indexes to leave out."""
-    # Late, so that the daemon itself never loads it.
-    import pynvml as nvml
-
-    left_out = {int(index) for index in sys.argv[1:]}
-    try:
-        nvml.nvmlInit()
-        inventory, handles = _list(nvml, left_out)
-    except nvml.NVMLError as error:
-        missing = error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND
-        words = "there is no NVIDIA driver on this machine (no libnvidia-ml.so.1)" if missing else f"NVML: {error}"
-        _say(inventory={"gpus": [], "driver": "", "cuda": "", "message": words})
-        return
-    _say(inventory=inventory)
-    events = _events(nvml, handles)
-    for _ in sys.stdin:
-        _say(at=None)
-        xids = _xids(nvml, events)
-        readings = []
-        for index, (gpu_id, handle) in handles.items():
-            _say(at=index)
-            reading: dict[str, Any] = {"gpu_id": gpu_id, "xids": xids.get(gpu_id, [])}
-            try:
-                reading.update(_reading(nvml, handle))
-            except nvml.NVMLError as error:
-                reading["error"] = str(error)
-            readings.append(reading)
-        _say(readings=readings)
-
-
-def _say(**line: Any) -> None:
-    os.write(1, json.dumps(line).encode() + b"\n")
-
-
-def _list(nvml: Any, left_out: set[int]) -> tuple[dict[str, Any], dict[int, tuple[str, Any]]]:
-    gpus, handles, faults = [], {}, []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        if index in left_out:
-            continue
-        _say(at=index)
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            gpu = Gpu(
-                nvml.nvmlDeviceGetUUID(handle),
-                nvml.nvmlDeviceGetName(handle),
-                nvml.nvmlDeviceGetMemoryInfo(handle).total,
-                index,
-                nvml.nvmlDeviceGetPciInfo(handle).busId,
-            )
-        except nvml.NVMLError as error:
-            faults.append(f"GPU {index}: {error}")
-            continue
-        gpus.append(dataclasses.asdict(gpu))
-        handles[index] = (gpu.id, handle)
-    _say(at=None)
-    if not gpus and not faults and not left_out:
-        faults.append("the NVIDIA driver is here and sees no GPU")
-    cuda = nvml.nvmlSystemGetCudaDriverVersion()
-    inventory = {
-        "gpus": gpus,
-        "driver": nvml.nvmlSystemGetDriverVersion(),
-        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-        "message": "; ".join(faults),
-    }
-    return inventory, handles
-
-
-def _reading(nvml: Any, handle: Any) -> dict[str, Any]:
-    absent = (
-        nvml.NVML_ERROR_NOT_SUPPORTED,
-        nvml.NVML_ERROR_FUNCTION_NOT_FOUND,
-        nvml.NVML_ERROR_NO_PERMISSION,
-        nvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
-    )
-
-    def ask(name: str, *arguments: Any) -> Any:
-        try:
-            return getattr(nvml, name)(handle, *arguments)
-        except nvml.NVMLError as error:
-            if error.value in absent:
-                return None
-            raise
-
-    memory, utilization = ask("nvmlDeviceGetMemoryInfo"), ask("nvmlDeviceGetUtilizationRates")
-    power, remapped = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetRemappedRows")
-    compute, graphics = ask("nvmlDeviceGetComputeRunningProcesses"), ask("nvmlDeviceGetGraphicsRunningProcesses")
-    recovery = ask("nvmlDeviceGetFieldValues", [RECOVERY_ACTION])
-    clocks = ask("nvmlDeviceGetCurrentClocksEventReasons")
-    if clocks is None:
-        # Its name before driver 530.
-        clocks = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-    return {
-        "memory_used_bytes": memory and memory.used,
-        "utilization": utilization and utilization.gpu,
-        "temperature_c": ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-        "power_w": None if power is None else power / 1000,
-        "clocks_event_reasons": clocks,
-        "ecc_uncorrected": ask(
-            "nvmlDeviceGetTotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-        ),
-        "row_remap_pending": None if remapped is None else bool(remapped[2]),
-        "row_remap_failed": None if remapped is None else bool(remapped[3]),
-        "recovery_action": recovery[0].value.uiVal if recovery and recovery[0].nvmlReturn == 0 else None,
-        "processes": None
-        if compute is None
-        else sorted({p.pid: p.usedGpuMemory for p in [*compute, *(graphics or ())]}.items()),
-    }
-
-
-def _events(nvml: Any, handles: dict[int, tuple[str, Any]]) -> Any:
-    with contextlib.suppress(nvml.NVMLError):
-        events = nvml.nvmlEventSetCreate()
-        for _, handle in handles.values():
-            with contextlib.suppress(nvml.NVMLError):
-                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
-        return events
-    return None
-
-
-def _xids(nvml: Any, events: Any) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    if events is None:
-        return found
-    # Ends with NVML_ERROR_TIMEOUT when there are no more.
-    with contextlib.suppress(nvml.NVMLError):
-        for _ in range(XIDS_KEPT):
-            event = nvml.nvmlEventSetWait_v2(events, 0)
-            found.setdefault(nvml.nvmlDeviceGetUUID(event.device), []).append(event.eventData)
-    return found
-
-
-if __name__ == "__main__":
-    main()

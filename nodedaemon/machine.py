@@ -31,10 +31,10 @@ class Machine:
         self.images: list[CachedImage] = []
 
     async def run(self) -> None:
-        """Survey again and again, until cancelled."""
+        """Survey every SURVEY_S, until cancelled. The first survey is the caller's."""
         while True:
-            await self.survey()
             await asyncio.sleep(SURVEY_S)
+            await self.survey()
 
     async def survey(self) -> None:
         """Ask the engine. What it said last stays, should it not answer: the replicas' reports say that it is down."""

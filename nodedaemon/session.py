@@ -51,9 +51,10 @@ REPORT_AFTER_S: Final = 5.0
 REPORT_AFTER_CAP_S: Final = 60.0
 #: A control plane that has not answered a report for so long is gone, whatever TCP says.
 ANSWER_LIMIT_S: Final = 20.0
-#: Waits between sessions; a session that lasted STEADY_S was a good one.
+#: Waits between sessions: well below the 10 s that a control plane gives a node to come back with what it runs. After a
+#: session that lasted STEADY_S they begin anew.
 FIRST_RETRY_S: Final = 0.1
-RETRY_CAP_S: Final = 10.0
+RETRY_CAP_S: Final = 3.0
 STEADY_S: Final = 30.0
 #: For the control plane to hear a goodbye.
 GOODBYE_LIMIT_S: Final = 2.0

@@ -12,6 +12,7 @@ no further attempt may start here (`full`).
 """
 
 import asyncio
+import itertools
 import os
 import time
 import zlib
@@ -41,6 +42,7 @@ MEMORY_BYTES: Final = 64 * 1024 * 1024
 IN_LOOP_BYTES: Final = 16 * 1024
 #: At the beginning of a result's file, before its CRC-32 (4 bytes, big-endian) and the message.
 _MAGIC: Final = b"NGPU1"
+_NUMBERS: Final = itertools.count()
 
 
 class Body:
@@ -130,6 +132,7 @@ class Spool:
         self._entries: dict[str, _Entry] = {}
         self._bodies: dict[str, Body] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._settling = asyncio.Lock()
         self.used_bytes = 0
         self.memory_bytes = 0
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -161,7 +164,7 @@ class Spool:
         entry = self._entries.get(attempt_id)
         if entry is None:
             return None
-        return entry.result or _load_result(self._path(attempt_id, "result"))
+        return entry.result or _load_result(self._path(attempt_id, "result")) or _lost(attempt_id)
 
     def begin_body(self, attempt_id: str) -> Body:
         """A new body, empty. Raises OSError."""
@@ -209,10 +212,16 @@ class Spool:
 
         What cannot be written stays in memory.
         """
+        async with self._settling:
+            await self._settle(before)
+
+    async def _settle(self, before: float) -> None:
         failed = 0
         for attempt_id, entry in list(self._entries.items()):
             if entry.time > before:
                 break
+            if attempt_id not in self._entries:
+                continue
             if not entry.on_disk and entry.result is not None:
                 try:
                     await self.in_thread(_store, self._path(attempt_id, "result"), entry.result.SerializeToString())
@@ -220,7 +229,7 @@ class Spool:
                     failed += 1
                     reason = fault.strerror
                     continue
-                if self._entries.get(attempt_id) is not entry:
+                if attempt_id not in self._entries:
                     # Acknowledged while it was being written.
                     self._path(attempt_id, "result").unlink(missing_ok=True)
                     continue
@@ -304,7 +313,8 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 
 def _store(path: Path, message: bytes) -> None:
     """Whole or not at all, also when the power fails."""
-    new = path.with_suffix(".new")
+    # A name of its own: a write that was cancelled may still be under way.
+    new = path.with_suffix(f".{next(_NUMBERS)}.new")
     try:
         with new.open("wb") as file:
             file.write(_MAGIC + zlib.crc32(message).to_bytes(4, "big") + message)

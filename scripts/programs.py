@@ -141,11 +141,13 @@ class Platform:
     def start_controlplane(self) -> Program:
         """Start the control plane; after a kill, on the same port as before."""
         home = self.state / "controlplane"
-        listen = self.server or self._listen
+        listen = self._listen
         program = self.start(
             *("controlplane", "run", "--state-dir", str(home), "--listen", listen, "--metrics-listen", "127.0.0.1:0"),
         )
-        self.server = program.await_file(home / "address")
+        host, _, port = program.await_file(home / "address").rpartition(":")
+        self._listen = f"{host}:{port}"
+        self.server = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         self.metrics = program.await_file(home / "metrics_address")
         self.environment |= {"NGPU_SERVER": self.server, "NGPU_TOKEN_FILE": str(home / "operator.token")}
         self.controlplane = program

@@ -53,7 +53,7 @@ def echo_image(api: docker.APIClient) -> str:
 def variant(api: docker.APIClient, name: str, *changes: str, extra_bytes: int = 0) -> str:
     """The echo image with Dockerfile instructions (`USER 1000`, `ENV A=b`) and a layer of random bytes on top."""
     base = echo_image(api)
-    tag = hashlib.sha256(repr((base, changes, extra_bytes)).encode()).hexdigest()[:16]
+    tag = hashlib.sha256(repr((name, base, changes, extra_bytes)).encode()).hexdigest()[:16]
     reference = f"ngpu-test-{name}:{tag}"
     if api.images(reference):
         return reference

@@ -16,6 +16,7 @@ from ngpu.v1 import task_pb2 as pb
 from controlplane.access import Principal
 from controlplane.api import translate
 from controlplane.api.gate import Caller, Gate, Stream, error_message
+from controlplane.api.owners import Owners
 from controlplane.api.tasks import TaskApi
 from controlplane.dispatcher import TaskView
 from controlplane.errors import InvalidArgument, NotFound, Unavailable
@@ -27,15 +28,16 @@ _ANSWER_BYTES: Final = 256
 class Batches:
     """Serves Batch streams. `gate` puts errors into words, as it does for the unary methods."""
 
-    def __init__(self, tasks: TaskApi, gate: Gate) -> None:
+    def __init__(self, tasks: TaskApi, owners: Owners, gate: Gate) -> None:
         self._tasks = tasks
+        self._owners = owners
         self._gate = gate
         self._streams: set[_Calls] = set()
         self._stopping = False
 
     async def batch(self, stream: Stream[pb.BatchRequest, pb.BatchResponse], caller: Caller) -> None:
         """See task.proto."""
-        calls = _Calls(self._tasks, self._gate, stream, caller)
+        calls = _Calls(self._tasks, self._owners, self._gate, stream, caller)
         calls.stopping = self._stopping
         self._streams.add(calls)
         reader = asyncio.create_task(calls.read_all(), name="batch-reader")
@@ -70,9 +72,15 @@ class _Calls:
     """The calls of one stream that have no answer yet, and the answers that are not sent yet."""
 
     def __init__(
-        self, tasks: TaskApi, gate: Gate, stream: Stream[pb.BatchRequest, pb.BatchResponse], caller: Caller
+        self,
+        tasks: TaskApi,
+        owners: Owners,
+        gate: Gate,
+        stream: Stream[pb.BatchRequest, pb.BatchResponse],
+        caller: Caller,
     ) -> None:
         self._tasks = tasks
+        self._owners = owners
         self._gate = gate
         self._stream = stream
         self._caller = caller
@@ -172,7 +180,7 @@ class _Calls:
         if isinstance(outcome, BaseException):
             raise outcome
         if call.method == "query":
-            owner = self._tasks.owner(call.workspace_id, self._caller.principal)
+            owner = self._owners.owner(call.workspace_id, self._caller.principal)
             if owner and outcome.workspace_uid != owner:
                 raise NotFound
         if call.method == "cancel":

@@ -13,7 +13,7 @@ from controlplane.api import translate
 from controlplane.api.deliveries import Deliveries
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.nodes import session_of
-from controlplane.api.watch import body_of_request
+from controlplane.api.stored import body_of_request
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, StaleAttempt, Unavailable
@@ -23,6 +23,9 @@ from controlplane.slots import AttemptResult, Failure, Start
 
 #: What may wait for one node; past it the node does not read, and its stream is ended to begin anew.
 OUTBOX: Final = 100_000
+#: Acknowledgements are in no hurry: they wait so long, in seconds, for a start to ride with. At low load that is one
+#: message less per task, and the caller's answer does not wait behind it.
+ACKS_S: Final = 0.02
 #: What a start weighs beside its body, roughly.
 _START_BYTES: Final = 512
 
@@ -167,8 +170,9 @@ class Outbox:
 
     def ack(self, attempt_id: str) -> None:
         """The attempt's end is on disk, or it was given up: forget it."""
+        if not self._acks:
+            asyncio.get_running_loop().call_later(ACKS_S, self._news.set)
         self._acks.append(attempt_id)
-        self._news.set()
 
     def unsent(self) -> list[str]:
         """Attempts that the node cannot have heard of."""
@@ -177,13 +181,13 @@ class Outbox:
     async def write_all(self, stream: Stream[pb.ExecuteRequest, pb.ExecuteResponse]) -> None:
         """Send whatever waits as soon as the stream has room, until cancelled. Raises Unavailable if too much waits."""
         while True:
-            waiting = len(self._starts) + len(self._cancels) + len(self._acks)
-            if waiting > self._room:
+            if len(self._starts) + len(self._cancels) + len(self._acks) > self._room:
                 raise Unavailable("The node does not read what it is sent; it must begin the stream anew.")
-            if waiting:
-                await stream.write(self._frame())
-            else:
+            if self._news.is_set() or self._starts or self._cancels or len(self._acks) >= wire.BATCH_ITEMS:
                 self._news.clear()
+                if (frame := self._frame()).ByteSize():
+                    await stream.write(frame)
+            else:
                 await self._news.wait()
 
     def _frame(self) -> pb.ExecuteResponse:

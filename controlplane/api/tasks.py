@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from msgspec import structs
@@ -12,12 +12,12 @@ from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
 from controlplane import ids
-from controlplane.access import WORKSPACE_PREFIX, Kind, Principal
+from controlplane.access import Kind, Principal
 from controlplane.api import translate
-from controlplane.api.deliveries import Deliveries
 from controlplane.api.gate import Caller, Stream
+from controlplane.api.owners import Owners
 from controlplane.api.requests import check_size, request_of
-from controlplane.api.watch import Watch, body_of_request, body_of_response
+from controlplane.api.stored import body_of_request, body_of_response, read_whole
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher, NewTask, TaskView
 from controlplane.errors import (
@@ -28,9 +28,9 @@ from controlplane.errors import (
     NotFound,
 )
 from controlplane.fleet import Fleet, Workspace
-from controlplane.model import ENDED, State, Task
+from controlplane.model import ENDED
 from controlplane.slots import Request
-from controlplane.store import Store, TaskQuery
+from controlplane.store import Store
 
 #: Longest time an answer is held, in seconds.
 WAIT_S: Final = 3600.0
@@ -48,7 +48,7 @@ class Assets(Protocol):
 
 
 class TaskApi:
-    """Schedule, Upload, Query, ListTasks, GetDetail, Watch and Cancel.
+    """Schedule, Upload, Query and Cancel.
 
     `allow_unchecked`: tasks pass whose address could not be checked because no indexer answers.
     """
@@ -56,20 +56,20 @@ class TaskApi:
     def __init__(
         self,
         *,
+        owners: Owners,
         fleet: Fleet,
         dispatcher: Dispatcher,
         store: Store,
         bodies: Bodies,
-        deliveries: Deliveries,
         assets: Assets,
         new_task_id: Callable[[], str],
         allow_unchecked: bool = False,
     ) -> None:
+        self._owners = owners
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._store = store
         self._bodies = bodies
-        self._watch = Watch(dispatcher, store, bodies, deliveries)
         self._assets = assets
         self._new_task_id = new_task_id
         self._allow_unchecked = allow_unchecked
@@ -131,7 +131,7 @@ class TaskApi:
                 raise NotFound(f"There is no published route {message.route[:128]!r}.")
             workspace, port, path = self._fleet.workspace(route.workspace_uid), route.port, route.path
         else:
-            workspace = self._fleet.workspace(self.workspace_uid(message.workspace_id, principal))
+            workspace = self._fleet.workspace(self._owners.workspace_uid(message.workspace_id, principal))
             port, path = message.port, None
         if workspace.delete_time is not None:
             raise NotFound("The workspace has been deleted.")
@@ -158,7 +158,7 @@ class TaskApi:
             raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
         check_size(size, workspace.spec)
         if size <= wire.INLINE_BYTES:
-            body = await self._read(upload_id)
+            body = await read_whole(self._bodies, upload_id)
             new = structs.replace(new, request=structs.replace(new.request, body=body, size=size))
             view = await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
             await self._bodies.delete(upload_id)
@@ -203,14 +203,7 @@ class TaskApi:
         limit = min(max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
         translate.fill_response(message, response, limit)
         if len(response.body) < response.size <= limit:
-            message.body.inline = await self._read(body_of_response(view.task_id, view.attempt))
-
-    async def _read(self, name: str) -> bytes:
-        """A whole body; empty if it is past its retention."""
-        try:
-            return b"".join([chunk async for chunk in self._bodies.follow(name)])
-        except NotFound:
-            return b""
+            message.body.inline = await read_whole(self._bodies, body_of_response(view.task_id, view.attempt))
 
     # Upload.
 
@@ -222,7 +215,7 @@ class TaskApi:
         if message.route:
             named = self._target(pb.ScheduleRequest(route=message.route), caller.principal)[0]
         else:
-            named = self._fleet.workspace(self.workspace_uid(message.workspace_id, caller.principal))
+            named = self._fleet.workspace(self._owners.workspace_uid(message.workspace_id, caller.principal))
         limit = named.spec.limits.request_body_bytes
         upload_id, size = message.upload_id, message.offset
         if not upload_id:
@@ -255,14 +248,14 @@ class TaskApi:
         A task of asyncio is only made where the owner must be known before the wait, not to tell others that it exists.
         """
         wait_s = _wait_of(request)
-        if wait_s and self.owner(request.workspace_id, principal):
+        if wait_s and self._owners.owner(request.workspace_id, principal):
             return asyncio.create_task(self.ask(request, principal), name=f"query-{request.task_id[:64]}")
         return self._dispatcher.ask(request.task_id, wait_s=wait_s)
 
     async def ask(self, request: pb.QueryRequest, principal: Principal) -> TaskView:
         """The task that a Query speaks of, when it has ended or the time is up."""
         wait_s = _wait_of(request)
-        view = await self._own(request.task_id, request.workspace_id, principal)
+        view = await self._owners.task(request.task_id, request.workspace_id, principal)
         return view if view.state in ENDED or not wait_s else await self._dispatcher.query(view.task_id, wait_s=wait_s)
 
     async def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
@@ -273,110 +266,8 @@ class TaskApi:
 
     async def end(self, request: pb.CancelRequest, principal: Principal) -> TaskView:
         """Cancel the task that a Cancel speaks of."""
-        await self._own(request.task_id, request.workspace_id, principal)
+        await self._owners.task(request.task_id, request.workspace_id, principal)
         return await self._dispatcher.cancel(request.task_id)
-
-    async def _own(self, task_id: str, workspace_id: str, principal: Principal) -> TaskView:
-        """The task as it is, if the caller may see it. Raises NotFound, also where it is another's."""
-        owner = self.owner(workspace_id, principal)
-        view = await self._dispatcher.query(task_id)
-        if owner and view.workspace_uid != owner:
-            raise NotFound
-        return view
-
-    def owner(self, workspace_id: str, principal: Principal) -> str:
-        """The uid of the workspace whose the task must be; empty: a task's id alone opens it. Raises NotFound."""
-        return self.workspace_uid(workspace_id, principal) if principal.kind is Kind.WORKSPACE or workspace_id else ""
-
-    def workspace_uid(self, workspace_id: str, principal: Principal) -> str:
-        """Whose tasks the call is about. Raises NotFound, InvalidArgument.
-
-        Only ids are taken, never names: a bridge passes on what its caller sent as credential.
-        """
-        if principal.kind is Kind.WORKSPACE and not workspace_id:
-            return principal.id
-        if not workspace_id:
-            raise InvalidArgument("workspace_id: is missing.")
-        uid = self._fleet.workspace_of(workspace_id.removeprefix(WORKSPACE_PREFIX))
-        if uid is None or (principal.kind is Kind.WORKSPACE and uid != principal.id):
-            raise NotFound("There is no such workspace.")
-        return uid
-
-    # ListTasks, GetDetail.
-
-    async def list_tasks(self, request: pb.ListTasksRequest, caller: Caller) -> AsyncIterator[pb.ListTasksResponse]:
-        """See task.proto."""
-        query = TaskQuery(
-            workspace_uid=self.workspace_uid(request.workspace_id, caller.principal),
-            start=translate.time_of(request.start_time) if request.HasField("start_time") else None,
-            end=translate.time_of(request.end_time) if request.HasField("end_time") else None,
-            node_addr=request.node_addr,
-            states=_states_of(request),
-            limit=request.limit,
-            cursor=request.cursor,
-            full=request.full,
-        )
-        async for page in self._store.list_tasks(query):
-            yield pb.ListTasksResponse(
-                task_ids=page.task_ids, tasks=[self._task_of_row(row) for row in page.tasks], cursor=page.cursor
-            )
-
-    async def get_detail(self, request: pb.GetDetailRequest, caller: Caller) -> pb.GetDetailResponse:
-        """See task.proto."""
-        owner = self.owner(request.workspace_id, caller.principal)
-        row = await self._store.task(request.task_id)
-        if row is None or (owner and row.workspace_uid != owner):
-            raise NotFound
-        workspace = self._fleet.workspace(row.workspace_uid)
-        owned = bool(request.workspace_id) or caller.principal.kind is not Kind.SERVICE
-        limit = min(request.max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
-        answer = pb.GetDetailResponse(
-            task=self._task_of_row(row),
-            number=row.number or 0,
-            workspace_id=workspace.id if owned else "",
-            workspace_name=workspace.name,
-            btc_address=row.btc_address,
-            port=row.port,
-            origin=pb.Origin(user_ip=row.user_ip if owned else "", url=row.origin_url, operation=row.operation),
-            request=http_pb2.HttpRequest(method=row.method, path=row.path, query=row.query),
-            attempts=[translate.attempt_of_row(attempt) for attempt in await self._store.attempts(row.id)],
-        )
-        translate.fill_headers(answer.request.headers, translate.headers_of_row(row.request_headers_json))
-        answer.request.body.size = row.request_size
-        if row.request_size <= limit:
-            answer.request.body.inline = row.request_body or await self._read_of(row, row.request_size, request=True)
-        if row.state is State.COMPLETED:
-            answer.response.status = row.response_status
-            translate.fill_headers(answer.response.headers, translate.headers_of_row(row.response_headers_json))
-            answer.response.body.size = row.response_size
-            answer.response.body.is_utf8 = row.response_is_utf8
-            if row.response_size <= limit:
-                answer.response.body.inline = row.response_body or await self._read_of(row, row.response_size)
-        if row.state is State.RUNNING:
-            answer.attempts.add(
-                number=row.attempt,
-                replica_id=row.replica_id,
-                node_addr=row.node_addr,
-                assign_time=translate.timestamp(row.assign_time),
-                reason=row.assign_reason,
-            )
-        return answer
-
-    async def _read_of(self, row: Task, size: int, *, request: bool = False) -> bytes:
-        if not size or row.expire_time is not None:
-            return b""
-        return await self._read(body_of_request(row.id) if request else body_of_response(row.id, row.attempt))
-
-    def _task_of_row(self, row: Task) -> pb.Task:
-        return translate.task_of_row(row, self._dispatcher.position(row.id) or 0)
-
-    # Watch.
-
-    async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[pb.WatchResponse]:
-        """See task.proto."""
-        view = await self._own(request.task_id, request.workspace_id, caller.principal)
-        async for event in self._watch.events(view, request.part, request.offset):
-            yield event
 
 
 def _wait_of(message: pb.ScheduleRequest | pb.QueryRequest) -> float:
@@ -384,13 +275,6 @@ def _wait_of(message: pb.ScheduleRequest | pb.QueryRequest) -> float:
     if not 0 <= wait_s <= WAIT_S:
         raise InvalidArgument(f"wait: must be from 0 to {WAIT_S:g} s.")
     return wait_s
-
-
-def _states_of(message: pb.ListTasksRequest) -> frozenset[State]:
-    try:
-        return frozenset(State(state) for state in message.states)
-    except ValueError:
-        raise InvalidArgument("states: there is no such state.") from None
 
 
 def _check_upload_id(upload_id: str) -> None:

@@ -15,6 +15,9 @@ from ngpu.v1 import task_pb2 as pb
 from controlplane import ids
 from controlplane.api import translate
 from controlplane.api.deliveries import Deliveries
+from controlplane.api.gate import Caller
+from controlplane.api.owners import Owners
+from controlplane.api.stored import body_of_request, body_of_response
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher, TaskView
 from controlplane.errors import Expired, NotFound, OutOfRange, Unavailable
@@ -31,18 +34,21 @@ T = TypeVar("T")
 
 
 class Watch:
-    """Makes the events of `TaskService.Watch`."""
+    """Serves Watch."""
 
-    def __init__(self, dispatcher: Dispatcher, store: Store, bodies: Bodies, deliveries: Deliveries) -> None:
+    def __init__(
+        self, owners: Owners, dispatcher: Dispatcher, store: Store, bodies: Bodies, deliveries: Deliveries
+    ) -> None:
+        self._owners = owners
         self._dispatcher = dispatcher
         self._store = store
         self._bodies = bodies
         self._deliveries = deliveries
 
-    async def events(
-        self, view: TaskView, part: pb.WatchRequest.Part.ValueType, offset: int
-    ) -> AsyncIterator[pb.WatchResponse]:
-        """Until the task has ended and its body was read. Raises OutOfRange, Expired, Unavailable (begin anew)."""
+    async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[pb.WatchResponse]:
+        """See task.proto. Unavailable besides: what was read is of an attempt that was lost; begin anew."""
+        view = await self._owners.task(request.task_id, request.workspace_id, caller.principal)
+        part, offset = request.part, request.offset
         if part == pb.WatchRequest.PART_REQUEST:
             async for event in self._request(view.task_id, offset):
                 yield event
@@ -132,16 +138,6 @@ class Watch:
                 offset += len(chunk)
         except NotFound:
             raise Expired from None
-
-
-def body_of_request(task_id: str) -> str:
-    """Where the body store has a task's request."""
-    return f"{task_id}.request"
-
-
-def body_of_response(task_id: str, attempt: int) -> str:
-    """Where it has an attempt's response."""
-    return f"{ids.attempt_id(task_id, attempt)}.response"
 
 
 async def _next_chunk(chunks: AsyncIterator[bytes]) -> bytes:

@@ -27,7 +27,7 @@ from controlplane.errors import AssetUnknown, InvalidArgument
 LOOKUPS: Final = 512
 #: Connections to all indexers together.
 CONNECTIONS: Final = 64
-#: An indexer that has failed is asked last for so long, unless it says for how long itself.
+#: An indexer that has failed is asked last for so long.
 REST_S: Final = 15.0
 #: What a caller is told to wait when nobody answers.
 RETRY_AFTER_S: Final = 5.0
@@ -46,14 +46,19 @@ Holdings = tuple[Holding, ...]
 
 
 class Assets:
-    """Answers `check`. Make it anywhere, use it in one event loop, `close` it at the end."""
+    """Answers `check`. Make it anywhere, use it in one event loop, `close` it at the end.
+
+    Raises OSError if a key's file cannot be read.
+    """
 
     def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._monotonic = monotonic
+        self._keys = [provider.key() for provider in settings.providers]
         self._session: aiohttp.ClientSession | None = None
         self._indexers: Sequence[Indexer] = ()
         self._rest_until: dict[Indexer, float] = {}
+        self._not_before: dict[Indexer, float] = {}
         self._remembered: OrderedDict[str, tuple[float, Holdings]] = OrderedDict()
         self._lookups: dict[str, asyncio.Task[Holdings]] = {}
 
@@ -134,15 +139,21 @@ class Assets:
         raise AssetUnknown(retry_after_s=RETRY_AFTER_S)
 
     def _in_order(self) -> list[Indexer]:
-        """By preference, those that have just failed last: a dead one costs its time limit once, not at every check."""
+        """By preference, those that have just failed last: a dead one costs its time limit once, not at every check.
+
+        Who told us for how long to stay away is not asked at all until then.
+        """
         if not self._indexers:
             self._connect()
         now = self._monotonic()
-        return sorted(self._indexers, key=lambda indexer: self._rest_until.get(indexer, 0.0) > now)
+        willing = (indexer for indexer in self._indexers if self._not_before.get(indexer, 0.0) <= now)
+        return sorted(willing, key=lambda indexer: self._rest_until.get(indexer, 0.0) > now)
 
     def _let_rest(self, indexer: Indexer, reason: str, seconds: float) -> None:
         _log.warning("indexer_failed", indexer=indexer.kind, reason=reason)
-        self._rest_until[indexer] = self._monotonic() + (seconds or REST_S)
+        now = self._monotonic()
+        self._rest_until[indexer] = now + REST_S
+        self._not_before[indexer] = now + seconds
 
     def _connect(self) -> None:
         # Here and not in the constructor: a session belongs to a running event loop.
@@ -154,10 +165,13 @@ class Assets:
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "ngpu"},
         )
         http = Http(self._session)
-        self._indexers = [_indexer(provider, http, self._settings.network) for provider in self._settings.providers]
+        self._indexers = [
+            _indexer(provider, key, http, self._settings.network)
+            for provider, key in zip(self._settings.providers, self._keys, strict=True)
+        ]
 
 
-def _indexer(provider: Provider, http: Http, network: str) -> Indexer:
+def _indexer(provider: Provider, key: str, http: Http, network: str) -> Indexer:
     if provider.kind == LEDGER:
         return Ledger(Path(provider.path), network)
     if provider.kind == "opi":
@@ -168,4 +182,4 @@ def _indexer(provider: Provider, http: Http, network: str) -> Indexer:
         "xverse": Xverse,
         "maestro": Maestro,
     }
-    return keyed[provider.kind](http, provider.url(), provider.key())
+    return keyed[provider.kind](http, provider.url(), key)

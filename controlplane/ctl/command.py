@@ -1,11 +1,12 @@
 """What all commands have in common: the options for connection and output, and how they end."""
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def connected(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         shared = {name: arguments.pop(name) for name in _SHARED}
-        with ending_well(), _shared(**shared) as session:
+        with _ending_well(), _shared(**shared) as session:
             function(session, **arguments)
 
     del run.__wrapped__  # typer would read its signature instead
@@ -89,29 +90,27 @@ def connected(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class ending_well:  # noqa: N801  # a context manager, read as words
+@contextlib.contextmanager
+def _ending_well() -> Iterator[None]:
     """Ends the command with one line on stderr and the right exit code, whatever happens inside. Never a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, typer.Exit | typer.Abort):
-            return
-        if isinstance(error, Problem):
-            _tell(str(error))
-            raise typer.Exit(error.code)
-        if isinstance(error, KeyboardInterrupt):
-            raise typer.Exit(Exit.INTERRUPTED)
-        if isinstance(error, BrokenPipeError):
-            # Whoever read our output has gone (`| head`); the interpreter must not complain when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(Exit.FAILED)
-        if isinstance(error, Exception):
-            if os.environ.get("NGPU_DEBUG"):
-                traceback.print_exception(error)
-            _tell(f"Something unforeseen: {type(error).__name__}: {error}. NGPU_DEBUG=1 shows where; please report it.")
-            raise typer.Exit(Exit.FAILED)
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Problem as error:
+        _tell(str(error))
+        raise typer.Exit(error.code) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(Exit.INTERRUPTED) from error
+    except BrokenPipeError as error:
+        # Whoever read our output has gone (`| head`); the interpreter must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(Exit.FAILED) from error
+    except Exception as error:
+        if os.environ.get("NGPU_DEBUG"):
+            traceback.print_exception(error)
+        _tell(f"Something unforeseen: {type(error).__name__}: {error}. NGPU_DEBUG=1 shows where; please report it.")
+        raise typer.Exit(Exit.FAILED) from error
 
 
 def _tell(text: str) -> None:

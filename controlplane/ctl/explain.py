@@ -52,7 +52,8 @@ def _parts(answer: pb.ExplainResponse) -> Iterator[RenderableType]:
 
 
 def _candidates(decision: pb.Decision) -> RenderableType:
-    parts = sorted({name for candidate in decision.candidates for name in candidate.parts})
+    # A part that is zero for all of them decided nothing.
+    parts = sorted({name for one in decision.candidates for name, cost in one.parts.items() if cost})
     rows = []
     for one in decision.candidates:
         mark = cell("  *", "green") if one.id == decision.chosen else cell("")

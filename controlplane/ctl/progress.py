@@ -108,8 +108,8 @@ class _Lines:
         self._said: dict[str, tuple[object, ...]] = {}
 
     def update(self, workspace: pb.Workspace) -> None:
-        if not workspace.replicas and not is_serving(workspace):
-            self._say("", (workspace.message,), f"waiting for a node: {plain(workspace.message)}".rstrip(": "))
+        if workspace.message and not workspace.replicas:
+            self._say("", (workspace.message,), f"waiting for a node: {plain(workspace.message)}")
         for replica in workspace.replicas:
             share = f" {replica.progress}%" if 0 < replica.progress < 100 and not _is_ready(replica) else ""
             text = f"{replica.id} on {replica.node_name or replica.node_addr}: {state_text(replica.state)}{share}"

@@ -75,7 +75,9 @@ def size_text(number: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """The two largest units, `2h 5m`, or `0.35s`."""
+    """The two largest units, `2h 5m`, or `7.35s`, or `350ms`."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.3g}ms"
     if seconds < 10:
         return f"{seconds:.3g}s"
     parts: list[str] = []

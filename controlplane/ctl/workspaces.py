@@ -121,10 +121,14 @@ def create(
         return
     if not session.out.json:
         session.out.answer(answer, lambda: _created(workspace), [workspace.id])
-    served = await_serving(session, spec.name, limit_s)
-    if session.out.json:
+    try:
+        served = await_serving(session, spec.name, limit_s)
         served.id = workspace.id
-        session.out.answer(pb.CreateWorkspaceResponse(workspace=served), lambda: "")
+        workspace.CopyFrom(served)
+    finally:
+        # However the waiting ends, the workspace has been made, and here is its id.
+        if session.out.json:
+            session.out.answer(answer, lambda: "")
 
 
 def _words(command: str) -> list[str]:

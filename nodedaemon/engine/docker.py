@@ -364,7 +364,7 @@ class DockerEngine:
 
         def create(user: str) -> str:
             self._remove(api, assignment.replica_id)
-            made = api.create_container_from_config(
+            made = api.create_container_from_config(  # type: ignore[no-untyped-call]
                 config(assignment, image["Config"], labels=labels, network=self._network, publish=publish, user=user),
                 f"ngpu-{assignment.replica_id}",
             )
@@ -438,7 +438,7 @@ def _said(error: docker.errors.APIError) -> str:
 
 def _inspect_image(api: docker.APIClient, image: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = api.inspect_image(image)
+        found: dict[str, Any] = api.inspect_image(image)  # type: ignore[no-untyped-call]
     except (docker.errors.NotFound, docker.errors.NullResource):
         return None
     return found

@@ -63,7 +63,7 @@ def test_taken(changes: dict[str, Any]) -> None:
         ({"env": {"A": "\0"}}, "NUL in its value"),
         ({"env": {"NGPU_PORT_80": "1"}}, "env: NGPU_PORT_80 is set by the platform"),
         ({"env": {"NVIDIA_VISIBLE_DEVICES": "all"}}, "env: NVIDIA_VISIBLE_DEVICES is set by the platform"),
-        ({"env": {"A": "x" * 70_000}}, "longer than 64 KiB"),
+        ({"env": {"A": "x" * 70_000}}, "longer than 32 KiB"),
         ({"replicas": -1}, "replicas: -1 is not from 0 to 1000"),
         ({"replicas": 1001}, "replicas: 1001"),
         ({"concurrency": 0}, "concurrency: 0"),

@@ -181,6 +181,17 @@ async def test_retry_after_is_kept(make: Make, first: Opi, second: Opi, clock: C
     assert first.asked == 2
 
 
+async def test_who_asked_to_be_left_alone_is(make: Make, first: Opi, clock: Clock) -> None:
+    first.status, first.headers = 429, {"Retry-After": "30"}
+    assets = make(first.provider())
+    await fails(assets.check(ADDRESS))
+    first.status = 200
+    await fails(assets.check(ADDRESS))
+    assert first.asked == 1
+    clock.now += 31
+    assert await assets.check(ADDRESS) == HELD
+
+
 async def test_log_has_neither_address_nor_key(make: Make, first: Opi) -> None:
     first.status = 500
     assets = make(first.provider(), Provider(kind="unisat", base_url="http://127.0.0.1:1", api_key=KEY))

@@ -190,11 +190,20 @@ def test_create_and_wait_in_json_is_one_answer(plane: FakeControlPlane, ngpu: Ng
     assert (answer["workspace"]["id"], answer["workspace"]["ready_replicas"]) == (ID, 1)
 
 
+def test_created_but_not_serving_in_json_still_tells_the_id(
+    plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path
+) -> None:
+    plane.answers["CreateWorkspace"] = workspace.CreateWorkspaceResponse(workspace=a_workspace())
+    plane.answers["WatchWorkspace"] = [workspace.WatchWorkspaceResponse(workspace=a_workspace())]
+    result = ngpu("workspace", "create", the_file(tmp_path), "--wait", "--json", "--timeout", "100ms", code=1)
+    assert json.loads(result.stdout)["workspace"]["id"] == ID
+
+
 def test_waiting_in_vain_fails_and_says_why(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     backoff = a_replica(workspace.REPLICA_STATE_BACKOFF, message="image demo is not in the registry")
     plane.answers["WatchWorkspace"] = [workspace.WatchWorkspaceResponse(workspace=a_workspace(backoff))]
     result = ngpu("workspace", "show", "img2img", "--wait", "--timeout", "300ms", code=1)
-    assert "Not serving within 0.3s: 0 of 1 replica ready (node-1: image demo is not in the registry)" in result.stderr
+    assert "Not serving within 300ms: 0 of 1 replica ready (node-1: image demo is not in the registry)" in result.stderr
 
 
 def test_waiting_for_a_workspace_that_is_deleted_fails(plane: FakeControlPlane, ngpu: Ngpu) -> None:

@@ -202,7 +202,7 @@ def test_a_task_that_failed(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path)
 def test_the_time_is_up_and_the_task_goes_on(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["Watch"] = [Event(task=a_task(QUEUED, attempt=0))]
     result = ngpu("task", "submit", "p", "-w", ID, "--wait", "--timeout", "200ms", code=1)
-    assert f"Not ended within 0.2s (queued). It goes on: ngpu task result {TASK}" in result.stderr
+    assert f"Not ended within 200ms (queued). It goes on: ngpu task result {TASK}" in result.stderr
 
 
 def test_result_in_json(plane: FakeControlPlane, ngpu: Ngpu) -> None:

@@ -82,7 +82,7 @@ def test_progress_in_vain(plane: FakeControlPlane) -> None:
     )
     code, text = on_terminal(plane, "workspace", "show", "img2img", "--wait", "--timeout", "500ms")
     assert code == 1
-    for part in ("pulling", "40%", "16 of 40 MiB", "1 replica waits: too little memory", "Not serving within 0.5s"):
+    for part in ("pulling", "40%", "16 of 40 MiB", "1 replica waits: too little memory", "Not serving within 500ms"):
         assert part in text
 
 

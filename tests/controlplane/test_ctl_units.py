@@ -96,7 +96,8 @@ def test_size_text(number: int, text: str) -> None:
     ("seconds", "text"),
     [
         (0, "0s"),
-        (0.3512, "0.351s"),
+        (0.3512, "351ms"),
+        (1.234, "1.23s"),
         (59, "59s"),
         (60, "1m"),
         (61, "1m 1s"),

@@ -371,6 +371,7 @@ async def test_failed_insert_is_the_callers_error_and_calls_the_attempt_off(worl
     world.flaky.down = True
     with pytest.raises(Unavailable):
         await world.submit()
+    await world.settle()
     assert node.cancelled == ["t1.1"]
     world.flaky.down = False
     node.heed_cancels()

@@ -81,6 +81,8 @@ def test_models_match_by_words(wanted: str, model: str, matches: bool) -> None:
         ({}, {"availability": Availability.CORDONED}, "cordoned"),
         ({}, {"availability": Availability.DRAINING}, "draining"),
         ({}, {"orphans": 1}, "still stops containers that were given up"),
+        ({}, {"replicas": 99}, ""),
+        ({}, {"replicas": 100}, "has 100 replicas, which is the most"),
         ({}, {"engine": ""}, "no container engine"),
         ({}, {"engine": "process", "images": {}}, "process engine without a directory for the image"),
         ({}, {"engine": "process"}, "process engine without a directory for the image"),
@@ -116,7 +118,7 @@ def test_each_filter_says_why_not(need: dict[str, Any], node: dict[str, Any], wh
 
 
 def test_every_filter_has_a_case_above() -> None:
-    assert len(FILTERS) == 8
+    assert len(FILTERS) == 9
 
 
 def test_refusals_are_counted_over_all_nodes() -> None:

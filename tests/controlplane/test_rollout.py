@@ -23,6 +23,7 @@ from controlplane.rollout import (
     World,
     lost_nodes,
     plan,
+    view_of,
 )
 from controlplane.spec import GIB, GpuNeed, Spec
 
@@ -62,12 +63,17 @@ def replica(number: int, on: str, gpu: int = 0, *, of: int = 1, **values: Any) -
 
 def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
     numbers = itertools.count(100)
+    workspaces = {part.uid: part for part in parts if isinstance(part, Workspace)}
+    nodes = {part.addr: part for part in parts if isinstance(part, Node)}
+    replicas = [part for part in parts if isinstance(part, Replica)]
+    on = {addr: [replica for replica in replicas if replica.node_addr == addr] for addr in nodes}
     return World(
         time=NOW,
         now_s=NOW_S,
-        workspaces=[part for part in parts if isinstance(part, Workspace)],
-        nodes={part.addr: part for part in parts if isinstance(part, Node)},
-        replicas=[part for part in parts if isinstance(part, Replica)],
+        workspaces=list(workspaces.values()),
+        nodes=nodes,
+        views={one.addr: view_of(one, on[one.addr], lambda uid: workspaces[uid].spec, NOW) for one in nodes.values()},
+        replicas=replicas,
         new_id=lambda: f"r-{next(numbers)}",
         **values,
     )

@@ -1,14 +1,16 @@
-"""A control plane in memory behind a real gRPC server: obeys protos/ngpu/v1, runs a scripted container, remembers what it saw.
+"""A control plane in memory behind a real gRPC server: obeys protos/ngpu/v1, runs a scripted container, remembers.
 
 One workspace-wide container: `container` is called with an Exchange and returns an Answer, or raises Broken.
 """
 
 import asyncio
+import contextlib
+import functools
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import grpc
 from ngpu import wire
@@ -149,9 +151,9 @@ class FakeControlPlane(
             self._port = self._server.add_secure_port(f"127.0.0.1:{self._port}", credentials)
         await self._server.start()
 
-    async def stop(self) -> None:
+    async def stop(self, grace_s: float | None = None) -> None:
         if self._server is not None:
-            await self._server.stop(None)
+            await self._server.stop(grace_s)
             self._server = None
         runners = [task.runner for task in self.tasks.values() if task.runner is not None]
         for runner in runners:
@@ -163,7 +165,8 @@ class FakeControlPlane(
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.stop()
+        # By now its callers have gone; this is so that its handlers get to know.
+        await self.stop(1.0)
 
     def add_task(self, workspace_id: str = WORKSPACE, **view: Any) -> str:
         """A task that is simply there."""
@@ -208,7 +211,7 @@ class FakeControlPlane(
                 self.frames.append(len(frame.calls))
                 for call in frame.calls:
                     calls[call.id] = asyncio.create_task(self._call(call, answers), name="fake-call")
-                    calls[call.id].add_done_callback(lambda _, i=call.id: calls.pop(i, None))
+                    calls[call.id].add_done_callback(functools.partial(_forget, calls, call.id))
                 for call_id in frame.abandoned:
                     self.abandoned.append(call_id)
                     if call_id in calls:
@@ -313,10 +316,8 @@ class FakeControlPlane(
         self._refusal("Query")
         task = self._task(request)
         if request.HasField("wait"):
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(task.ended.wait(), request.wait.ToTimedelta().total_seconds())
-            except TimeoutError:
-                pass
         return pb.QueryResponse(task=task.view, response=self._cut(task.response, task.response_body, INLINE_BYTES))
 
     async def _cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
@@ -374,7 +375,7 @@ class FakeControlPlane(
         try:
             task = self._task(request)
         except Refused as refused:
-            return await self._refuse(context, refused)
+            await self._refuse(context, refused)
         owned = bool(request.workspace_id)
         sent = pb.ScheduleRequest()
         sent.CopyFrom(task.request)
@@ -421,7 +422,9 @@ class FakeControlPlane(
 
     # AssetService, WorkspaceService
 
-    async def CheckAddress(self, request: asset_pb2.CheckAddressRequest, context: Any) -> asset_pb2.CheckAddressResponse:  # noqa: N802
+    async def CheckAddress(  # noqa: N802
+        self, request: asset_pb2.CheckAddressRequest, context: Any
+    ) -> asset_pb2.CheckAddressResponse:
         await self._admit(context, "CheckAddress")
         if not request.address.startswith(("bc1", "BC1", "1", "3")):
             await self._refuse(
@@ -436,15 +439,16 @@ class FakeControlPlane(
         self, request: workspace_pb2.GetWorkspaceRequest, context: Any
     ) -> workspace_pb2.GetWorkspaceResponse:
         await self._admit(context, "GetWorkspace")
-        for workspace_id, workspace in self.workspaces.items():
-            if request.workspace in (workspace_id, workspace.name):
-                answer = workspace_pb2.Workspace(id=workspace_id, replicas=workspace.replicas)
-                return workspace_pb2.GetWorkspaceResponse(workspace=answer)
-        return await self._refuse(context, Refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such workspace"))
+        found = [pair for pair in self.workspaces.items() if request.workspace in (pair[0], pair[1].name)]
+        if not found:
+            await self._refuse(context, Refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such workspace"))
+        workspace_id, workspace = found[0]
+        answer = workspace_pb2.Workspace(id=workspace_id, replicas=workspace.replicas)
+        return workspace_pb2.GetWorkspaceResponse(workspace=answer)
 
     # The rest of the contract is not the bridge's to call.
 
-    async def _uncalled(self, request: Any, context: Any) -> Any:
+    def _uncalled(self, request: Any, context: Any) -> Any:
         raise AssertionError(f"the bridge has no business calling this with {request!r}")
 
     Schedule = Query = Cancel = _uncalled
@@ -463,10 +467,11 @@ class FakeControlPlane(
         if method in self.refuse:
             raise self.refuse[method]
 
-    async def _refuse(self, context: Any, refused: Refused) -> Any:
+    async def _refuse(self, context: Any, refused: Refused) -> NoReturn:
         code = next(code for code in grpc.StatusCode if code.value[0] == refused.error.code)
         trailing = ((wire.ERROR, refused.error.SerializeToString()),)
         await context.abort(code, refused.error.message, trailing_metadata=trailing)
+        raise AssertionError("abort raises")
 
     def _task(self, request: Any) -> Task:
         task = self.tasks.get(request.task_id)
@@ -494,3 +499,7 @@ class FakeControlPlane(
             except UnicodeDecodeError:
                 pass
         return cut
+
+
+def _forget(calls: "dict[int, asyncio.Task[None]]", call_id: int, _: object) -> None:
+    calls.pop(call_id, None)

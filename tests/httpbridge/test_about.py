@@ -20,9 +20,7 @@ async def document(bridge: Bridge) -> dict[str, Any]:
 
 
 async def test_the_description_has_every_route_and_no_other(bridge: Bridge) -> None:
-    described = {
-        (path, method.upper()) for path, item in (await document(bridge))["paths"].items() for method in item
-    }
+    described = {(path, method.upper()) for path, item in (await document(bridge))["paths"].items() for method in item}
     table = routes(*[_Anything()] * 4)  # type: ignore[arg-type]
     served = {(path, method) for path, route in table.items() for method in route.handlers}
     assert described == served | {("/user/{path}", "POST")}
@@ -130,7 +128,9 @@ def test_the_page_escapes_what_it_shows() -> None:
                         "get": {
                             "operationId": "x", "tags": ["a"], "summary": evil,
                             "parameters": [{"name": evil, "in": "query", "schema": {"enum": [evil]}, "example": evil}],
-                            "responses": {"200": {"description": evil, "content": {"a": {"schema": {}, "example": evil}}}},
+                            "responses": {
+                                "200": {"description": evil, "content": {"a": {"schema": {}, "example": evil}}}
+                            },
                         }
                     }
                 },

@@ -257,12 +257,12 @@ async def test_the_control_plane_goes_and_comes_back(bridge: Bridge, fake: FakeC
 
 
 async def test_a_token_that_is_not_accepted(start_bridge: StartBridge, fake: FakeControlPlane) -> None:
-    fake.token = "another"  # noqa: S105
+    fake.token = "another"
     bridge = await start_bridge(connected=False)
     status, answer, _ = await bridge.get("/user/queryNodes", headers=BEARER)
     # Not the caller's fault, so no 401.
     assert (status, answer["result_code"]) == (503, 503)
     assert "token" in answer["msg"]
-    fake.token = "bridge-token"  # noqa: S105
+    fake.token = "bridge-token"
     while (await bridge.get("/user/queryNodes", headers=BEARER))[0] != 200:
         await asyncio.sleep(0.02)

@@ -41,7 +41,16 @@ def test_every_fault_is_told_at_once(tmp_path: Path, token_file: Path, monkeypat
     with pytest.raises(ConfigFault) as caught:
         config.load(file, {"listen": "nowhere"})
     said = str(caught.value)
-    for word in ("lisen", "sync_wait", "body_limit", "accepted_result_code", "Mars/Olympus", "here", "NONSENSE", "nowhere"):
+    for word in (
+        "lisen",
+        "sync_wait",
+        "body_limit",
+        "accepted_result_code",
+        "Mars/Olympus",
+        "here",
+        "NONSENSE",
+        "nowhere",
+    ):
         assert word in said
 
 
@@ -88,4 +97,4 @@ def test_zones() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     for name, _, meaning in config.settings():
-        assert meaning.endswith(("." , ")")), name
+        assert meaning.endswith((".", ")")), name

@@ -13,8 +13,8 @@ from tests.httpbridge.fake_controlplane import RICH, WORKSPACE, Answer, Exchange
 IMG2IMG_REQUEST = {
     "image_url": "https://ngpu.ai/image/1683730315image.jpeg",
     "prompt": "manicured claws, score_9, score_8_up, score_7_up, score_6_up, score_5_up, score_4_up, 1girl, realistic, "
-    "extremely detailed, high quality, , beautiful eyes, cat woman, black suit, character concept,night time, dark shadows, "
-    "dutch angle",
+    "extremely detailed, high quality, , beautiful eyes, cat woman, black suit, character concept,night time, dark "
+    "shadows, dutch angle",
 }
 IMG2IMG_RESPONSE = """{
 	"result_code": 100,
@@ -77,7 +77,7 @@ DETAIL_RESPONSE = """{
 		"nodeaddr": "0xCac10F51814E8e425a6877951fecb7746161c669",
 		"requesttime": "2024-04-15 14:30:11",
 		"responsetime": "2024-04-15 14:30:12",
-		"request": "{\\"gz\\": true, \\"py\\": \\"H4sIAHHJ\\", \\"ts\\": \\"1713162609.246125\\", \\"sig\\": \\"qkwm0rSa==\\"}",
+		"request": "{\\"gz\\": true, \\"py\\": \\"H4sIAHHJ\\", \\"ts\\": \\"1713162609.246125\\"}",
 		"state": 3,
 		"response": "{\\"task_id\\": \\"37a41eba-23d2-4490-aca9-b84b1c2408f6\\"}",
 		"recordDursion": 1,
@@ -165,8 +165,15 @@ async def test_task_query_of_the_documented_id(bridge: Bridge) -> None:
     assert (status, answer["result_code"]) == (404, 404)
 
 
-@pytest.mark.parametrize("path", ["/brc20/checkAddress&address=", "/brc20/checkAddress?address=",
-                                  "/user/brc20/checkAddress&address=", "/user/brc20/checkAddress?address="])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/brc20/checkAddress&address=",
+        "/brc20/checkAddress?address=",
+        "/user/brc20/checkAddress&address=",
+        "/user/brc20/checkAddress?address=",
+    ],
+)
 async def test_check_address(bridge: Bridge, path: str) -> None:
     status, answer, _ = await bridge.get(path + RICH)
     assert status == 200
@@ -182,9 +189,7 @@ async def test_task_list(bridge: Bridge, fake: FakeControlPlane) -> None:
         stored = fake.add_task(state=pb.TASK_STATE_COMPLETED)
         fake.tasks[stored].view.task_id = task_id
         fake.tasks[stored].view.create_time.FromDatetime(created)
-    status, answer, _ = await bridge.get(
-        "/user/queryTaskList?startTime=2024-04-11&endTime=2024-04-20", headers=BEARER
-    )
+    status, answer, _ = await bridge.get("/user/queryTaskList?startTime=2024-04-11&endTime=2024-04-20", headers=BEARER)
     assert status == 200
     assert answer == documented
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
 
 import pytest
 from ngpu.v1 import task_pb2 as pb
@@ -60,7 +61,8 @@ async def test_request_ids(bridge: Bridge) -> None:
 
 
 async def test_absolute_targets_are_paths(bridge: Bridge, fake: FakeControlPlane) -> None:
-    request = b"POST http://elsewhere.example/user/img2img?a=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    target = b"http://elsewhere.example/user/img2img?a=1"
+    request = b"POST " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
     assert parsed(await bridge.raw(request))[0] == 200
     assert (fake.exchanges[0].path, fake.exchanges[0].query) == ("/sdapi/v1/img2img", "a=1")
     for target in (b"*", b"elsewhere.example:80"):
@@ -177,7 +179,7 @@ async def test_large_bodies_have_one_budget(start_bridge: StartBridge, fake: Fak
     status, answer, headers = await bridge.post("/user/img2img", data=b"x" * 70_000, headers=png)
     assert (status, answer["result_code"], headers["Retry-After"]) == (503, 503, "1")
 
-    async def chunks():  # type: ignore[no-untyped-def]  # noqa: ANN202
+    async def chunks() -> AsyncIterator[bytes]:
         for _ in range(10):
             yield b"x" * 10_000
 

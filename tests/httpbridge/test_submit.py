@@ -1,9 +1,11 @@
 """Work is given: where it goes, what the container gets, what the caller gets back."""
 
 import asyncio
+import base64
 import json
 
 import aiohttp
+import grpc
 import pytest
 from ngpu.v1 import task_pb2 as pb
 
@@ -14,12 +16,14 @@ from tests.httpbridge.fake_controlplane import (
     WORKSPACE,
     Answer,
     Broken,
+    Container,
     Exchange,
     FakeControlPlane,
+    Refused,
 )
 
 
-def answering(body: bytes = b"", status: int = 200, **headers: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def answering(body: bytes = b"", status: int = 200, **headers: str) -> Container:
     async def container(exchange: Exchange) -> Answer:
         return Answer(body, status, [(name.replace("_", "-"), value.encode()) for name, value in headers.items()])
 
@@ -71,7 +75,9 @@ async def test_reserved_names_win_and_are_reached_otherwise(bridge: Bridge, fake
 
 
 async def test_task_mode(bridge: Bridge, fake: FakeControlPlane) -> None:
-    _, answer, _ = await bridge.post("/user/schedulingTask?paramUrl=x&taskMode=Sync", json={"data": "a"}, headers=BEARER)
+    _, answer, _ = await bridge.post(
+        "/user/schedulingTask?paramUrl=x&taskMode=Sync", json={"data": "a"}, headers=BEARER
+    )
     assert answer["data"] == "a"
     _, answer, _ = await bridge.post("/user/x?taskMode=Async", json={"data": "a"}, headers=BEARER)
     assert answer["taskId"] == answer["taskID"]
@@ -116,11 +122,10 @@ async def test_headers_end_to_end_travel_and_the_platforms_do_not(bridge: Bridge
 
 
 @pytest.mark.parametrize(
-    ("status", "http_status"), [(201, 200), (302, 502), (400, 400), (404, 404), (422, 422), (429, 429), (500, 502), (503, 502)]
+    ("status", "http_status"),
+    [(201, 200), (302, 502), (400, 400), (404, 404), (422, 422), (429, 429), (500, 502), (503, 502)],
 )  # fmt: skip
-async def test_the_containers_own_status(
-    bridge: Bridge, fake: FakeControlPlane, status: int, http_status: int
-) -> None:
+async def test_the_containers_own_status(bridge: Bridge, fake: FakeControlPlane, status: int, http_status: int) -> None:
     fake.container = answering(b'{"detail": "so"}', status, Retry_After="7")
     got, answer, headers = await bridge.post("/user/x", json={}, headers=BEARER)
     ruled = 200 if status < 300 else status
@@ -165,8 +170,6 @@ async def test_tasks_without_an_answer(
 async def test_a_body_that_is_no_text_is_base64(bridge: Bridge, fake: FakeControlPlane, body: bytes) -> None:
     fake.container = answering(body)
     _, answer, _ = await bridge.post("/user/x", json={}, headers=BEARER)
-    import base64
-
     assert base64.b64decode(answer["data"]) == body
     assert answer["data_encoding"] == "base64"
     _, asked, _ = await bridge.get(f"/user/queryTask?taskID={answer['taskID']}")
@@ -178,7 +181,7 @@ async def test_a_body_that_is_no_text_is_base64(bridge: Bridge, fake: FakeContro
 
 @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 300_000, 3_000_001])
 async def test_bodies_of_all_sizes_both_ways(bridge: Bridge, fake: FakeControlPlane, size: int) -> None:
-    text = ("猫\"\\\n" * (size // 6 + 1)).encode()[:size].decode("utf-8", "ignore")
+    text = ('猫"\\\n' * (size // 6 + 1)).encode()[:size].decode("utf-8", "ignore")
     _, answer, _ = await bridge.post("/user/x", json={"data": text}, headers=BEARER)
     assert fake.exchanges[0].body == text.encode()
     assert answer["data"] == text
@@ -201,9 +204,6 @@ async def test_a_broken_download_goes_on_where_it_was(bridge: Bridge, fake: Fake
 
 
 async def test_a_download_that_cannot_go_on_is_broken_off(bridge: Bridge, fake: FakeControlPlane) -> None:
-    from tests.httpbridge.fake_controlplane import Refused
-    import grpc
-
     fake.container = answering(b"x" * 100_000)
     fake.refuse["Watch"] = Refused(grpc.StatusCode.FAILED_PRECONDITION, "EXPIRED", "past its retention")
     with pytest.raises(aiohttp.ClientPayloadError):
@@ -320,9 +320,7 @@ async def test_all_of_it_under_require_auth(start_bridge: StartBridge, fake: Fak
 
 
 async def test_many_calls_share_frames(bridge: Bridge, fake: FakeControlPlane) -> None:
-    answers = await asyncio.gather(
-        *(bridge.post("/user/x", json={"data": str(n)}, headers=BEARER) for n in range(300))
-    )
+    answers = await asyncio.gather(*(bridge.post("/user/x", json={"data": str(n)}, headers=BEARER) for n in range(300)))
     assert [answer["data"] for _, answer, _ in answers] == [str(n) for n in range(300)]
     assert sum(fake.frames) == 300
     assert len(fake.frames) < 150

@@ -210,7 +210,9 @@ async def test_a_workspaces_name_opens_nothing(bridge: Bridge) -> None:
         assert (status, answer["result_code"]) == (401, 401)
 
 
-@pytest.mark.parametrize("path", ["/user/queryNodes", "/user/queryTaskList", f"/user/getTasksFromNode?nodeAddr={NODE_ADDR}"])
+@pytest.mark.parametrize(
+    "path", ["/user/queryNodes", "/user/queryTaskList", f"/user/getTasksFromNode?nodeAddr={NODE_ADDR}"]
+)
 async def test_what_needs_a_header(bridge: Bridge, path: str) -> None:
     for headers in (None, {"Authorization": "Bearer 123"}, {"Authorization": "nonsense"}):
         status, answer, got = await bridge.get(path, headers=headers)

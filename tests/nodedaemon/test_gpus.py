@@ -254,7 +254,7 @@ async def test_nothing_is_left_behind(driver: FakeDriver) -> None:
     await reader.end()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
-    assert not [command for command in commands if b"nodedaemon.gpus" in command]
+    assert not [command for command in commands if b"nodedaemon.gpu_probe" in command]
 
 
 async def test_before_the_first_reading_nothing_is_started_on_gpus() -> None:

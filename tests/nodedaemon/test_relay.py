@@ -419,6 +419,22 @@ async def test_reset_is_a_close(asker: Asker) -> None:
         assert (await asker.fails(there.address)).reason == "CONNECTION_CLOSED"
 
 
+async def test_reset_ends_no_answer_that_ends_with_the_connection(asker: Asker) -> None:
+    async def handler(wire_: Wire) -> None:
+        await wire_.request()
+        await wire_.send(b"HTTP/1.1 200 OK\r\n\r\nhalf of it")
+        # Until it has been read, so that the reset takes nothing of it away.
+        async with asyncio.timeout(SOON_S):
+            while not asker.course.received_bytes:
+                await asyncio.sleep(0)
+        wire_.reset()
+
+    async with container(handler) as there:
+        fault = await asker.fails(there.address)
+    assert fault.reason == "CONNECTION_CLOSED"
+    assert "after 10 bytes" in str(fault)
+
+
 async def test_garbage_is_a_bad_response(asker: Asker) -> None:
     async def handler(wire_: Wire) -> None:
         await wire_.request()

@@ -208,7 +208,7 @@ async def test_what_should_be_is_applied(boot: Boot, plane: FakeControlPlane) ->
     plane.desired = [desired(command=["serve", "--fast"], env={"A": "b"}, readiness=limit)]
     node = boot()
     await until(lambda: node.replicas.applied is not None)
-    (found,) = node.replicas.applied or ()
+    found = (node.replicas.applied or [])[0]
     assert (found.replica_id, found.workspace, found.image, found.ports) == ("r-1", "demo", "demo:1", (80,))
     assert (found.command, dict(found.env)) == (("serve", "--fast"), {"A": "b"})
     assert (found.readiness.port, found.readiness.path, found.readiness.start_limit_s) == (80, "/ready", 90.0)

@@ -56,10 +56,11 @@ def test_a_node_with_every_inbound_port_closed_serves(
 ) -> None:
     name, ours, theirs = router
     settings = {f"NGPU_{program}_ALLOW_PLAINTEXT": "true" for program in ("CONTROLPLANE", "NODE", "BRIDGE")}
-    with Platform(tmp_path, settings=settings, host=ours) as platform:
+    with Platform(tmp_path, settings=settings, host="0.0.0.0") as platform:
         platform.start_node(
             *("behind", "--engine", "process", "--process-images", str(images), "--stop-containers"),
             prefix=("ip", "netns", "exec", name),
+            server=f"{ours}:{platform.server.rpartition(':')[2]}",
         )
         platform.start_bridge()
         platform.ngpu("workspace", "create", workspace_file(tmp_path, "echo", "echo"), "--wait", "--timeout", "60s")

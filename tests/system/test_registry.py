@@ -51,7 +51,7 @@ def test_image_is_pulled_with_credentials_and_wrong_ones_are_said_to_be_wrong(
                 replica(platform, "missing").get("state") == "REPLICA_STATE_BACKOFF" and replica(platform, "missing")
             )
         )
-        assert "no such image" in said["message"].lower() or "missing" in said["message"].lower(), said
+        assert f"there is no image {address}/nobody-has-this:1" in said["message"], said
     docker_engine.images.remove(image, force=True)
 
 

@@ -129,7 +129,7 @@ async def house(state_dir: Path, **options: Any) -> AsyncIterator[House]:
 
 @contextmanager
 def refused(code: grpc.StatusCode, reason: str, words: str = "") -> Iterator[None]:
-    """What is within must fail on the wire with that status, that reason in the error, and those words in its message."""
+    """What is within must fail with that status, that reason in the error, and those words in its message."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         yield
     error = error_of(caught.value)
@@ -142,6 +142,7 @@ def error_of(error: grpc.aio.AioRpcError) -> http_pb2.Error:
     """The error that came in the trailing metadata; it must be there, and say the same as the status."""
     found = [value for key, value in error.trailing_metadata() or () if key == wire.ERROR]
     assert len(found) == 1, error
+    assert isinstance(found[0], bytes)
     message = http_pb2.Error.FromString(found[0])
     assert message.code == error.code().value[0]
     assert message.message == error.details()

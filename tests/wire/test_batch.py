@@ -124,12 +124,17 @@ async def test_query_and_cancel_ride_along(there: House, node: Node) -> None:
 
 
 async def test_workspace_asks_only_for_its_own(there: House) -> None:
-    mine, other = await there.operator.workspace("mine", replicas=0), await there.operator.workspace("other", replicas=0)
+    mine, other = (
+        await there.operator.workspace("mine", replicas=0),
+        await there.operator.workspace("other", replicas=0),
+    )
     async with batch(there.bridge) as stream:
         await stream.send(schedule(1, request(other)))
         theirs = (await stream.answer(1)).schedule.task.task_id
         await stream.send(
-            ask(2, theirs, workspace_id=mine.id), ask(3, theirs, workspace_id=other.id), ask(4, theirs, 5, workspace_id=mine.id)
+            ask(2, theirs, workspace_id=mine.id),
+            ask(3, theirs, workspace_id=other.id),
+            ask(4, theirs, 5, workspace_id=mine.id),
         )
         assert (await stream.answer(2)).error.reason == "NOT_FOUND"
         assert (await stream.answer(3)).query.task.task_id == theirs

@@ -145,7 +145,8 @@ async def test_health_is_open_and_says_no_while_stopping(there: House) -> None:
 
 
 async def test_reflection_names_every_service(there: House) -> None:
-    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(there.client(None).channel)
+    channel: Any = there.client(None).channel
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = reflection.ServerReflectionInfo(timeout=DEADLINE_S)
     await asked.write(reflection_pb2.ServerReflectionRequest(list_services="*"))
     named = {service.name for service in (await asked.read()).list_services_response.service}

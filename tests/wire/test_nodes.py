@@ -167,7 +167,7 @@ async def test_report_from_the_future_is_refused(there: House) -> None:
     await node.login()
     call: Any = node.client.nodes.Heartbeat(metadata=node.client.auth, timeout=DEADLINE_S)
     report = node.report(1)
-    report.replicas.add(replica_id="r-1", state=99)  # type: ignore[arg-type]
+    report.replicas.add(replica_id="r-1", state=99)
     with refused(*INVALID, "99"):
         await call.write(report)
         await call.read()
@@ -267,7 +267,7 @@ async def test_cordoned_node_gets_nothing_new_and_a_drained_one_gives_up_what_it
     await first.join()
     await second.join()
 
-    async def set_availability(name: str, availability: fleet_pb2.Availability) -> fleet_pb2.Node:
+    async def set_availability(name: str, availability: fleet_pb2.Availability.ValueType) -> fleet_pb2.Node:
         answer = await there.operator.fleet.SetNodeAvailability(
             fleet_pb2.SetNodeAvailabilityRequest(node=name, availability=availability), metadata=there.operator.auth
         )

@@ -6,10 +6,10 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from ngpu.v1 import http_pb2, workspace_pb2
+from ngpu.v1 import asset_pb2, http_pb2, workspace_pb2
 from ngpu.v1 import task_pb2 as pb
 
-from tests.wire.house import DEADLINE_S, POOR, RICH, Client, House, refused, request
+from tests.wire.house import DEADLINE_S, POOR, RICH, Client, House, refused, request, seconds
 from tests.wire.node import Node, answered, hold
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
@@ -78,7 +78,10 @@ async def test_bad_list_is_refused(there: House, fields: dict[str, Any]) -> None
 
 
 async def test_others_lists_are_not_found(there: House) -> None:
-    mine, other = await there.operator.workspace("mine", replicas=0), await there.operator.workspace("other", replicas=0)
+    mine, other = (
+        await there.operator.workspace("mine", replicas=0),
+        await there.operator.workspace("other", replicas=0),
+    )
     for client, workspace_id in ((there.client(mine.id), other.id), (there.bridge, "0" * 24), (there.bridge, "mine")):
         with refused(*NOT_FOUND):
             await listed(client, workspace_id=workspace_id)
@@ -159,7 +162,10 @@ async def test_attempt_that_runs_is_shown_last(there: House, node: Node) -> None
 
 
 async def test_others_details_are_not_found(there: House) -> None:
-    mine, other = await there.operator.workspace("mine", replicas=0), await there.operator.workspace("other", replicas=0)
+    mine, other = (
+        await there.operator.workspace("mine", replicas=0),
+        await there.operator.workspace("other", replicas=0),
+    )
     theirs = (await there.bridge.schedule(request(other))).task.task_id
     for client, fields in (
         (there.client(mine.id), {}),
@@ -180,7 +186,7 @@ async def test_tasks_outlive_their_workspace(there: House) -> None:
     )
     me = there.client(workspace.id)
     ended = await me.tasks.Query(
-        pb.QueryRequest(task_id=task_id, wait={"seconds": 10}), metadata=me.auth, timeout=DEADLINE_S
+        pb.QueryRequest(task_id=task_id, wait=seconds(10)), metadata=me.auth, timeout=DEADLINE_S
     )
     assert (ended.task.state, ended.task.failure.reason) == (pb.TASK_STATE_FAILED, "WORKSPACE_DELETED")
     assert ids(await listed(me)) == [task_id]
@@ -188,8 +194,6 @@ async def test_tasks_outlive_their_workspace(there: House) -> None:
 
 
 async def test_assets_of_an_address_are_told(there: House) -> None:
-    from ngpu.v1 import asset_pb2
-
     workspace = await there.operator.workspace(replicas=0)
     for client in (there.bridge, there.client(workspace.id)):
         answer = await client.assets.CheckAddress(

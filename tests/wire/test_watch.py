@@ -22,9 +22,7 @@ NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 
 def watch(client: Client, task_id: str, **fields: Any) -> Any:
-    return client.tasks.Watch(
-        pb.WatchRequest(task_id=task_id, **fields), metadata=client.auth, timeout=DEADLINE_S
-    )
+    return client.tasks.Watch(pb.WatchRequest(task_id=task_id, **fields), metadata=client.auth, timeout=DEADLINE_S)
 
 
 def said(events: list[pb.WatchResponse]) -> list[Any]:
@@ -68,7 +66,7 @@ async def test_every_state_is_told_and_a_short_body_comes_at_the_end(there: Hous
 
     async def read() -> None:
         async for event in watch(there.client(workspace.id), task_id):
-            events.append(event)
+            events.append(event)  # noqa: PERF401, the test looks while it grows
 
     reading = asyncio.create_task(read())
     await until(lambda: said(events) == ["QUEUED"])

@@ -60,7 +60,10 @@ async def test_secrets_are_write_only(there: House) -> None:
 
 
 async def test_who_finds_which_workspace_by_what(there: House) -> None:
-    mine, other = await there.operator.workspace("mine", replicas=0), await there.operator.workspace("other", replicas=0)
+    mine, other = (
+        await there.operator.workspace("mine", replicas=0),
+        await there.operator.workspace("other", replicas=0),
+    )
     me = there.client(f"ngpu_{mine.id}")
     for client, keys in (
         (there.operator, ("mine", mine.id, f"ngpu_{mine.id}")),
@@ -72,7 +75,13 @@ async def test_who_finds_which_workspace_by_what(there: House) -> None:
     # A bridge passes on what its callers send: names are not enough, and the credential is not told.
     found = await get(there.bridge, mine.id)
     assert (found.id, found.spec.name) == ("", "mine")
-    for client, key in ((there.bridge, "mine"), (there.bridge, ""), (me, "other"), (me, other.id), (there.operator, "x")):
+    for client, key in (
+        (there.bridge, "mine"),
+        (there.bridge, ""),
+        (me, "other"),
+        (me, other.id),
+        (there.operator, "x"),
+    ):
         with refused(*NOT_FOUND):
             await get(client, key)
     with refused(*NOT_FOUND):
@@ -135,7 +144,7 @@ async def test_placement_and_route_of_a_task_are_explained(there: House, node: N
     me = there.client(workspace.id)
 
     async def explain(client: Client, **subject: str) -> fleet_pb2.ExplainResponse:
-        message = fleet_pb2.ExplainRequest(**subject)  # type: ignore[arg-type]
+        message = fleet_pb2.ExplainRequest(**subject)
         return await client.fleet.Explain(message, metadata=client.auth, timeout=DEADLINE_S)  # type: ignore[no-any-return]
 
     for client, key in ((there.operator, "echo"), (me, workspace.id)):

@@ -1,0 +1,109 @@
+"""What is kept of tasks: ListTasks and GetDetail."""
+
+from collections.abc import AsyncIterator
+
+from ngpu import wire
+from ngpu.v1 import http_pb2
+from ngpu.v1 import task_pb2 as pb
+
+from controlplane.access import Kind
+from controlplane.api import translate
+from controlplane.api.gate import Caller
+from controlplane.api.owners import Owners
+from controlplane.api.stored import body_of_request, body_of_response, read_whole
+from controlplane.bodies import Bodies
+from controlplane.dispatcher import Dispatcher
+from controlplane.errors import InvalidArgument, NotFound
+from controlplane.fleet import Fleet
+from controlplane.model import State, Task
+from controlplane.store import Store, TaskQuery
+
+
+class Records:
+    """Reads rows and stored bodies."""
+
+    def __init__(self, owners: Owners, fleet: Fleet, dispatcher: Dispatcher, store: Store, bodies: Bodies) -> None:
+        self._owners = owners
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._store = store
+        self._bodies = bodies
+
+    async def list_tasks(self, request: pb.ListTasksRequest, caller: Caller) -> AsyncIterator[pb.ListTasksResponse]:
+        """See task.proto."""
+        query = TaskQuery(
+            workspace_uid=self._owners.workspace_uid(request.workspace_id, caller.principal),
+            start=translate.time_of(request.start_time) if request.HasField("start_time") else None,
+            end=translate.time_of(request.end_time) if request.HasField("end_time") else None,
+            node_addr=request.node_addr,
+            states=_states_of(request),
+            limit=request.limit,
+            cursor=request.cursor,
+            full=request.full,
+        )
+        async for page in self._store.list_tasks(query):
+            yield pb.ListTasksResponse(
+                task_ids=page.task_ids, tasks=[self._task(row) for row in page.tasks], cursor=page.cursor
+            )
+
+    async def get_detail(self, request: pb.GetDetailRequest, caller: Caller) -> pb.GetDetailResponse:
+        """See task.proto."""
+        owner = self._owners.owner(request.workspace_id, caller.principal)
+        row = await self._store.task(request.task_id)
+        if row is None or (owner and row.workspace_uid != owner):
+            raise NotFound
+        workspace = self._fleet.workspace(row.workspace_uid)
+        # A task's id opens its result, and not whose it is.
+        owned = bool(owner) or caller.principal.kind is Kind.OPERATOR
+        answer = pb.GetDetailResponse(
+            task=self._task(row),
+            number=row.number or 0,
+            workspace_id=workspace.id if owned else "",
+            workspace_name=workspace.name,
+            btc_address=row.btc_address,
+            port=row.port,
+            origin=pb.Origin(user_ip=row.user_ip if owned else "", url=row.origin_url, operation=row.operation),
+            request=http_pb2.HttpRequest(method=row.method, path=row.path, query=row.query),
+            attempts=[translate.attempt_of_row(attempt) for attempt in await self._store.attempts(row.id)],
+        )
+        translate.fill_headers(answer.request.headers, translate.headers_of_row(row.request_headers_json))
+        limit = min(request.max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
+        name = body_of_request(row.id)
+        await self._fill_body(answer.request.body, row, row.request_body, size=row.request_size, name=name, limit=limit)
+        if row.state is State.COMPLETED:
+            answer.response.status = row.response_status
+            translate.fill_headers(answer.response.headers, translate.headers_of_row(row.response_headers_json))
+            answer.response.body.is_utf8 = row.response_is_utf8
+            name = body_of_response(row.id, row.attempt)
+            await self._fill_body(answer.response.body, row, row.response_body, size=row.response_size, name=name, limit=limit)
+        if row.state is State.RUNNING:
+            answer.attempts.add(
+                number=row.attempt,
+                replica_id=row.replica_id,
+                node_addr=row.node_addr,
+                assign_time=translate.timestamp(row.assign_time),
+                reason=row.assign_reason,
+            )
+        return answer
+
+    async def _fill_body(
+        self, message: http_pb2.Body, row: Task, inline: bytes | None, *, size: int, name: str, limit: int
+    ) -> None:
+        """Set a body within a message that is being built, wholly or, over `limit` or past its retention, its size."""
+        message.size = size
+        if size > limit:
+            return
+        if inline is not None:
+            message.inline = inline
+        elif size and row.expire_time is None:
+            message.inline = await read_whole(self._bodies, name)
+
+    def _task(self, row: Task) -> pb.Task:
+        return translate.task_of_row(row, self._dispatcher.position(row.id) or 0)
+
+
+def _states_of(message: pb.ListTasksRequest) -> frozenset[State]:
+    try:
+        return frozenset(State(state) for state in message.states)
+    except ValueError:
+        raise InvalidArgument("states: there is no such state.") from None
