@@ -9,7 +9,7 @@ import msgspec
 
 from controlplane import explain, model
 from controlplane.explain import Decision
-from controlplane.health import Health
+from controlplane.grade import Health
 from controlplane.model import Availability
 from controlplane.report import Inventory, ReplicaReport, Report
 from controlplane.spec import Spec

@@ -9,31 +9,15 @@ A sign that is not known counts as bad: wrongly left out, a GPU earns nothing fo
 every task that is sent to it.
 """
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import msgspec
 
+from controlplane.grade import Grade, Health
 from controlplane.report import Gpu, GpuReading
 
-
-class Grade(enum.IntEnum):
-    """How well a GPU is. The numbers are the wire's (fleet.proto); higher is worse."""
-
-    OK = 1
-    #: Costs more in placement.
-    DEGRADED = 2
-    #: Nothing is placed on it.
-    QUARANTINED = 3
-
-
-class Health(msgspec.Struct, frozen=True):
-    """A GPU's grade and, in words, why. `evacuate`: what runs there is to be replaced elsewhere."""
-
-    grade: Grade = Grade.OK
-    reason: str = ""
-    evacuate: bool = False
+__all__ = ["Grade", "Health", "Memory", "after_test", "judge", "judge_all", "restarts"]
 
 
 class Memory(msgspec.Struct, frozen=True):

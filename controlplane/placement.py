@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from controlplane.explain import Candidate, Decision, decide
-from controlplane.health import Grade
+from controlplane.grade import Grade
 from controlplane.model import Availability
 from controlplane.spec import GIB, GpuNeed
 

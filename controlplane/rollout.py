@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from controlplane import explain, placement
 from controlplane.census import Node, Replica, Workspace
 from controlplane.explain import Decision
-from controlplane.health import Grade, Health
+from controlplane.grade import Grade, Health
 from controlplane.image import comparable, directory
 from controlplane.model import Availability
 from controlplane.placement import GpuView, Need, NodeView, Policy
@@ -44,9 +44,9 @@ class World(msgspec.Struct, frozen=True):
     """All that a plan is made of.
 
     `views`: the nodes as placement sees them, `view_of` each. `replicas`: all not known to be gone, oldest first.
-    `doomed`: those whose container must start anew. `running`: how many attempts a replica has in flight. `image_bytes`:
-    an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room take turns.
-    `now_s`: monotonic.
+    `doomed`: those whose container must start anew. `running`: how many attempts a replica has in flight.
+    `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
+    take turns. `now_s`: monotonic.
     """
 
     time: datetime

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from msgspec.structs import replace
 from controlplane import explain
 from controlplane.errors import Conflict, InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unavailable
 from controlplane.explain import Candidate
-from controlplane.fleet import SEEN_S, Fleet, Replica, Workspace
+from controlplane.fleet import SEEN_S, Fleet, Replica, Rows, Workspace
 from controlplane.health import Grade
-from controlplane.model import Availability
+from controlplane.migrations import migrate
+from controlplane.model import Availability, Role, Token
 from controlplane.report import CachedImage, Gpu, GpuReading, Inventory, ReplicaReport, ReplicaState, Report
 from controlplane.spec import GIB, Spec
+from controlplane.store import Store
 from tests.controlplane.fake_rows import FakeRows
 
 SPEC = Spec(name="demo", image="demo:1", ports=(8000, 9000), env={"KEY": "secret"}, replicas=2)
@@ -53,7 +56,7 @@ def time() -> Time:
     return Time()
 
 
-def opened(rows: FakeRows, time: Time) -> Fleet:
+def opened(rows: Rows, time: Time) -> Fleet:
     return Fleet(rows, clock=time.clock, monotonic=time.monotonic)
 
 
@@ -188,7 +191,21 @@ async def test_enrolling_twice_is_no_error_unless_revoked(fleet: Fleet, rows: Fa
         fleet.session_up(ADDR, "")
 
 
-async def test_all_is_there_again_after_a_restart(fleet: Fleet, rows: FakeRows, time: Time) -> None:
+@pytest.mark.parametrize("real", [False, True])
+async def test_all_is_there_again_after_a_restart(rows: FakeRows, time: Time, tmp_path: Path, real: bool) -> None:
+    if not real:
+        await check_restart(rows, time)
+        return
+    url = f"sqlite:///{tmp_path}/ngpu.db"
+    migrate(url)
+    store = await Store.open(url)
+    await store.add_token(Token(id="t-1", secret_hash=b"x", role=Role.NODE, create_time=time.now))
+    await check_restart(store, time)
+    await store.close()
+
+
+async def check_restart(rows: Rows, time: Time) -> None:
+    fleet = opened(rows, time)
     made = await fleet.create_workspace(SPEC)
     await fleet.enroll_node(ADDR, "a", token_id="t-1", ip="192.0.2.7")
     await fleet.set_availability("a", Availability.CORDONED)

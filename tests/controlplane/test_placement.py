@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from controlplane.health import Grade
+from controlplane.grade import Grade
 from controlplane.model import Availability
 from controlplane.placement import (
     COSTS,

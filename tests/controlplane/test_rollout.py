@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from controlplane.census import Node, Replica, Workspace
 from controlplane.explain import Decision
-from controlplane.health import Grade, Health
+from controlplane.grade import Grade, Health
 from controlplane.model import Availability
 from controlplane.report import Gpu, Inventory, ReplicaReport, ReplicaState, Report
 from controlplane.rollout import (
