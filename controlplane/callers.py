@@ -104,9 +104,8 @@ class Callers:
 
     def answer_all(self, task: OpenTask) -> None:
         """It has ended."""
-        waiters, task.waiters = task.waiters, []
-        if waiters:
-            answer(waiters, task.view())
+        if task.waiters:
+            answer(task.take_waiters(), task.view())
 
     def view(self, task: OpenTask) -> TaskView:
         """The task as it is on disk, with its place in the queue and why it waits."""
@@ -141,9 +140,8 @@ def answer(waiters: Iterable[Waiter], view: TaskView) -> None:
             waiter.future.set_result(view)
 
 
-def refuse(task: OpenTask, error: BaseException) -> None:
-    """Tell all who wait for the task of an error instead."""
-    waiters, task.waiters = task.waiters, []
+def refuse(waiters: Iterable[Waiter], error: BaseException) -> None:
+    """Tell them of an error instead."""
     for waiter in waiters:
         if not waiter.future.done():
             waiter.future.set_exception(error)

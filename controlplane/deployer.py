@@ -98,6 +98,8 @@ class Deployer:
         self._turn = 0
         #: Nodes that the dispatcher was told not to wait for.
         self._given_up: frozenset[str] = frozenset()
+        #: Replicas that were there at the last plan.
+        self._known: frozenset[str] = frozenset()
         #: Deleted workspaces that the dispatcher knows of.
         self._deleted: set[str] = set()
         #: Replicas whose container must start anew. Only here: the sign came once, and with a restart of ours it is
@@ -276,17 +278,16 @@ class Deployer:
         replica = update.replica
         if replica.gone_time is not None:
             event = "replica_gone"
-            self._tasks.replica_gone(replica.id)
-            self._hashes.pop(replica.id, None)
         else:
             event = "replica_drained" if replica.stop_time is None else "replica_stopped"
             self._offer(replica, 0)
-        if replica.stop_time is not None:
-            self._doomed.discard(replica.id)
         _log.info(event, replica=replica.id, node=replica.node_addr, reason=update.reason)
 
     def _tell(self) -> None:
-        """Tell the dispatcher of nodes that are given up and of workspaces that were deleted."""
+        """Tell the dispatcher what is no more: nodes that are given up, replicas that are gone, deleted workspaces.
+
+        By comparison with what it was told, so that a write that was made and answered with an error is not missed.
+        """
         given_up = self._lost() | self._revoked()
         for addr in given_up - self._given_up:
             node = self._fleet.node(addr)
@@ -297,6 +298,12 @@ class Deployer:
             if node.report is not None:
                 self._fleet.count_failure(addr)
         self._given_up = given_up
+        replicas = frozenset(replica.id for replica in self._fleet.replicas())
+        for replica_id in self._known - replicas:
+            self._tasks.replica_gone(replica_id)
+            self._hashes.pop(replica_id, None)
+            self._doomed.discard(replica_id)
+        self._known = replicas
         for workspace in self._fleet.workspaces(deleted=True):
             if workspace.deleted and workspace.uid not in self._deleted:
                 self._tasks.workspace_deleted(workspace.uid)

@@ -14,28 +14,28 @@ from datetime import UTC, datetime
 from math import inf
 from typing import Final
 
-import msgspec
 import structlog
 
-from controlplane import retries, routing
 from controlplane.callers import Fleet, refuse
-from controlplane.errors import NotFound, QueueFull, Unavailable
-from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics, node_lost, workspace_deleted
+from controlplane.errors import NotFound, Unavailable
+from controlplane.failures import (
+    CALLED_OFF,
+    CONTAINER_LOST,
+    DELETED,
+    LOST,
+    LOST_BEFORE_SENT,
+    NOT_ARRIVED,
+    NOT_HELD,
+    UNSAID,
+)
+from controlplane.intake import Intake
+from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics
 from controlplane.model import Cause, Delivery, State
 from controlplane.queues import HELD_BYTES, Queues
 from controlplane.recovery import Graces, taken_up
-from controlplane.slots import AttemptResult, Failure, Link, Slots
+from controlplane.slots import AttemptResult, Link, Slots
 from controlplane.store import Store
-from controlplane.tasks import (
-    UNASSIGNED,
-    NewTask,
-    OpenAttempt,
-    OpenTask,
-    Phase,
-    TaskView,
-    row_of,
-    view_of_row,
-)
+from controlplane.tasks import UNASSIGNED, NewTask, OpenAttempt, OpenTask, Phase, TaskView, view_of_row
 
 __all__ = ["Dispatcher", "Graces", "Metrics", "NewTask", "NoMetrics", "TaskView"]
 
@@ -49,8 +49,6 @@ CANCEL_WAIT_S: Final = 30.0
 STOP_S: Final = 5.0
 #: Reads of tasks that go on with a request that is not in memory, at the same time.
 READERS: Final = 4
-#: Least and most of the advice when to try again with a full queue.
-RETRY_AFTER_S: Final = (1.0, 60.0)
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +67,9 @@ class NoMetrics:
 
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """See Metrics."""
+
+
+NO_METRICS: Final = NoMetrics()
 
 
 def utcnow() -> datetime:
@@ -92,7 +93,7 @@ class Dispatcher:
         clock: Callable[[], datetime] = utcnow,
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
-        metrics: Metrics | None = None,
+        metrics: Metrics = NO_METRICS,
         held_bytes: int = HELD_BYTES,
     ) -> None:
         self._store = store
@@ -101,7 +102,6 @@ class Dispatcher:
         self._graces = graces
         self._clock = clock
         self._monotonic = monotonic
-        self._metrics = metrics or NoMetrics()
         self._life = Lifecycle(
             store,
             slots,
@@ -110,9 +110,9 @@ class Dispatcher:
             clock=clock,
             monotonic=monotonic,
             jitter=jitter,
-            metrics=self._metrics,
+            metrics=metrics,
         )
-        self._places = 0
+        self._intake = Intake(self._life, store, slots, fleet, clock=clock, monotonic=monotonic, metrics=metrics)
         self._stopping = False
 
     # Callers.
@@ -126,62 +126,7 @@ class Dispatcher:
         """
         if self._stopping:
             raise Unavailable("The control plane is stopping; try again soon.", retry_after_s=1.0)
-        workspace = self._fleet.workspace(new.workspace_uid)
-        if workspace.deleted:
-            raise NotFound("The workspace has been deleted.")
-        life, slots = self._life, self._slots
-        now, create_time = self._monotonic(), self._clock()
-        limits = workspace.spec.limits
-        queue = life.queues.of(workspace.uid)
-        pool = slots.pool(workspace.uid)
-        if len(queue) >= limits.queue_length:
-            least, most = RETRY_AFTER_S
-            slots_there = sum(replica.capacity for replica in pool.replicas.values()) or 1
-            raise QueueFull(retry_after_s=min(max(pool.mean_s * len(queue) / slots_there, least), most))
-        self._places += 1
-        task = OpenTask(
-            id=new.task_id,
-            workspace_uid=workspace.uid,
-            workspace_name=workspace.name,
-            place=self._places,
-            port=new.port,
-            request=new.request,
-            repeatable=new.repeatable,
-            limits=limits,
-            create_time=create_time,
-            accepted_at=now,
-            total_at=now + limits.total_time_s,
-            phase=Phase.WAITING if new.idempotency_key is None else Phase.RECORDING,
-            state=State.QUEUED,
-        )
-        row = row_of(new, create_time)
-        direct = None
-        if new.idempotency_key is None and not queue:
-            direct = next(iter(routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)), None)
-        if direct is None:
-            insert = self._store.add_task(row)
-            life.tasks[task.id] = task
-            # One with a key waits for its insert: it may turn out to be known.
-            task.ready = new.idempotency_key is None
-            life.enqueue(task)
-            if task.ready:
-                life.fill(workspace.uid)
-        else:
-            attempt = life.place(task, pool.replicas[direct.replica_id], direct.reason)
-            life.running(task)
-            row.state = State.RUNNING
-            row.attempt = attempt.number
-            row.replica_id = attempt.replica_id
-            row.node_addr = attempt.node_addr
-            row.start_time = row.assign_time = attempt.assign_time
-            row.assign_reason = attempt.reason
-            insert = self._store.add_task(row)
-            life.tasks[task.id] = task
-            life.send(task)
-        future = life.callers.wait(task, wait_s, cancels=cancel_on_hangup)
-        insert.add_done_callback(lambda done: life.inserted(task, done))
-        self._metrics.task_accepted(task.workspace_name)
-        return future
+        return self._intake.accept(new, wait_s, cancels=cancel_on_hangup)
 
     async def submit(self, new: NewTask, *, wait_s: float, cancel_on_hangup: bool = False) -> TaskView:
         """`accept` for callers that can await; CancelledError in the awaiting caller is the hang-up."""
@@ -212,7 +157,7 @@ class Dispatcher:
         if task is None:
             return await self._read(task_id)
         future = self._life.callers.wait(task, CANCEL_WAIT_S)
-        self._life.end(task, Failure(Cause.CUSTOMER, "CANCELLED", "It was cancelled."))
+        self._life.end(task, CALLED_OFF)
         return await future
 
     async def _read(self, task_id: str) -> TaskView:
@@ -270,7 +215,7 @@ class Dispatcher:
             else:
                 # What a node has begun with it keeps: this it has never got, unless it said otherwise before.
                 delivery = Delivery.SENT if attempt.sent else Delivery.NOT_SENT
-                self._life.fail(task, delivery, node_lost("Its node lost its connection before it had the request."))
+                self._life.fail(task, delivery, NOT_ARRIVED)
         for attempt_id in running:
             if not self.attempt_is_current(node_addr, attempt_id):
                 link.cancel(attempt_id)
@@ -285,7 +230,7 @@ class Dispatcher:
         for task, attempt in self._running_on(node_addr):
             if attempt.id in unsent:
                 self._slots.release(attempt.id, node_addr)
-                self._life.fail(task, Delivery.NOT_SENT, node_lost("Its node's connection broke before it was sent."))
+                self._life.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
             else:
                 self._await_node(task, attempt, now + self._graces.reconnect_s)
 
@@ -293,7 +238,7 @@ class Dispatcher:
         if not task.repeatable:
             until = max(until, self._monotonic() + self._graces.hold_s)
         attempt.lost_at = until
-        attempt.lost_by = node_lost("The node that ran it was lost.")
+        attempt.lost_by = LOST
         # Its node enforces the run time; what it says when it comes back is believed.
         attempt.run_at = inf
         self._life.heed(task)
@@ -315,9 +260,7 @@ class Dispatcher:
             freed = self._slots.release(attempt_id, node_addr)
             task = self._life.attempts.get(attempt_id)
             if task is not None and task.phase is Phase.RUNNING:
-                assert task.attempt is not None
-                failure = node_lost("Its node does not know of it any more.")
-                self._life.fail(task, task.attempt.delivery, failure)
+                self._life.fail(task, task.current.delivery, NOT_HELD)
             for uid in freed:
                 self._life.fill(uid)
 
@@ -337,7 +280,7 @@ class Dispatcher:
             if link is not None:
                 link.ack(result.attempt_id)
         else:
-            task.acks = ((node_addr, attempt.id),)
+            attempt.answered = True
             if task.phase is Phase.RUNNING:
                 self._take(task, attempt, result)
         for uid in freed:
@@ -351,7 +294,7 @@ class Dispatcher:
                 self._slots.observe(replica, now - attempt.given_at, now)
             self._life.complete(task, result)
             return
-        failure = result.failure or Failure(Cause.PLATFORM, "INTERNAL", "Its node did not say what happened.")
+        failure = result.failure or UNSAID
         if replica is not None and failure.cause is Cause.PLATFORM:
             replica.failures += 1
         self._life.fail(task, result.delivery, failure, result)
@@ -376,14 +319,14 @@ class Dispatcher:
             attempt = None if task is None else task.attempt
             if task is not None and attempt is not None and task.phase is Phase.RUNNING and attempt.lost_by is None:
                 attempt.lost_at = now + RESULT_GRACE_S
-                attempt.lost_by = Failure(Cause.PLATFORM, retries.REPLICA_LOST, "The container that ran it was lost.")
+                attempt.lost_by = CONTAINER_LOST
                 self._life.heed(task)
 
     def workspace_deleted(self, uid: str) -> None:
         """Its queued tasks fail with WORKSPACE_DELETED, running ones finish."""
         for task in list(self._life.tasks.values()):
             if task.workspace_uid == uid and (task.phase in UNASSIGNED or task.phase is Phase.REQUEUEING):
-                self._life.end(task, workspace_deleted())
+                self._life.end(task, DELETED)
 
     def _running_on(self, node_addr: str) -> Iterator[tuple[OpenTask, OpenAttempt]]:
         for task in list(self._life.attempts.values()):
@@ -397,10 +340,9 @@ class Dispatcher:
         """Take up again what was open when the last process ended; once, before anything else, after the fleet was loaded."""
         async for page in self._store.open_tasks():
             for row in page:
-                self._places += 1
                 task = await taken_up(
                     row,
-                    self._places,
+                    self._intake.next_place(),
                     self._store,
                     self._fleet,
                     graces=self._graces,
@@ -445,7 +387,7 @@ class Dispatcher:
             await asyncio.wait(writing, timeout=STOP_S)
         for task in self._life.tasks.values():
             refuse(
-                task,
+                task.take_waiters(),
                 Unavailable(
                     f"The control plane is stopping; task {task.id} goes on: ask for it again.", retry_after_s=1.0
                 ),

@@ -11,40 +11,36 @@ from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
 from math import inf
-from typing import Any, Final, Protocol
-
-import structlog
+from typing import Final, Protocol
 
 from controlplane import ids, routing
-from controlplane.callers import Callers, Fleet, answer, refuse
-from controlplane.errors import Conflict, NgpuError, NotFound, StaleAttempt, Unavailable
-from controlplane.model import Cause, Delivery, State, Task
+from controlplane.callers import Callers, Fleet, refuse
+from controlplane.errors import NgpuError, NotFound, Unavailable
+from controlplane.failures import (
+    DELETED,
+    HUNG_UP,
+    LOST_BEFORE_SENT,
+    NODE_LOST,
+    queue_time,
+    run_time,
+    state_of,
+    total_time,
+)
+from controlplane.model import Cause, Delivery, State
 from controlplane.queues import Queues
-from controlplane.retries import NODE_LOST, after, backoff_s, judge
+from controlplane.retries import after, backoff_s, judge
 from controlplane.slots import AttemptResult, Failure, Replica, Slots, Start
 from controlplane.store import Store
-from controlplane.tasks import (
-    UNASSIGNED,
-    OpenAttempt,
-    OpenTask,
-    Phase,
-    Waiter,
-    end_of,
-    ledger_row,
-    request_of_row,
-    view_of_row,
-)
+from controlplane.tasks import UNASSIGNED, OpenAttempt, OpenTask, Phase, end_of, ledger_row, request_of_row
 from controlplane.timers import Timers
+from controlplane.writes import REWRITE_S, Writes
 
 #: The node enforces the run time; the control plane steps in this much later.
 RUN_GRACE_S: Final = 30.0
-#: A write that the store refused is given to it again after this.
-REWRITE_S: Final = 1.0
 #: While most nodes are silent at once the fault is likely ours: nothing is given up for so long after a node fell silent.
 SILENCE_S: Final = 120.0
 #: How often it is looked whether that is over.
 SILENCE_LOOK_S: Final = 1.0
-log = structlog.get_logger(__name__)
 
 
 class Metrics(Protocol):
@@ -54,7 +50,7 @@ class Metrics(Protocol):
         """A task is on its way to the disk."""
 
     def task_started(self, workspace: str, waited_s: float) -> None:
-        """An attempt was given to a node, so long after the task's acceptance."""
+        """The first attempt was given to a node, so long after the task's acceptance."""
 
     def attempt_failed(self, workspace: str, reason: str) -> None:
         """An attempt ended without an answer of the container."""
@@ -92,6 +88,7 @@ class Lifecycle:
         self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self._hang_up)
         #: What must be read from the store before a task goes on. Bounded by slots, and by callers with an idempotency key.
         self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
         self._timers: Timers[OpenTask] = Timers()
         #: Set when the first timer has become earlier.
         self.sooner = asyncio.Event()
@@ -145,10 +142,10 @@ class Lifecycle:
             assign_time=attempt.assign_time,
             reason=reason,
         )
-        self._write(task, write, self._assigned)
+        self._writes.begin(task, write, self._assigned)
 
     def _assigned(self, task: OpenTask) -> None:
-        self.running(task)
+        self.mark_running(task)
         self.callers.answer_due(task)
         if task.request is None and task.wanted is None:
             self.reads.put_nowait(partial(self._load, task))
@@ -167,10 +164,9 @@ class Lifecycle:
         task.request = request_of_row(row)
         self.send(task)
 
-    def running(self, task: OpenTask) -> None:
+    def mark_running(self, task: OpenTask) -> None:
         """Its row says so, or its insert will."""
-        attempt = task.attempt
-        assert attempt is not None
+        attempt = task.current
         task.state = State.RUNNING
         task.number = attempt.number
         if task.start_time is None:
@@ -188,7 +184,7 @@ class Lifecycle:
             self._finish(task, Delivery.NOT_SENT, task.wanted)
         elif link is None or replica is None or request is None:
             self._slots.release(attempt.id, attempt.node_addr)
-            self.fail(task, Delivery.NOT_SENT, node_lost("Its node was gone before the request could be sent to it."))
+            self.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
         else:
             task.move(Phase.RUNNING)
             limits = task.limits
@@ -198,7 +194,8 @@ class Lifecycle:
             self.attempts[attempt.id] = task
             task.request = None
             link.start(Start(attempt.id, replica.id, task.port, request, limits.run_time_s, limits.response_body_bytes))
-            self._metrics.task_started(task.workspace_name, now - task.accepted_at)
+            if attempt.number == 1:
+                self._metrics.task_started(task.workspace_name, now - task.accepted_at)
             self.heed(task)
             return
         self.fill(task.workspace_uid)
@@ -217,7 +214,7 @@ class Lifecycle:
             return
         self.enqueue(task)
         if self._is_gone(task.workspace_uid):
-            self.end(task, workspace_deleted())
+            self.end(task, DELETED)
 
     def _is_gone(self, workspace_uid: str) -> bool:
         try:
@@ -234,8 +231,7 @@ class Lifecycle:
 
     def fail(self, task: OpenTask, delivery: Delivery, failure: Failure, result: AttemptResult | None = None) -> None:
         """The attempt has failed: the task runs again, or ends."""
-        attempt = task.attempt
-        assert attempt is not None
+        attempt = task.current
         self._metrics.attempt_failed(task.workspace_name, failure.reason)
         task.history = after(
             task.history, delivery=delivery, cause=failure.cause, reason=failure.reason, node_addr=attempt.node_addr
@@ -248,7 +244,7 @@ class Lifecycle:
             failure=failure,
         )
         if verdict is None and self._is_gone(task.workspace_uid):
-            verdict = workspace_deleted()
+            verdict = DELETED
         if verdict is not None:
             self._finish(task, delivery, verdict, result, failure)
             return
@@ -260,12 +256,11 @@ class Lifecycle:
         if failure.cause is Cause.CUSTOMER:
             task.gpu_us += gpu_us
         row = ledger_row(task.id, attempt, delivery, self._clock(), gpu_us, result=result, failure=failure)
-        self._write(task, partial(self._store.requeue, row), self._requeued)
+        self._writes.begin(task, partial(self._store.requeue, row), self._requeued)
 
     def _requeued(self, task: OpenTask) -> None:
-        assert task.attempt is not None
-        self.attempts.pop(task.attempt.id, None)
-        self._ack(task)
+        self.attempts.pop(task.current.id, None)
+        self._ack(task.current)
         task.move(Phase.WAITING)
         task.state = State.QUEUED
         task.attempt = None
@@ -280,8 +275,7 @@ class Lifecycle:
 
     def lose(self, task: OpenTask) -> None:
         """Nothing is to be heard of the attempt any more."""
-        attempt = task.attempt
-        assert attempt is not None
+        attempt = task.current
         failure = attempt.lost_by
         assert failure is not None
         now = self._monotonic()
@@ -299,16 +293,15 @@ class Lifecycle:
         if task.phase in {Phase.ASSIGNING, Phase.REQUEUEING}:
             task.wanted = task.wanted or failure
         elif task.phase is Phase.RUNNING:
-            attempt = task.attempt
-            assert attempt is not None
+            attempt = task.current
             self._call_off(attempt)
             self._finish(task, attempt.delivery, failure, attempt_failure=failure)
         elif task.phase in UNASSIGNED:
             self.queues.leave(task)
             task.move(Phase.ENDING)
             task.failure = failure
-            task.end = end_of(_state_of(failure), self._clock(), task.gpu_us, None, failure)
-            self._write(task, partial(self._store.end_queued, task.id, task.end), self._ended)
+            task.end = end_of(state_of(failure), self._clock(), task.gpu_us, None, failure)
+            self._writes.begin(task, partial(self._store.end_queued, task.id, task.end), self._ended)
 
     def _finish(
         self,
@@ -319,17 +312,16 @@ class Lifecycle:
         attempt_failure: Failure | None = None,
     ) -> None:
         """End the task with its attempt. The slot stays taken until its node has said that the attempt is over."""
-        attempt = task.attempt
-        assert attempt is not None
+        attempt = task.current
         task.move(Phase.ENDING)
         now = self._clock()
         gpu_us = self._gpu_us(attempt, result, attempt_failure)
         total_us = task.gpu_us if attempt_failure and attempt_failure.cause is Cause.PLATFORM else task.gpu_us + gpu_us
         task.failure = failure
-        state = State.COMPLETED if failure is None else _state_of(failure)
+        state = State.COMPLETED if failure is None else state_of(failure)
         task.end = end_of(state, now, total_us, task.response, failure)
         row = ledger_row(task.id, attempt, delivery, now, gpu_us, result=result, failure=attempt_failure or failure)
-        self._write(task, partial(self._store.finish, row, task.end), self._ended)
+        self._writes.begin(task, partial(self._store.finish, row, task.end), self._ended)
 
     def _ended(self, task: OpenTask) -> None:
         assert task.end is not None
@@ -348,8 +340,10 @@ class Lifecycle:
         attempt = task.attempt
         if attempt is not None and task.phase is Phase.ASSIGNING:
             self._slots.release(attempt.id, attempt.node_addr)
+        if attempt is not None and task.phase is Phase.RUNNING:
+            self._call_off(attempt)
         self._remove(task)
-        refuse(task, error)
+        refuse(task.take_waiters(), error)
         self._clear(task)
         self.fill(task.workspace_uid)
 
@@ -358,7 +352,7 @@ class Lifecycle:
         self.tasks.pop(task.id, None)
         if task.attempt is not None:
             self.attempts.pop(task.attempt.id, None)
-        self._ack(task)
+            self._ack(task.attempt)
 
     def _clear(self, task: OpenTask) -> None:
         # A timer may hold it for a while.
@@ -369,12 +363,10 @@ class Lifecycle:
         if link is not None:
             link.cancel(attempt.id)
 
-    def _ack(self, task: OpenTask) -> None:
-        for node_addr, attempt_id in task.acks:
-            link = self._slots.link(node_addr)
-            if link is not None:
-                link.ack(attempt_id)
-        task.acks = ()
+    def _ack(self, attempt: OpenAttempt) -> None:
+        link = self._slots.link(attempt.node_addr)
+        if attempt.answered and link is not None:
+            link.ack(attempt.id)
 
     def _gpu_us(self, attempt: OpenAttempt, result: AttemptResult | None, failure: Failure | None) -> int:
         """GPU time held, never more than the time that has passed here, whatever the node's clock says."""
@@ -386,106 +378,11 @@ class Lifecycle:
         # Nobody has measured it: what the platform lost costs nothing, what the customer ended has held them until now.
         return passed_us if failure is not None and failure.cause is Cause.CUSTOMER else 0
 
-    # -- writes
-
-    def inserted(self, task: OpenTask, insert: "asyncio.Future[Task | None]") -> None:
-        """The insert is over."""
-        error = _error_of(insert)
-        if error is not None:
-            self._not_inserted(task, error)
-            return
-        existing = insert.result()
-        if existing is not None:
-            self._join(task, existing)
-            return
-        task.recorded = True
-        if task.phase is Phase.RECORDING:
-            task.move(Phase.WAITING)
-            task.ready = True
-            self.fill(task.workspace_uid)
-        self.callers.answer_due(task)
-        self.heed(task)
-
-    def _not_inserted(self, task: OpenTask, error: BaseException) -> None:
-        refuse(task, error)
-        if isinstance(error, Unavailable):
-            # It may be on disk all the same. Nobody waits for it, so it is ended, whether it is there or not.
-            log.warning("task_insert_failed", task_id=task.id, error=str(error))
-            self.end(task, Failure(Cause.PLATFORM, "INTERNAL", "It could not be recorded, and its caller was told so."))
-            return
-        if not isinstance(error, Conflict):
-            log.error("task_insert_refused", task_id=task.id, error=repr(error))
-        if task.phase is Phase.RUNNING and task.attempt is not None:
-            self._call_off(task.attempt)
-        self.forget(task, error)
-
-    def _join(self, task: OpenTask, existing: Task) -> None:
-        """The idempotency key has led to an earlier task: its callers wait for that one."""
-        waiters, task.waiters = task.waiters, []
-        self.forget(task, StaleAttempt())
-        earlier = self.tasks.get(existing.id)
-        if earlier is not None:
-            self.callers.add(earlier, waiters)
-        elif existing.end_time is not None:
-            answer(waiters, view_of_row(existing))
-        else:
-            self.reads.put_nowait(partial(self._answer_ended, existing.id, waiters))
-
-    async def _answer_ended(self, task_id: str, waiters: list[Waiter]) -> None:
-        """It ended while its row was on the way here: read it again."""
-        try:
-            row = await self._store.task(task_id)
-        except NgpuError as error:
-            for waiter in waiters:
-                if not waiter.future.done():
-                    waiter.future.set_exception(error)
-            return
-        if row is not None:
-            answer(waiters, view_of_row(row))
-
-    def _write(
-        self, task: OpenTask, write: Callable[[], "asyncio.Future[None]"], then: Callable[[OpenTask], None]
-    ) -> None:
-        task.write = write
-        task.then = then
-        self.rewrite(task)
-
-    def rewrite(self, task: OpenTask) -> None:
-        """Give the write to the store, the first time or again."""
-        assert task.write is not None
-        task.write_at = inf
-        try:
-            task.writing = task.write()
-        except Unavailable as error:
-            self._not_written(task, error)
-        else:
-            task.writing.add_done_callback(partial(self._written, task))
-
-    def _written(self, task: OpenTask, writing: "asyncio.Future[None]") -> None:
-        task.writing = None
-        if task.phase is Phase.ENDED:
-            return
-        error = _error_of(writing)
-        if error is not None:
-            self._not_written(task, error)
-            return
-        then = task.then
-        assert then is not None
-        task.write = task.then = None
-        then(task)
-
-    def _not_written(self, task: OpenTask, error: BaseException) -> None:
-        if isinstance(error, StaleAttempt):
-            if task.recorded:
-                log.error("task_is_not_as_known", task_id=task.id, phase=task.phase.name)
-            self.forget(task, NgpuError())
-            return
-        log.warning("task_write_failed", task_id=task.id, phase=task.phase.name, error=str(error))
-        task.write_at = self._monotonic() + REWRITE_S
-        self.heed(task)
-
     def _hang_up(self, task: OpenTask) -> None:
-        self.end(task, Failure(Cause.CUSTOMER, "CANCELLED", "The caller hung up before the answer."))
+        self.end(task, HUNG_UP)
+
+    def _stale(self, task: OpenTask) -> None:
+        self.forget(task, NgpuError())
 
     # -- time
 
@@ -505,58 +402,23 @@ class Lifecycle:
     def _attend(self, task: OpenTask, now: float) -> None:
         self.callers.answer_due(task)
         if task.write_at <= now:
-            self.rewrite(task)
+            self._writes.try_again(task)
         elif task.phase is Phase.WAITING:
             if task.total_at <= now:
-                self.end(task, _total_time(task))
+                self.end(task, total_time(task.limits.total_time_s, Cause.PLATFORM))
             elif task.queue_at <= now:
-                self.end(task, self._queue_time(task))
+                why = self.callers.why(self.queues.of(task.workspace_uid))
+                self.end(task, queue_time(task.limits.queue_time_s, why))
             elif task.ready_at <= now:
                 task.ready = True
                 task.ready_at = inf
                 self.fill(task.workspace_uid)
         elif task.phase is Phase.RUNNING:
-            attempt = task.attempt
-            assert attempt is not None
+            attempt = task.current
             if task.total_at <= now:
-                self.end(task, _total_time(task))
+                cause = Cause.CUSTOMER if attempt.lost_by is None else Cause.PLATFORM
+                self.end(task, total_time(task.limits.total_time_s, cause))
             elif attempt.lost_at <= now:
                 self.lose(task)
             elif attempt.run_at <= now:
-                self.end(task, _run_time(task))
-
-    def _queue_time(self, task: OpenTask) -> Failure:
-        why = self.callers.why(self.queues.of(task.workspace_uid))
-        message = f"It waited for {task.limits.queue_time_s:g} s, its workspace's limit of the queue time: {why}."
-        return Failure(Cause.PLATFORM, "QUEUE_TIME_LIMIT", message)
-
-
-def _total_time(task: OpenTask) -> Failure:
-    message = f"It had not ended after {task.limits.total_time_s:g} s, its workspace's limit of the total time."
-    ran = task.phase is Phase.RUNNING and task.attempt is not None and task.attempt.lost_by is None
-    return Failure(Cause.CUSTOMER if ran else Cause.PLATFORM, "TOTAL_TIME_LIMIT", message)
-
-
-def _run_time(task: OpenTask) -> Failure:
-    message = f"It ran for longer than {task.limits.run_time_s:g} s, its workspace's limit of the run time."
-    return Failure(Cause.CUSTOMER, "RUN_TIME_LIMIT", message)
-
-
-def node_lost(message: str) -> Failure:
-    """The attempt is lost with its node."""
-    return Failure(Cause.PLATFORM, NODE_LOST, message)
-
-
-def workspace_deleted() -> Failure:
-    """The task cannot run any more."""
-    return Failure(Cause.CUSTOMER, "WORKSPACE_DELETED", "The workspace was deleted before the task had run.")
-
-
-def _state_of(failure: Failure) -> State:
-    return State.CANCELLED if failure.reason == "CANCELLED" else State.FAILED
-
-
-def _error_of(future: "asyncio.Future[Any]") -> BaseException | None:
-    if future.cancelled():
-        return Unavailable()
-    return future.exception()
+                self.end(task, run_time(task.limits.run_time_s))

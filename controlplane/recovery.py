@@ -11,7 +11,7 @@ import msgspec
 from controlplane import ids
 from controlplane.callers import Fleet
 from controlplane.errors import NotFound
-from controlplane.lifecycle import node_lost
+from controlplane.failures import LOST_AT_START
 from controlplane.model import State, Task
 from controlplane.retries import NO_HISTORY, History, after
 from controlplane.spec import Limits
@@ -76,7 +76,7 @@ async def taken_up(
             reason=row.assign_reason,
             given_at=now - _seconds(row.assign_time, clock),
             lost_at=now + grace_s,
-            lost_by=node_lost("The node that ran it did not come back after the control plane was started anew."),
+            lost_by=LOST_AT_START,
         )
     return task
 

@@ -9,6 +9,17 @@ from typing import Final
 
 import msgspec
 
+from controlplane.failures import (
+    ATTEMPTS_USED_UP,
+    BAD_RESPONSE,
+    CANCELLED,
+    CONTAINER_EXITED,
+    NODE_LOST,
+    OUTCOME_UNKNOWN,
+    REPLICA_LOST,
+    RESPONSE_TOO_LARGE,
+    RUN_TIME_LIMIT,
+)
 from controlplane.model import Cause, Delivery
 from controlplane.slots import Failure
 
@@ -21,14 +32,8 @@ FIRST_BACKOFF_S: Final = 0.1
 #: ... up to this.
 LONGEST_BACKOFF_S: Final = 30.0
 
-CONTAINER_EXITED: Final = "CONTAINER_EXITED"
-NODE_LOST: Final = "NODE_LOST"
-REPLICA_LOST: Final = "REPLICA_LOST"
-OUTCOME_UNKNOWN: Final = "OUTCOME_UNKNOWN"
-ATTEMPTS_USED_UP: Final = "ATTEMPTS_USED_UP"
-
 #: Where the customer's side caused these, another attempt would end the same way.
-FINAL: Final = frozenset({"RUN_TIME_LIMIT", "RESPONSE_TOO_LARGE", "BAD_RESPONSE", "CANCELLED"})
+FINAL: Final = frozenset({RUN_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, CANCELLED})
 
 
 class History(msgspec.Struct, frozen=True):
@@ -68,8 +73,8 @@ def judge(
         if not repeatable:
             return _not_repeated(failure)
         if len(history.died_on) >= POISON_NODES:
-            message = f"Its container died under this task on {len(history.died_on)} nodes, so it is not run again. {failure.message}"
-            return Failure(Cause.CUSTOMER, CONTAINER_EXITED, message)
+            message = f"Its container died under it on {len(history.died_on)} nodes, so it is not run again."
+            return Failure(Cause.CUSTOMER, CONTAINER_EXITED, f"{message} {failure.message}")
     if history.customers >= max_attempts and failure.cause is Cause.CUSTOMER:
         # With one attempt allowed, "used up" would only hide what happened.
         return failure if max_attempts <= 1 else _used_up(history.customers, failure)

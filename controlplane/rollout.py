@@ -6,7 +6,7 @@ the next steps only; each is one write, and after any of them, or none, the next
 * A GPU is held by the row until the replica is known to be gone: the node said so, or it was revoked. So a lost node
   that comes back finds its GPUs given to nobody else.
 * What must leave (its node is drained, its GPU is failing) is replaced first and drained when the replacement is ready:
-  one more than wanted at most. Where there is no room for a replacement it is drained at once.
+  one more than wanted at most. Where there is no room for a replacement it is drained nevertheless.
 * More than half of the nodes silent at once means that we are cut off, not they: then nobody is given up for a while.
 """
 
@@ -36,6 +36,8 @@ GONE_REPORTS: Final = 2
 MASS_NODES: Final = 3
 #: ... for so long.
 MASS_HOLD_S: Final = 120.0
+#: How long what must leave waits for room elsewhere: nodes may be about to come back.
+ROOM_WAIT_S: Final = 15.0
 #: How old an explanation of missing replicas may get while its reasons stay the same and only numbers change.
 EXPLANATION_S: Final = 60.0
 
@@ -153,20 +155,26 @@ def _balanced(
     workspace: Workspace, active: Sequence[Replica], world: World
 ) -> tuple[Iterable[Update], _Shortage | None]:
     """What of the active replicas to drain, and whether some are missing."""
-    leaving = [replica for replica in active if _leaves(replica, world.nodes[replica.node_addr])]
-    staying = [replica for replica in active if replica not in leaving] if leaving else active
-    excess = len(staying) - workspace.wanted
-    if excess > 0:
-        fewer = _drained(_least_missed(staying, world)[:excess], world, "fewer replicas are wanted")
-        return [*_drained(leaving, world, _LEAVES), *fewer], None
-    # Replacements that are not up yet keep those they replace, but not for ever.
-    starting = sum(_starts(replica, workspace, world) for replica in staying) if leaving else 0
-    surplus = len(active) - workspace.wanted
-    going = _drained(_least_missed(leaving, world)[: max(0, surplus - starting)], world, _LEAVES)
-    if not excess:
-        return going, None
+    leaving: list[Replica] = []
+    staying: list[Replica] = []
+    for replica in active:
+        (leaving if _leaves(replica, world.nodes[replica.node_addr]) else staying).append(replica)
+    drains: list[Update] = []
+    if len(staying) > workspace.wanted:
+        ranked = _least_missed(staying, world)
+        excess = len(staying) - workspace.wanted
+        drains = _drained(ranked[:excess], world, "fewer replicas are wanted")
+        staying = ranked[excess:]
+    surplus = len(staying) + len(leaving) - workspace.wanted
+    if leaving and surplus > 0:
+        # A replacement that is not up yet keeps one of those that it replaces, but not for ever.
+        kept = any(_starts(replica, workspace, world) for replica in staying)
+        drains += _drained(_least_missed(leaving, world)[: surplus - kept], world, _LEAVES)
+    missing = workspace.wanted - len(staying)
+    if not missing:
+        return drains, None
     room = (1 if leaving else 0) - surplus
-    return going, _Shortage(workspace, max(0, min(-excess, room)), len(active), leaving)
+    return drains, _Shortage(workspace, max(0, min(missing, room)), len(active), leaving)
 
 
 _LEAVES: Final = "its node is drained, or its GPU fails"
@@ -229,8 +237,8 @@ def _placed(short: Sequence[_Shortage], world: World, lost: frozenset[str]) -> I
             decision = replace(found.decision, subject=f"replica of {workspace.name}")
             if _is_news(decision, workspace.unplaced):
                 yield Unplaced(workspace.uid, decision)
-            # Nowhere to go to: what leaves need not wait for a replacement.
-            yield from _drained(shortage.leaving, world, _LEAVES)
+            if _waited(workspace, world):
+                yield from _drained(shortage.leaving, world, _LEAVES)
             continue
         views[found.node_addr] = _taken(views[found.node_addr], need, found.gpu_ids)
         yield Place(
@@ -256,6 +264,12 @@ def _in_turn(short: Sequence[_Shortage], turn: int) -> list[_Shortage]:
     refused = [shortage for shortage in ranked if shortage.workspace.unplaced is not None]
     first = turn * PLACEMENTS_AT_ONCE % len(refused) if refused else 0
     return [*fresh, *refused[first:], *refused[:first]]
+
+
+def _waited(workspace: Workspace, world: World) -> bool:
+    """Has it found no room for so long that what leaves is not to wait for a replacement any more?"""
+    since = workspace.unplaced
+    return since is not None and (world.time - since.time).total_seconds() >= ROOM_WAIT_S
 
 
 def _is_news(decision: Decision, before: Decision | None) -> bool:

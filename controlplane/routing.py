@@ -38,7 +38,7 @@ class Candidate(Protocol):
 
     @property
     def free(self) -> int:
-        """How many more it could take now; 0 while its node is not connected."""
+        """How many more it could take now, never more than 0 while its node is not connected."""
 
     @property
     def pace_s(self) -> float:
@@ -140,7 +140,7 @@ _STATE_WORDS: Final = {
 def waiting_for(replicas: Collection[Candidate], reports: Iterable[ReplicaReport]) -> str:
     """Why no slot is free, in words. `reports`: how all replicas of the workspace stand, ready or not."""
     able = sum(1 for replica in replicas if replica.capacity)
-    if any(replica.free for replica in replicas):
+    if any(replica.free > 0 for replica in replicas):
         return "a slot is free; it is next"
     stands = Counter(_stand(report) for report in reports if report.state is not ReplicaState.READY or not able)
     others = ", ".join(

@@ -137,12 +137,9 @@ class Replica:
 
     @property
     def free(self) -> int:
-        """How many more it could take now."""
+        """How many more it could take now; below 0 where its capacity has become less than it runs."""
         node = self.node
-        if node.link is None:
-            return 0
-        free = self.capacity - len(self.in_flight) - len(node.strangers)
-        return free if free > 0 else 0
+        return 0 if node.link is None else self.capacity - len(self.in_flight) - len(node.strangers)
 
 
 class Pool:

@@ -135,6 +135,8 @@ class OpenAttempt:
     lost_by: Failure | None = None
     #: Its request has been sent whole, says the node.
     sent: bool = False
+    #: Its result has come: to be acknowledged once what follows from it is on disk.
+    answered: bool = False
 
     @property
     def delivery(self) -> Delivery:
@@ -190,8 +192,6 @@ class OpenTask:
     write_at: float = inf
     #: An end that came during a write which must be over first.
     wanted: Failure | None = None
-    #: Attempts to acknowledge once the write is on disk: their results have come.
-    acks: tuple[tuple[str, str], ...] = ()
     #: What the end that is being written says.
     end: End | None = None
     failure: Failure | None = None
@@ -206,6 +206,17 @@ class OpenTask:
             raise AssertionError(f"task {self.id} cannot go from {self.phase.name} to {phase.name}")
         self.phase = phase
 
+    @property
+    def current(self) -> OpenAttempt:
+        """Its attempt, in a phase that has one."""
+        assert self.attempt is not None
+        return self.attempt
+
+    def take_waiters(self) -> list[Waiter]:
+        """Those who wait; it has none then."""
+        waiters, self.waiters = self.waiters, []
+        return waiters
+
     def due(self) -> float:
         """When it needs attention next."""
         phase = self.phase
@@ -213,8 +224,7 @@ class OpenTask:
             return inf
         when = self.write_at
         if phase is Phase.RUNNING:
-            attempt = self.attempt
-            assert attempt is not None
+            attempt = self.current
             when = min(when, self.total_at, attempt.run_at, attempt.lost_at)
         elif phase is Phase.WAITING:
             when = min(when, self.total_at, self.queue_at, self.ready_at)

@@ -11,6 +11,7 @@ from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import envelope
 from httpbridge.calls import ControlPlane
+from httpbridge.errors import BridgeError
 from httpbridge.reply import Reply
 
 ACCEPTED_MSG: Final = "SUCCESS! The task is currently in the queue waiting to be processed"
@@ -68,57 +69,72 @@ class Answers:
     def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
 
-    def called(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str) -> Reply:
+    async def called(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str) -> Reply:
         """To a synchronous call."""
         status, result_code, msg = ruling(task, response)
-        data, encoding = self._data(response.body)
+        data, encoding = text_of(response.body)
         answer = envelope.Answered(result_code, msg, data, encoding, task.task_id)
-        return self._reply(envelope.encode(answer), task, response, workspace_id, status)
+        return await self._reply(envelope.encode(answer), task, response, workspace_id, status)
 
-    def queried(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, now: datetime) -> Reply:
+    async def queried(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, now: datetime) -> Reply:
         """To `queryTask`."""
         _, result_code, msg = ruling(task, response)
-        data, encoding = self._data(response.body)
+        data, encoding = text_of(response.body)
         seconds = int(seconds_taken(task, now))
         answer = envelope.Queried(result_code, msg, task.task_id, data, encoding, response.body.size, seconds)
-        return self._reply(envelope.encode(answer), task, response, workspace_id, 200)
+        return await self._reply(envelope.encode(answer), task, response, workspace_id, 200)
 
-    def _data(self, body: http_pb2.Body) -> tuple[str, str | UnsetType]:
-        if is_cut(body):
-            return "", UNSET if body.is_utf8 else envelope.BASE64
-        return envelope.text(body.inline)
-
-    def _reply(
+    async def _reply(
         self, json: bytes, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, status: int
     ) -> Reply:
         headers = {"Retry-After": _retry_after(response)} if status == 429 else None
         content: bytes | AsyncGenerator[bytes, None] = json
         if is_cut(response.body):
-            content = self.with_response(json, "data", task.task_id, workspace_id, response.body)
+            try:
+                content = await self.with_response(json, "data", task.task_id, workspace_id, response.body)
+            except BridgeError as error:
+                error.task_id = task.task_id
+                raise
         return Reply(content, status=status, task_id=task.task_id, headers=headers)
 
     async def with_response(
         self, json: bytes, key: str, task_id: str, workspace_id: str, body: http_pb2.Body
     ) -> AsyncGenerator[bytes, None]:
-        """`json`, the empty string under `key` filled with the response as it comes from the control plane."""
-        # Inside a JSON string quotes are escaped, so this is found nowhere but where it is meant.
-        before, mark, after = json.partition(b'"%b":"' % key.encode())
-        yield before + mark
-        async with aclosing(
-            envelope.stream_string(self._body(task_id, workspace_id, body), is_utf8=body.is_utf8)
-        ) as inside:
-            async for piece in inside:
-                yield piece
-        yield after
+        """`json`, the empty string under `key` filled with the response as it comes from the control plane.
 
-    async def _body(self, task_id: str, workspace_id: str, body: http_pb2.Body) -> AsyncGenerator[bytes, None]:
-        yield body.inline
+        Raises BridgeError while it still can: before anything of the answer is sent.
+        """
         rest = self._control_plane.body(
             task_id, workspace_id, offset=len(body.inline), size=body.size, part=pb.WatchRequest.PART_UNSPECIFIED
         )
-        async with aclosing(rest):
-            async for chunk in rest:
-                yield chunk
+        begun = body.inline + await anext(rest)
+        return _filled(json, key, _and_then(begun, rest), is_utf8=body.is_utf8)
+
+
+async def _filled(
+    json: bytes, key: str, body: AsyncGenerator[bytes, None], *, is_utf8: bool
+) -> AsyncGenerator[bytes, None]:
+    # Inside a JSON string quotes are escaped, so this is found nowhere but where it is meant.
+    before, mark, after = json.partition(b'"%b":"' % key.encode())
+    yield before + mark
+    async with aclosing(envelope.stream_string(body, is_utf8=is_utf8)) as pieces:
+        async for piece in pieces:
+            yield piece
+    yield after
+
+
+async def _and_then(begun: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield begun
+        async for chunk in rest:
+            yield chunk
+
+
+def text_of(body: http_pb2.Body) -> tuple[str, str | UnsetType]:
+    """`(data, data_encoding)` of what came along; of a body that was cut the encoding alone."""
+    if is_cut(body):
+        return "", UNSET if body.is_utf8 else envelope.BASE64
+    return envelope.text(body.inline)
 
 
 def is_cut(body: http_pb2.Body) -> bool:

@@ -65,6 +65,7 @@ class Batch:
         self._frame_bytes = 0
         self._waiting = asyncio.Event()
         self._last_id = 0
+        self._last_taken_id = 0
         self.is_up = False
         #: What was sent, for the metrics.
         self.frames_sent = 0
@@ -130,9 +131,17 @@ class Batch:
             answer.set_exception(Unavailable("The control plane did not answer in time; try again soon"))
 
     def _abandon(self, call_id: int) -> None:
-        if self._answers.pop(call_id, None) is not None and self.is_up:
-            self._frame.abandoned.append(call_id)
-            self._waiting.set()
+        if self._answers.pop(call_id, None) is None:
+            return
+        if call_id > self._last_taken_id:
+            # Not sent yet, so it never will be: the control plane only knows of the abandonment of earlier calls.
+            for frame in (self._frame, *self._full):
+                for index, call in enumerate(frame.calls):
+                    if call.id == call_id:
+                        del frame.calls[index]
+                        return
+        self._frame.abandoned.append(call_id)
+        self._waiting.set()
 
     async def run(self) -> None:
         """Keep the stream up until cancelled."""
@@ -180,11 +189,14 @@ class Batch:
         while True:
             await self._waiting.wait()
             frame = self._full.popleft() if self._full else self._take()
+            if frame.calls:
+                self._last_taken_id = frame.calls[-1].id
             if not self._full and not self._frame.calls and not self._frame.abandoned:
                 self._waiting.clear()
-            await stream.write(frame)
-            self.frames_sent += 1
-            self.calls_sent += len(frame.calls)
+            if frame.calls or frame.abandoned:
+                await stream.write(frame)
+                self.frames_sent += 1
+                self.calls_sent += len(frame.calls)
 
     def _take(self) -> pb.BatchRequest:
         frame = self._frame
@@ -196,6 +208,7 @@ class Batch:
         """The stream is gone: nothing of it may reach the next one, whose control plane knows none of these ids."""
         self._full.clear()
         self._take()
+        self._last_taken_id = self._last_id
         self._waiting.clear()
         answers, self._answers = self._answers, {}
         for answer in answers.values():

@@ -198,9 +198,9 @@ class ControlPlane:
     async def body(
         self, task_id: str, workspace_id: str, *, offset: int, size: int, part: "pb.WatchRequest.Part.ValueType"
     ) -> AsyncGenerator[bytes, None]:
-        """One of the bodies of an ended task, from `offset` to `size`, as it comes (TaskService.Watch).
+        """A request's body or an ended task's response from `offset` to `size`, as it comes (TaskService.Watch).
 
-        Takes a broken stream up again where it was.
+        Takes a broken stream up again where it was. Raises Gone besides, before the first chunk.
         """
         broken = 0
         while offset < size:
@@ -215,8 +215,10 @@ class ControlPlane:
                         offset += len(event.data)
                         broken = 0
                         yield event.data
-                if offset < size:
-                    raise errors.Unavailable("The body ended early; ask again")
+                        if offset >= size:
+                            # The stream itself goes on until the task ends.
+                            return
+                raise errors.Unavailable("The body ended early; ask again")
             except grpc.aio.AioRpcError as error:
                 refused = translated(error)
                 if broken >= RESUMES or not isinstance(refused, errors.Unavailable | errors.TimeLimit):

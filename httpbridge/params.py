@@ -27,7 +27,7 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
 
 
 def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
-    """Our own parameters, decoded, and the rest of `query` byte for byte. Raises BadRequest.
+    """Our own parameters, decoded, and the rest of `query` as it stands. Raises BadRequest.
 
     A parameter of ours given twice is refused: which of two values counts, no two programs agree on.
     """
@@ -47,7 +47,8 @@ def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
                 found[name] = unquote_plus(value, errors="strict")
             except UnicodeDecodeError:
                 raise BadRequest(f"{name} is not UTF-8") from None
-    return found, "&".join(rest)
+    # What may not stand in a request line is escaped as whoever sent it should have done.
+    return found, _STRAY_PERCENT.sub("%25", "&".join(rest)).replace("#", "%23")
 
 
 def container_path(value: str, name: str = "paramUrl") -> tuple[str, str]:

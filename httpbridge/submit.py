@@ -114,7 +114,7 @@ class Submission:
             ) from None
         task = response.task
         if sync:
-            return self._answers.called(task, response.response, request.workspace_id)
+            return await self._answers.called(task, response.response, request.workspace_id)
         accepted = envelope.Accepted(self._accepted_result_code, ACCEPTED_MSG, task.task_id, task.task_id, task.task_id)
         return Reply(envelope.encode(accepted), task_id=task.task_id)
 

@@ -11,15 +11,14 @@ from math import ceil
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from msgspec import UNSET
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import credentials, envelope, params, times
-from httpbridge.answers import STATES, SUCCESS_MSG, Answers, is_cut, seconds_taken
+from httpbridge.answers import STATES, SUCCESS_MSG, Answers, is_cut, seconds_taken, text_of
 from httpbridge.app import Call
-from httpbridge.bodies import Budget
+from httpbridge.bodies import Budget, Hold
 from httpbridge.calls import ControlPlane
-from httpbridge.errors import NotFound, Unauthorized
+from httpbridge.errors import Gone, NotFound, Unauthorized
 from httpbridge.reply import Reply
 
 _QUERY: Final = frozenset({"taskID", "wait"})
@@ -64,7 +63,7 @@ class Tasks:
         if wait_s:
             request.wait.FromNanoseconds(int(wait_s * 1e9))
         response = await self._control_plane.query(request)
-        return self._answers.queried(response.task, response.response, workspace_id, self._clock())
+        return await self._answers.queried(response.task, response.response, workspace_id, self._clock())
 
     async def cancel(self, call: Call) -> Reply:
         """`DELETE /user/task?taskID=`."""
@@ -118,40 +117,57 @@ class Tasks:
         request = pb.GetDetailRequest(task_id=params.task_id(own.get("taskID")), workspace_id=workspace_id)
         detail = await self._control_plane.detail(request, call.request_id)
         task_id = detail.task.task_id
-        sent = detail.request.body
         with self._budget.hold() as hold:
-            body = sent.inline
-            if is_cut(sent):
-                hold.grow_to(sent.size)
-                rest = self._control_plane.body(
-                    task_id, workspace_id, offset=len(body), size=sent.size, part=pb.WatchRequest.PART_REQUEST
-                )
-                body = b"".join([body, *[chunk async for chunk in rest]])
-            info = self._info(detail, body, owned=bool(workspace_id))
-        json = envelope.encode({"result_code": 200, "msg": SUCCESS_MSG, key: info})
-        if not is_cut(detail.response.body):
+            sent, is_gone = await self._sent(detail, workspace_id, hold)
+            info = self._info(detail, sent, owned=bool(workspace_id))
+        if is_gone:
+            info.ext["requestGone"] = True
+        answer = {"result_code": 200, "msg": SUCCESS_MSG, key: info}
+        json = envelope.encode(answer)
+        answered = detail.response.body
+        if not is_cut(answered):
             return Reply(json, task_id=task_id)
-        content = self._answers.with_response(json, "response", task_id, workspace_id, detail.response.body)
+        try:
+            content = await self._answers.with_response(json, "response", task_id, workspace_id, answered)
+        except Gone:
+            info.ext["responseGone"] = True
+            return Reply(envelope.encode(answer), task_id=task_id)
         return Reply(content, task_id=task_id)
 
-    def _info(self, detail: pb.GetDetailResponse, body: bytes, *, owned: bool) -> envelope.Detailed:
+    async def _sent(self, detail: pb.GetDetailResponse, workspace_id: str, hold: Hold) -> tuple[bytes, bool]:
+        """What the container got, and whether it is past its retention."""
+        sent = detail.request.body
+        if not is_cut(sent):
+            return sent.inline, False
+        hold.grow_to(sent.size)
+        rest = self._control_plane.body(
+            detail.task.task_id,
+            workspace_id,
+            offset=len(sent.inline),
+            size=sent.size,
+            part=pb.WatchRequest.PART_REQUEST,
+        )
+        try:
+            return b"".join([sent.inline, *[chunk async for chunk in rest]]), False
+        except Gone:
+            return b"", True
+
+    def _info(self, detail: pb.GetDetailResponse, sent: bytes, *, owned: bool) -> envelope.Detailed:
         task = detail.task
-        answered = detail.response.body
         last = detail.attempts[-1] if detail.attempts else pb.Attempt()
-        request, request_encoding = envelope.text(body)
-        if is_cut(answered):
-            response, response_encoding = "", UNSET if answered.is_utf8 else envelope.BASE64
-        else:
-            response, response_encoding = envelope.text(answered.inline)
+        request, request_encoding = envelope.text(sent)
+        response, response_encoding = text_of(detail.response.body)
         # What the platform caused costs the customer nothing.
         gpu_us = sum(a.gpu_us for a in detail.attempts if a.failure.cause != pb.CAUSE_PLATFORM)
-        ext = {
-            "seconds": seconds_taken(task, self._clock()),
+        seconds = seconds_taken(task, self._clock())
+        has_ended = task.HasField("end_time")
+        ext: dict[str, object] = {
+            "seconds": seconds,
             "gpuSeconds": gpu_us / 1e6,
             "gpuIds": list(last.gpu_ids),
             "port": detail.port,
             "requestSize": detail.request.body.size,
-            "responseSize": answered.size,
+            "responseSize": detail.response.body.size,
             "httpStatus": detail.response.status,
             "queuePosition": task.queue_position,
             "waitingFor": task.waiting_for,
@@ -175,11 +191,11 @@ class Tasks:
             nodeip=last.node_ip,
             nodeaddr=last.node_addr,
             requesttime=self._shown(task.create_time),
-            responsetime=self._shown(task.end_time) if task.HasField("end_time") else "",
+            responsetime=self._shown(task.end_time) if has_ended else "",
             request=request,
             state=STATES[task.state],
             response=response,
-            record_dursion=int(seconds_taken(task, self._clock())) if task.HasField("end_time") else 0,
+            record_dursion=int(seconds) if has_ended else 0,
             gpudursion=ceil(gpu_us / 1e6),
             ext=ext,
         )

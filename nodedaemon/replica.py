@@ -159,11 +159,13 @@ class Replica:
             image_digest=self._digest,
         )
 
-    def seen(self, now: Container | None) -> None:
+    def seen(self, now: Container | None, *, engine_was_down: bool) -> None:
         """This is how its container is now; None: it is gone."""
         assert self.container is not None
         if now is None or now.container_id != self.container.container_id:
             now = dataclasses.replace(self.container, exit=Exit(self.container.replica_id, None))
+        if now.exit and engine_was_down:
+            now = dataclasses.replace(now, exit=dataclasses.replace(now.exit, engine_was_down=True))
         if now != self.container:
             self.container = now
             if now.exit:

@@ -230,13 +230,14 @@ class Replicas:
         if self._found is None or self._found.keys() != found.keys():
             self._bump()
         self._found = found
+        was_down = self._contact.down != ""
         if self._contact.found():
             log.info("engine_answers")
             self._tell_all()
         for replica_id, container in before.items():
             replica = self._kept.get(replica_id)
             if replica and replica.container is container and not container.exit:
-                replica.seen(found.get(replica_id))
+                replica.seen(found.get(replica_id), engine_was_down=was_down)
 
     def _act(self) -> None:
         if self._desired is None or self._found is None:

@@ -1,7 +1,7 @@
 """A Stable-Diffusion-shaped image-to-image service: a real super-resolution network, on the CPU.
 
-POST /sdapi/v1/img2img {"init_images": [base64 PNG or JPEG], "denoising_strength": 0..1, "width": w} -> {"images": [base64 PNG], ...}
-The network is ACNet of pyanime4k, whose weights are inside its wheel. It doubles the picture (or brings it to `width`);
+POST /sdapi/v1/img2img {"init_images": [base64 PNG or JPEG], "denoising_strength": 0..1, "width": w}
+answers {"images": [base64 PNG], ...} as Stable Diffusion's own API does. The network is ACNet of pyanime4k, whose weights are inside its wheel. It doubles the picture (or brings it to `width`);
 `denoising_strength` chooses among its four denoising variants.
 """
 
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if self.path == "/health" else 404, {"models": MODELS})
 
     def do_POST(self) -> None:
-        """Answer img2img; anything wrong with the request is a 400 or 422 in words, as Stable Diffusion's own API does."""
+        """Answer img2img; anything wrong with the request is a 422 in words."""
         length = int(self.headers.get("Content-Length", 0))
         if length > MAX_BODY_BYTES:
             self.close_connection = True

@@ -74,6 +74,7 @@ class Exit:
     out_of_memory: bool = False
     ran_s: float = 0.0
     memory_bytes: int = 0
+    engine_was_down: bool = False
     at: float = 0.0
 
     @property
@@ -82,11 +83,15 @@ class Exit:
 
         Then it is no fault of the customer's.
         """
-        return not self.out_of_memory and self.code in (None, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
+        if self.engine_was_down or self.code is None:
+            return True
+        return not self.out_of_memory and self.code in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
 
     @property
     def words(self) -> str:
         """What happened, to go on from "the container"."""
+        if self.engine_was_down:
+            return f"ended while the engine was down (code {self.code})"
         if self.out_of_memory:
             return f"ran out of memory (its limit is {self.memory_bytes / GIB:.3g} GiB)"
         if self.code is None:

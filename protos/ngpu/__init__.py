@@ -1,1 +1,1 @@
-"""The wire contract: generated messages and services in `ngpu.v1`, and `ngpu.wire`, what both ends must agree on besides."""
+"""The wire contract: messages and services in `ngpu.v1`; in `ngpu.wire`, what both ends must agree on besides."""

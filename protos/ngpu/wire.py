@@ -28,7 +28,7 @@ ERROR: Final = "ngpu-error-bin"
 #: Carried from edge to node in logs.
 REQUEST_ID: Final = "x-request-id"
 
-# Keepalive options come in pairs: a server that does not permit what the client sends answers with GOAWAY "too_many_pings".
+# Keepalive options come in pairs: a server that does not permit what the client sends answers with GOAWAY.
 KEEPALIVE_TIME_MS: Final = 10_000
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
 

@@ -8,10 +8,10 @@ import pytest
 
 from controlplane.errors import Conflict, NotFound, QueueFull, Unavailable
 from controlplane.model import Cause, Delivery, State
-from controlplane.lifecycle import REWRITE_S
 from controlplane.queues import HEAD_BYTES
 from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import Request
+from controlplane.writes import REWRITE_S
 from tests.controlplane.fakes_dispatch import WS, World, a_world, migrated
 
 

@@ -275,8 +275,30 @@ EARLIER = NOW - timedelta(minutes=1)
         pytest.param(
             [workspace(), node("a", said={"r-1": READY}, availability=DRAINING), replica(1, "a")],
             {},
-            ["unplaced w-1", "drain r-1"],
-            id="without room elsewhere it goes at once",
+            ["unplaced w-1"],
+            id="room elsewhere is waited for",
+        ),
+        pytest.param(
+            [
+                workspace(unplaced=Decision(NOW - timedelta(seconds=15), "x", refusals={"draining": 1})),
+                node("a", said={"r-1": READY}, availability=DRAINING),
+                replica(1, "a"),
+            ],
+            {},
+            ["drain r-1"],
+            id="a while",
+        ),
+        pytest.param(
+            [
+                workspace(),
+                node("a", said={"r-1": READY, "r-2": READY}, availability=DRAINING),
+                node("b", said={"r-3": PULLING, "r-4": PULLING}),
+                *(replica(1, "a"), replica(2, "a", 1)),
+                *(replica(n, "b", n - 3, create_time=NOW) for n in (3, 4)),
+            ],
+            {},
+            ["drain r-3", "drain r-2"],
+            id="scaled down meanwhile: what is up still waits for what is not",
         ),
         pytest.param(
             [

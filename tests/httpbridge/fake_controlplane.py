@@ -209,13 +209,14 @@ class FakeControlPlane(
         try:
             async for frame in frames:
                 self.frames.append(len(frame.calls))
-                for call in frame.calls:
-                    calls[call.id] = asyncio.create_task(self._call(call, answers), name="fake-call")
-                    calls[call.id].add_done_callback(functools.partial(_forget, calls, call.id))
+                # Of earlier calls: one in this very frame would not be found.
                 for call_id in frame.abandoned:
                     self.abandoned.append(call_id)
                     if call_id in calls:
                         calls[call_id].cancel()
+                for call in frame.calls:
+                    calls[call.id] = asyncio.create_task(self._call(call, answers), name="fake-call")
+                    calls[call.id].add_done_callback(functools.partial(_forget, calls, call.id))
         finally:
             answers.put_nowait(None)
 

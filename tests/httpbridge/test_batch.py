@@ -146,6 +146,27 @@ async def test_who_no_longer_waits_is_reported_once() -> None:
     await stopped(run)
 
 
+async def test_who_goes_before_his_call_is_sent_has_never_called() -> None:
+    streams = Streams()
+    batch = Batch(streams.open)
+    run = await running(batch)
+    [stream] = streams.opened
+    stream.writable.clear()
+    calls = [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(1)]
+    await settle()
+    calls += [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(600)]
+    await settle()
+    for index in (3, 300, 590):
+        await stopped(calls[index])  # type: ignore[arg-type]
+    stream.writable.set()
+    await settle()
+    assert [call.id for frame in stream.sent for call in frame.calls] == sorted({*range(1, 602)} - {4, 301, 591})
+    assert [call_id for frame in stream.sent for call_id in frame.abandoned] == []
+    stream.answer(*range(1, 602))
+    await asyncio.gather(*calls, return_exceptions=True)
+    await stopped(run)
+
+
 async def test_an_answer_that_does_not_come() -> None:
     streams = Streams()
     batch = Batch(streams.open)

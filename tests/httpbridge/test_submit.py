@@ -203,11 +203,30 @@ async def test_a_broken_download_goes_on_where_it_was(bridge: Bridge, fake: Fake
     assert not fake.break_after
 
 
-async def test_a_download_that_cannot_go_on_is_broken_off(bridge: Bridge, fake: FakeControlPlane) -> None:
+async def test_a_download_that_cannot_begin_or_go_on(bridge: Bridge, fake: FakeControlPlane) -> None:
     fake.container = answering(b"x" * 100_000)
     fake.refuse["Watch"] = Refused(grpc.StatusCode.FAILED_PRECONDITION, "EXPIRED", "past its retention")
-    with pytest.raises(aiohttp.ClientPayloadError):
-        await bridge.post("/user/x", json={}, headers=BEARER)
+    # It is known before anything is sent, and then told.
+    status, answer, headers = await bridge.post("/user/x", json={}, headers=BEARER)
+    assert (status, answer["result_code"]) == (410, 410)
+    task_id = headers["X-NGPU-Task-Id"]
+    status, answer, _ = await bridge.get(f"/user/queryTask?taskID={task_id}")
+    assert (status, answer["result_code"]) == (410, 410)
+    # What else is known of the task outlives its bodies.
+    fake.tasks[task_id].body = b"x" * 3_000_000
+    fake.tasks[task_id].response_body = b"x" * 3_000_000
+    status, answer, _ = await bridge.get(f"/user/getDetailed?taskID={task_id}")
+    info = answer["taskInfo"]
+    assert (status, info["request"], info["response"], info["state"]) == (200, "", "", 3)
+    assert (info["ext"]["requestGone"], info["ext"]["responseGone"]) == (True, True)
+    # Later it can only be told by breaking off.
+    fake.refuse.clear()
+    fake.break_after["Watch"] = 2
+    with pytest.raises(aiohttp.ClientPayloadError):  # noqa: PT012
+        async with bridge.client.get(f"{bridge.url}/user/queryTask?taskID={task_id}") as response:
+            assert response.status == 200
+            fake.refuse["Watch"] = Refused(grpc.StatusCode.INTERNAL, "INTERNAL", "broken")
+            await response.read()
 
 
 async def test_a_call_that_outlives_its_limit(start_bridge: StartBridge, fake: FakeControlPlane) -> None:

@@ -381,7 +381,8 @@ async def test_engine_down_is_said_of_all_and_recovered_from(node: Node) -> None
     node.engine.kill("r-a", 137)
     node.probe.missing.clear()
     await node.time.advance(1)
-    assert "was ended by SIGKILL from outside" in node.report("r-a").message
+    assert "the container ended while the engine was down (code 137)" in node.report("r-a").message
+    assert node.exits[-1].from_outside
     await node.time.advance(1)
     assert (node.report("r-a").state, node.report("r-b").state) == (State.READY, State.READY)
 

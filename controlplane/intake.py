@@ -1,0 +1,172 @@
+"""The way in: a new task is recorded, and given to a free slot in the same turn of the loop if there is one.
+
+Such a start is not awaited: as long as its insert is not on disk nobody has been told of the task, so if the insert fails
+the attempt is called off and it is as if it had never been. A task with an idempotency key does wait for its insert: it
+may turn out to be known.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from typing import Final
+
+import structlog
+
+from controlplane import routing
+from controlplane.callers import Fleet, answer, refuse
+from controlplane.errors import Conflict, NgpuError, NotFound, QueueFull, StaleAttempt, Unavailable
+from controlplane.failures import UNRECORDED
+from controlplane.lifecycle import Lifecycle, Metrics
+from controlplane.model import State, Task
+from controlplane.queues import Queue
+from controlplane.slots import Pool, Slots
+from controlplane.store import Store
+from controlplane.tasks import NewTask, OpenTask, Phase, TaskView, Waiter, row_of, view_of_row
+from controlplane.writes import error_of
+
+#: Least and most of the advice when to try again with a full queue.
+RETRY_AFTER_S: Final = (1.0, 60.0)
+
+log = structlog.get_logger(__name__)
+
+
+class Intake:
+    """Accepts tasks."""
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        store: Store,
+        slots: Slots,
+        fleet: Fleet,
+        *,
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:
+        self._life = life
+        self._store = store
+        self._slots = slots
+        self._fleet = fleet
+        self._clock = clock
+        self._monotonic = monotonic
+        self._metrics = metrics
+        self._places = 0
+
+    def next_place(self) -> int:
+        """The place of the next task in the order of acceptance."""
+        self._places += 1
+        return self._places
+
+    def accept(self, new: NewTask, wait_s: float, *, cancels: bool) -> "asyncio.Future[TaskView]":
+        """See Dispatcher.accept."""
+        workspace = self._fleet.workspace(new.workspace_uid)
+        if workspace.deleted:
+            raise NotFound("The workspace has been deleted.")
+        life = self._life
+        now, create_time = self._monotonic(), self._clock()
+        limits = workspace.spec.limits
+        queue = life.queues.of(workspace.uid)
+        pool = self._slots.pool(workspace.uid)
+        if len(queue) >= limits.queue_length:
+            raise QueueFull(retry_after_s=_retry_after_s(queue, pool))
+        keyed = new.idempotency_key is not None
+        task = OpenTask(
+            id=new.task_id,
+            workspace_uid=workspace.uid,
+            workspace_name=workspace.name,
+            place=self.next_place(),
+            port=new.port,
+            request=new.request,
+            repeatable=new.repeatable,
+            limits=limits,
+            create_time=create_time,
+            accepted_at=now,
+            total_at=now + limits.total_time_s,
+            phase=Phase.RECORDING if keyed else Phase.WAITING,
+            state=State.QUEUED,
+            ready=not keyed,
+        )
+        row = row_of(new, create_time)
+        # Who comes while others wait, waits behind them.
+        bindings = () if keyed or queue else routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
+        for _, replica_id, reason in bindings:
+            attempt = life.place(task, pool.replicas[replica_id], reason)
+            life.mark_running(task)
+            row.state = State.RUNNING
+            row.attempt = attempt.number
+            row.replica_id = attempt.replica_id
+            row.node_addr = attempt.node_addr
+            row.start_time = row.assign_time = attempt.assign_time
+            row.assign_reason = reason
+        insert = self._store.add_task(row)
+        insert.add_done_callback(partial(self._inserted, task))
+        life.tasks[task.id] = task
+        future = life.callers.wait(task, wait_s, cancels=cancels)
+        if bindings:
+            life.send(task)
+        else:
+            life.enqueue(task)
+            life.fill(workspace.uid)
+        self._metrics.task_accepted(task.workspace_name)
+        return future
+
+    def _inserted(self, task: OpenTask, insert: "asyncio.Future[Task | None]") -> None:
+        error = error_of(insert)
+        if error is not None:
+            self._not_inserted(task, error)
+            return
+        earlier = insert.result()
+        if earlier is not None:
+            self._join(task, earlier)
+            return
+        task.recorded = True
+        life = self._life
+        if task.phase is Phase.RECORDING:
+            task.move(Phase.WAITING)
+            task.ready = True
+            life.fill(task.workspace_uid)
+        life.callers.answer_due(task)
+        life.heed(task)
+
+    def _not_inserted(self, task: OpenTask, error: BaseException) -> None:
+        refuse(task.take_waiters(), error)
+        if isinstance(error, Unavailable):
+            # It may be on disk all the same. Nobody waits for it, so it is ended, whether it is there or not.
+            log.warning("task_insert_failed", task_id=task.id, error=str(error))
+            self._life.end(task, UNRECORDED)
+            return
+        if not isinstance(error, Conflict):
+            log.error("task_insert_refused", task_id=task.id, error=repr(error))
+        self._life.forget(task, error)
+
+    def _join(self, task: OpenTask, earlier: Task) -> None:
+        """The idempotency key has led to an earlier task: the callers of this one wait for that."""
+        waiters = task.take_waiters()
+        life = self._life
+        life.forget(task, StaleAttempt())
+        known = life.tasks.get(earlier.id)
+        if known is not None:
+            life.callers.add(known, waiters)
+        elif earlier.end_time is not None:
+            answer(waiters, view_of_row(earlier))
+        else:
+            # It ended while its row was on the way here.
+            life.reads.put_nowait(partial(self._answer_later, earlier.id, waiters))
+
+    async def _answer_later(self, task_id: str, waiters: list[Waiter]) -> None:
+        try:
+            row = await self._store.task(task_id)
+        except NgpuError as error:
+            refuse(waiters, error)
+        else:
+            assert row is not None
+            answer(waiters, view_of_row(row))
+
+
+def _retry_after_s(queue: Queue, pool: Pool) -> float:
+    """How long the whole queue takes, as things go."""
+    least, most = RETRY_AFTER_S
+    capacity = sum(replica.capacity for replica in pool.replicas.values()) or 1
+    return min(max(pool.mean_s * len(queue) / capacity, least), most)
