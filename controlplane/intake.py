@@ -65,7 +65,7 @@ class Intake:
         if workspace.deleted:
             raise NotFound("The workspace has been deleted.")
         life = self._life
-        now, create_time = self._monotonic(), self._clock()
+        now = self._monotonic()
         limits = workspace.spec.limits
         queue = life.queues.of(workspace.uid)
         pool = self._slots.pool(workspace.uid)
@@ -81,26 +81,19 @@ class Intake:
             request=new.request,
             repeatable=new.repeatable,
             limits=limits,
-            create_time=create_time,
+            create_time=self._clock(),
             accepted_at=now,
             total_at=now + limits.total_time_s,
             phase=Phase.RECORDING if keyed else Phase.WAITING,
             state=State.QUEUED,
             ready=not keyed,
         )
-        row = row_of(new, create_time)
         # Who comes while others wait, waits behind them.
         bindings = () if keyed or queue else routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
         for _, replica_id, reason in bindings:
-            attempt = life.place(task, pool.replicas[replica_id], reason)
+            life.place(task, pool.replicas[replica_id], reason)
             life.mark_running(task)
-            row.state = State.RUNNING
-            row.attempt = attempt.number
-            row.replica_id = attempt.replica_id
-            row.node_addr = attempt.node_addr
-            row.start_time = row.assign_time = attempt.assign_time
-            row.assign_reason = reason
-        insert = self._store.add_task(row)
+        insert = self._store.add_task(row_of(task, new))
         insert.add_done_callback(partial(self._inserted, task))
         life.tasks[task.id] = task
         future = life.callers.wait(task, wait_s, cancels=cancels)

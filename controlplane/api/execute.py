@@ -157,6 +157,8 @@ class Outbox:
         self._cancels: deque[str] = deque()
         self._acks: deque[str] = deque()
         self._news = asyncio.Event()
+        #: When acknowledgements wait no longer.
+        self._due: asyncio.TimerHandle | None = None
 
     def start(self, start: Start) -> None:
         """Begin an attempt."""
@@ -170,8 +172,8 @@ class Outbox:
 
     def ack(self, attempt_id: str) -> None:
         """The attempt's end is on disk, or it was given up: forget it."""
-        if not self._acks:
-            asyncio.get_running_loop().call_later(ACKS_S, self._news.set)
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(ACKS_S, self._news.set)
         self._acks.append(attempt_id)
 
     def unsent(self) -> list[str]:
@@ -203,6 +205,9 @@ class Outbox:
         if not self._starts:
             frame.cancels.extend(_taken(self._cancels, items))
             frame.acks.extend(_taken(self._acks, items - len(frame.cancels)))
+        if not self._acks and self._due is not None:
+            self._due.cancel()
+            self._due = None
         return frame
 
 

@@ -1,0 +1,133 @@
+"""A Docker engine of a test's own, to kill, restart, and fill up: containerd and dockerd on sockets of their own.
+
+It makes no iptables rules and no default bridge, so that it does not get into the way of the machine's own engine.
+Needs root.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import docker.errors
+import pytest
+
+START_S = 30
+
+
+class PrivateDocker:
+    """Not running until `start`. `disk_bytes`: its data is on a disk of that size."""
+
+    def __init__(self, directory: Path, *, disk_bytes: int = 0) -> None:
+        for tool in ("dockerd", "containerd"):
+            if not shutil.which(tool):
+                pytest.skip(f"needs {tool}, to run an engine of the test's own")
+        if os.geteuid() != 0:
+            pytest.skip("needs root, to run an engine of the test's own")
+        self._directory = directory
+        self.url = f"unix://{directory}/docker.sock"
+        self.data = directory / "data"
+        self.data.mkdir()
+        #: Of 10.213.0.0/16, for its networks.
+        self._range = f"10.213.{secrets.randbelow(256)}.0/24"
+        self._containerd: subprocess.Popen[bytes] | None = None
+        self._dockerd: subprocess.Popen[bytes] | None = None
+        self._mounted = False
+        if disk_bytes:
+            image = directory / "disk.img"
+            with image.open("wb") as file:
+                file.truncate(disk_bytes)
+            self._run("mkfs.ext4", "-q", "-F", str(image))
+            if subprocess.run(["mount", "-o", "loop", str(image), str(self.data)], check=False).returncode:
+                pytest.skip("needs loop devices, for a small disk")
+            self._mounted = True
+
+    @property
+    def api(self) -> docker.APIClient:
+        return docker.APIClient(self.url, version="auto")
+
+    def start(self) -> None:
+        """Returns once it answers."""
+        if self._containerd is None:
+            config = self._directory / "containerd.toml"
+            config.write_text(
+                f'version = 2\nroot = "{self.data}/containerd"\nstate = "{self._directory}/containerd-state"\n'
+                'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+                f'[grpc]\naddress = "{self._directory}/containerd.sock"\n'
+            )
+            self._containerd = self._spawn("containerd", "--config", str(config))
+        self._dockerd = self._spawn(
+            *("dockerd", "--host", self.url, "--containerd", f"{self._directory}/containerd.sock"),
+            *("--data-root", str(self.data / "docker"), "--exec-root", str(self._directory / "exec")),
+            *("--pidfile", str(self._directory / "pid"), "--bridge", "none"),
+            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+            *("--default-address-pool", f"base={self._range},size=28"),
+        )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(docker.errors.DockerException):
+                self.api.close()
+                return
+            time.sleep(0.05)
+        raise RuntimeError((self._directory / "dockerd.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        """As a crash does it: containers go on."""
+        assert self._dockerd
+        self._dockerd.kill()
+        self._dockerd.wait()
+
+    def load(self, image: str) -> None:
+        """Have an image of the machine's own engine."""
+        source = docker.APIClient(version="auto")
+        target = self.api
+        with contextlib.closing(source), contextlib.closing(target):
+            for _ in target.load_image(b"".join(source.get_image(image))):
+                pass
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        try:
+            if self._containerd:
+                if self._dockerd is None or self._dockerd.poll() is not None:
+                    self.start()
+                with contextlib.closing(self.api) as api:
+                    for container in api.containers(all=True):
+                        api.remove_container(container["Id"], force=True, v=True)
+                    for network in api.networks():
+                        if network["Driver"] == "bridge":
+                            api.remove_network(network["Id"])
+        finally:
+            for process in (self._dockerd, self._containerd):
+                if process:
+                    process.send_signal(signal.SIGTERM)
+                    process.wait(20)
+            mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+            for mount in sorted((m for m in mounts if m.startswith(f"{self._directory}/")), reverse=True):
+                subprocess.run(["umount", mount], check=False)
+
+    def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
+        log = (self._directory / f"{argv[0]}.log").open("ab")
+        with log:
+            return subprocess.Popen(argv, stdout=log, stderr=log)
+
+    @staticmethod
+    def _run(*argv: str) -> None:
+        subprocess.run(argv, check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def private_docker(directory: Path, *, disk_bytes: int = 0) -> Iterator[PrivateDocker]:
+    """Running; gone afterwards. The directory's path must be short: sockets lie in it."""
+    engine = PrivateDocker(directory, disk_bytes=disk_bytes)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.close()
