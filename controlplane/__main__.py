@@ -45,6 +45,8 @@ from controlplane.store import Store
 
 #: How long the database may take to answer a readiness check, in seconds.
 READY_S: Final = 2.0
+#: What was answered has so long to leave; whoever watches our health is cut off then.
+FLUSH_S: Final = 0.25
 #: A second signal within this is the first one's echo, in seconds.
 SAME_SIGNAL_S: Final = 0.5
 RANDOM_BYTES: Final = 4096
@@ -143,7 +145,8 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             await dispatcher.stop()
             batches.stop()
             gate.stop()
-            await server.stop(settings.stop_grace)
+            await gate.idle(settings.stop_grace)
+            await server.stop(FLUSH_S)
             for loop in loops:
                 loop.cancel()
     _log.info("stopped")

@@ -77,8 +77,9 @@ class Callers:
         for waiter in waiters:
             waiter.task = task
             task.waiters.append(waiter)
-        self.answer_due(task)
-        self._heed(task)
+        if task.recorded:
+            self.answer_due(task)
+            self._heed(task)
 
     def _left(self, waiter: Waiter, future: "asyncio.Future[TaskView]") -> None:
         if not future.cancelled():

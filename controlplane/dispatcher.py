@@ -174,6 +174,11 @@ class Dispatcher:
             return None
         return self._life.queues.of(task.workspace_uid).position(task)
 
+    @property
+    def open_tasks(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._life.tasks)
+
     def queued(self, workspace_uid: str) -> int:
         """Tasks of the workspace that have no slot."""
         return len(self._life.queues.of(workspace_uid))

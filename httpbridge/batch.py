@@ -21,6 +21,9 @@ from httpbridge.errors import Unavailable
 FIRST_BACKOFF_S: Final = 0.2
 MOST_BACKOFF_S: Final = 5.0
 
+#: How often calls are looked at whose answer is overdue.
+PATIENCE_S: Final = 1.0
+
 #: A stream that lived for so long was a good one: what comes after it is not a repetition.
 GOOD_STREAM_S: Final = 10.0
 
@@ -58,7 +61,8 @@ class Batch:
         self._outstanding = outstanding
         self._chance = chance
         self._sleep = sleep
-        self._answers: dict[int, asyncio.Future[pb.Answer]] = {}
+        #: The future and, by the loop's clock, when it is given up.
+        self._answers: dict[int, tuple[asyncio.Future[pb.Answer], float]] = {}
         #: Full frames, and the one that calls are put into until the writer takes it.
         self._full: deque[pb.BatchRequest] = deque()
         self._frame = pb.BatchRequest()
@@ -114,21 +118,22 @@ class Batch:
     async def _answer(self, call_id: int, limit_s: float) -> pb.Answer:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[pb.Answer] = loop.create_future()
-        self._answers[call_id] = answer
-        timer = loop.call_later(limit_s, self._give_up, call_id)
+        self._answers[call_id] = answer, loop.time() + limit_s
         try:
             return await answer
         except asyncio.CancelledError:
             self._abandon(call_id)
             raise
-        finally:
-            timer.cancel()
 
-    def _give_up(self, call_id: int) -> None:
-        answer = self._answers.get(call_id)
-        if answer is not None and not answer.done():
-            self._abandon(call_id)
-            answer.set_exception(Unavailable("The control plane did not answer in time; try again soon"))
+    async def _give_up(self) -> None:
+        # One look at all now and then: a timer for each call would cost more than all the rest of this file does.
+        while True:
+            await self._sleep(PATIENCE_S)
+            now = asyncio.get_running_loop().time()
+            for call_id, (answer, deadline) in list(self._answers.items()):
+                if now >= deadline and not answer.done():
+                    self._abandon(call_id)
+                    answer.set_exception(Unavailable("The control plane did not answer in time; try again soon"))
 
     def _abandon(self, call_id: int) -> None:
         if self._answers.pop(call_id, None) is None:
@@ -164,6 +169,7 @@ class Batch:
         """Read until the stream ends. Returns why it did."""
         self.is_up = True
         log.info("batch_stream_up")
+        patience = asyncio.create_task(self._give_up(), name="batch-patience")
         writer = asyncio.create_task(self._write(stream), name="batch-writer")
         # The reader is what notices a broken stream; a writer that died of something else must take it along.
         writer.add_done_callback(lambda _: stream.cancel())
@@ -171,8 +177,8 @@ class Batch:
             while (frame := await stream.read()) is not grpc.aio.EOF:
                 for answer in frame.answers:
                     waiting = self._answers.pop(answer.id, None)
-                    if waiting is not None and not waiting.done():
-                        waiting.set_result(answer)
+                    if waiting is not None and not waiting[0].done():
+                        waiting[0].set_result(answer)
         except asyncio.CancelledError:
             # grpc.aio says the same whether the task or the call was cancelled.
             if (task := asyncio.current_task()) is None or task.cancelling():
@@ -181,7 +187,8 @@ class Batch:
         finally:
             self.is_up = False
             writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            patience.cancel()
+            await asyncio.gather(writer, patience, return_exceptions=True)
             self._forget()
         return "ended by the control plane"
 
@@ -211,7 +218,7 @@ class Batch:
         self._last_taken_id = self._last_id
         self._waiting.clear()
         answers, self._answers = self._answers, {}
-        for answer in answers.values():
+        for answer, _ in answers.values():
             if not answer.done():
                 answer.set_exception(
                     Unavailable(

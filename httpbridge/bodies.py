@@ -61,7 +61,7 @@ class BodyReader:
         self._stall_limit_s = stall_limit_s
         self._total_limit_s = total_limit_s
 
-    async def read(self, request: web.BaseRequest, hold: Hold) -> bytes:
+    async def read(self, request: web.BaseRequest, hold: Hold) -> bytes | bytearray:
         """The whole body, its size taken from `hold` if it is large.
 
         Raises TooLarge (without reading anything, where Content-Length tells), SlowClient, Unavailable, BadRequest.
@@ -87,17 +87,16 @@ class BodyReader:
         except web.RequestPayloadError as error:
             raise BadRequest(f"The body is not valid HTTP: {error}") from None
 
-    async def _gather(self, content: StreamReader, hold: Hold) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
+    async def _gather(self, content: StreamReader, hold: Hold) -> bytearray:
+        # Grows in place; a list of chunks would have to be copied to become one, and be held twice for that moment.
+        body = bytearray()
         while True:
             async with asyncio.timeout(self._stall_limit_s):
                 chunk = await content.readany()
             if not chunk and content.at_eof():
-                return b"".join(chunks)
-            size += len(chunk)
-            self._admit(size, hold)
-            chunks.append(chunk)
+                return body
+            self._admit(len(body) + len(chunk), hold)
+            body += chunk
 
     def _admit(self, size: int, hold: Hold) -> None:
         if size > self._limit_bytes:

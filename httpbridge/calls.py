@@ -181,10 +181,10 @@ class ControlPlane:
             raise errors.Unauthorized("There is no workspace with this id") from None
         return response.workspace
 
-    async def upload(self, body: bytes, *, workspace_id: str = "", route: str = "") -> str:
+    async def upload(self, body: bytes | bytearray, *, workspace_id: str = "", route: str = "") -> str:
         """TaskService.Upload: store a body; returns the id under which a Schedule may use it."""
         view = memoryview(body)
-        first = pb.UploadRequest(workspace_id=workspace_id, route=route, data=body[: wire.CHUNK_BYTES])
+        first = pb.UploadRequest(workspace_id=workspace_id, route=route, data=bytes(view[: wire.CHUNK_BYTES]))
         chunks = itertools.chain(
             [first],
             (

@@ -31,7 +31,7 @@ _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 class Payload(NamedTuple):
     """What the container gets."""
 
-    body: bytes
+    body: bytes | bytearray
     #: "" for none.
     content_type: str
     btc_address: str
@@ -46,10 +46,11 @@ _ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
 _MEMBERS: Final = msgspec.json.Decoder(dict[str, Raw])
 _ANY: Final = msgspec.json.Decoder(Raw)
 _STRING: Final = msgspec.json.Decoder(str)
+_ADDRESS: Final = msgspec.json.Decoder(str | None)
 encode: Final = msgspec.json.Encoder().encode
 
 
-def open_(body: bytes, content_type: str, content_encoding: str = "") -> Payload:
+def open_(body: bytes | bytearray, content_type: str, content_encoding: str = "") -> Payload:
     """The container's body out of a caller's. Raises BadRequest.
 
     * A JSON object with `data`: the envelope. A string is the body as it stands (`application/json` if it is JSON
@@ -74,7 +75,7 @@ def open_(body: bytes, content_type: str, content_encoding: str = "") -> Payload
         return Payload(body, content_type, "")
 
 
-def _open_json(body: bytes, content_type: str) -> Payload:
+def _open_json(body: bytes | bytearray, content_type: str) -> Payload:
     envelope = _ENVELOPE.decode(body)
     address = "" if envelope.btc_address is UNSET else _address(envelope.btc_address)
     data = envelope.data
@@ -93,15 +94,17 @@ def _open_json(body: bytes, content_type: str) -> Payload:
     return Payload(inner, JSON, address)
 
 
-def _must_be_utf8(body: bytes) -> None:
+def _must_be_utf8(body: bytes | bytearray) -> None:
     """Values that are copied unseen must be UTF-8 all the same. Raises UnicodeDecodeError."""
     if not body.isascii():
         body.decode()
 
 
 def _address(raw: Raw) -> str:
+    if bytes(raw) == b'""':
+        return ""
     try:
-        value = msgspec.json.decode(raw, type=str | None)
+        value = _ADDRESS.decode(raw)
     except msgspec.ValidationError:
         raise BadRequest("btc_address is a string") from None
     return credentials.btc_address(value or "")

@@ -14,6 +14,8 @@ from httpbridge.errors import BadRequest
 #: Nobody encodes an honest path more often than this.
 DECODINGS: Final = 4
 
+#: Nearly every path, and nothing in it to judge.
+_PLAIN_PATH: Final = re.compile(r"/?[A-Za-z0-9_\-]+(?:/[A-Za-z0-9_\-]+)*")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEME: Final = re.compile(r"/?[A-Za-z][A-Za-z0-9+.\-]*://|[^/]*[:@]")
 _STRAY_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -56,6 +58,8 @@ def container_path(value: str, name: str = "paramUrl") -> tuple[str, str]:
 
     Raises BadRequest, speaking of `name`.
     """
+    if _PLAIN_PATH.fullmatch(value):
+        return value if value[0] == "/" else f"/{value}", ""
     if not value:
         raise BadRequest(f"{name} is missing: give the path of the container's API, e.g. sdapi/v1/img2img")
     if _CONTROL.search(value):

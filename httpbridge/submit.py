@@ -127,7 +127,10 @@ class Submission:
                 fields.get("Content-Type", ""),
                 fields.get("Content-Encoding", ""),
             )
-            request.btc_address = payload.btc_address or credentials.btc_address(fields.get("BtcAddress", ""))
+            if payload.btc_address:
+                request.btc_address = payload.btc_address
+            elif "BtcAddress" in fields:
+                request.btc_address = credentials.btc_address(fields["BtcAddress"])
             if payload.content_type:
                 request.request.headers.add(
                     name="Content-Type", value=payload.content_type.encode("utf-8", "surrogateescape")
@@ -135,7 +138,7 @@ class Submission:
             body = request.request.body
             body.size = len(payload.body)
             if body.size <= wire.INLINE_BYTES:
-                body.inline = payload.body
+                body.inline = bytes(payload.body)
             else:
                 body.upload_id = await self._control_plane.upload(
                     payload.body, workspace_id=request.workspace_id, route=request.route

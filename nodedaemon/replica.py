@@ -137,6 +137,7 @@ class Replica:
         self._digest = ""
         #: How many containers it has had.
         self._starts = 0
+        self._was_ready = False
         self._nudge = asyncio.Event()
 
     @property
@@ -169,6 +170,7 @@ class Replica:
         if now != self.container:
             self.container = now
             if now.exit:
+                self._say(State.BACKOFF, 0, f"the container {now.exit.words}")
                 self._means.ended(now.exit)
             self._nudge.set()
 
@@ -210,19 +212,21 @@ class Replica:
             found = await self._start()
         self.container, self._digest = found, found.image_digest
         self.restarts, self._starts = found.restarts, found.restarts + 1
+        self._was_ready = False
         if found.exit:
             self._means.ended(found.exit)
         await self._become_ready()
         while not self.container.exit:
+            self._nudge.clear()
             if self._means.contact.down:
                 # It may go on without its engine: its port tells.
-                closed = await self._missing(Readiness(self.assignment.readiness.port))
-                self._say(State.BACKOFF if closed else State.READY, 0 if closed else 100)
-                await either(self._nudge, self._means.sleep(RETRY_S))
+                missing = await self._missing(Readiness(self.assignment.readiness.port))
+                if missing is not None:
+                    self._say(State.BACKOFF if missing else State.READY, 0 if missing else 100)
+                    await either(self._nudge, self._means.sleep(RETRY_S))
             else:
                 self._say(State.READY, 100, self._remark())
                 await self._nudge.wait()
-            self._nudge.clear()
         return self.container.exit
 
     async def _start(self) -> Container:
@@ -249,24 +253,30 @@ class Replica:
         deadline = self._means.monotonic() + readiness.start_limit_s
         pause_s = PROBE_S
         while self.container and not self.container.exit:
+            self._nudge.clear()
             missing = await self._missing(readiness)
+            if missing is None:
+                continue
             if not missing:
                 log.info("replica_ready", replica=self.assignment.replica_id)
+                self._was_ready = True
                 return
             if self._means.monotonic() >= deadline:
                 await self._give_up(missing)
             self._say(State.STARTING, STARTED, f"waiting until it is ready: {missing}")
             await either(self._nudge, self._means.sleep(pause_s))
-            self._nudge.clear()
             pause_s = min(pause_s * 1.5, PROBE_LIMIT_S)
 
-    async def _missing(self, readiness: Readiness) -> str:
+    async def _missing(self, readiness: Readiness) -> str | None:
+        """What its port lacks; "": nothing; None: something else happened before that was known."""
         assert self.container is not None
         address = self.container.addresses.get(readiness.port)
         if address is None:
             self._means.look()
             return "the container has no address"
-        return await self._means.probe(readiness, address)
+        probe = asyncio.ensure_future(self._means.probe(readiness, address))
+        await either(self._nudge, probe)
+        return probe.result() if probe.done() and not probe.cancelled() else None
 
     async def _give_up(self, missing: str) -> None:
         readiness = self.assignment.readiness
@@ -284,7 +294,7 @@ class Replica:
         raise NeverReady(why)
 
     async def _obituary(self, ended: Exit) -> str:
-        when = "" if self._state is State.READY else " before it was ready"
+        when = "" if self._was_ready else " before it was ready"
         return f"the container {ended.words} after {ended.ran_s:.0f} s{when}" + await self._last_lines()
 
     async def _last_lines(self) -> str:

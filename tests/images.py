@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import docker
@@ -65,7 +65,9 @@ def variant(api: docker.APIClient, name: str, *changes: str, extra_bytes: int = 
             _add(tar, "extra", hashlib.shake_256(tag.encode()).digest(extra_bytes))
         _add(tar, "Dockerfile", "\n".join(lines).encode())
     context.seek(0)
-    for event in api.build(fileobj=context, custom_context=True, tag=reference, rm=True, decode=True):
+    for event in api.build(
+        fileobj=context, custom_context=True, tag=reference, rm=True, forcerm=True, network_mode="none", decode=True
+    ):
         if "error" in event:
             raise RuntimeError(event["error"])
     return reference
@@ -82,9 +84,17 @@ def echo_directory(images: Path, name: str = "echo", env: Mapping[str, str] | No
     return name
 
 
+#: Starts a program; the second is where a port that it opens is reached.
+Spawn = tuple[Callable[..., "subprocess.Popen[bytes]"], str]
+
+
 @contextlib.contextmanager
-def registry(*, credentials: bool = False) -> Iterator[str]:
-    """A registry on a free port of 127.0.0.1, its `host:port`; with `credentials` it wants USERNAME and PASSWORD."""
+def registry(*, credentials: bool = False, data: Path | None = None, spawn: Spawn | None = None) -> Iterator[str]:
+    """A registry on a free port of 127.0.0.1, its `host:port`; with `credentials` it wants USERNAME and PASSWORD.
+
+    `data`: two may share a directory. `spawn`: to run it in another network namespace.
+    """
+    start, reached_at = spawn or (_quietly, "127.0.0.1")
     with tempfile.TemporaryDirectory(prefix="ngpu-registry-") as directory:
         root = Path(directory)
         port = _free_port()
@@ -93,14 +103,13 @@ def registry(*, credentials: bool = False) -> Iterator[str]:
             (root / "htpasswd").write_text(HTPASSWD)
             auth = f"auth: {{htpasswd: {{realm: test, path: {root}/htpasswd}}}}\n"
         (root / "config.yml").write_text(
-            f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}/data}}}}\n"
-            f"http: {{addr: '127.0.0.1:{port}'}}\n{auth}"
+            "version: 0.1\nlog: {level: error}\n"
+            f"storage: {{filesystem: {{rootdirectory: {data or root / 'data'}}}}}\n"
+            f"http: {{addr: '{'0.0.0.0' if spawn else '127.0.0.1'}:{port}'}}\n{auth}"
         )
-        process = subprocess.Popen(
-            ["docker-registry", "serve", str(root / "config.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = start("docker-registry", "serve", str(root / "config.yml"))
         try:
-            _wait_until_open(port, process)
+            _wait_until_open(reached_at, port, process)
             yield f"127.0.0.1:{port}"
         finally:
             process.kill()
@@ -173,13 +182,17 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_open(port: int, process: subprocess.Popen[bytes]) -> None:
+def _quietly(*argv: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _wait_until_open(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError("docker-registry ended at once")
         with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
             return
         time.sleep(0.05)
     raise RuntimeError("docker-registry does not listen")

@@ -1,7 +1,7 @@
 """A Docker engine of a test's own, to kill, restart, and fill up: containerd and dockerd on sockets of their own.
 
-It makes no iptables rules and no default bridge, so that it does not get into the way of the machine's own engine.
-Needs root.
+It lives in a network namespace of its own, with a way to and from this one, because two engines in one namespace
+take each other's bridges and rules away. Needs root.
 """
 
 import contextlib
@@ -34,11 +34,12 @@ class PrivateDocker:
         self.url = f"unix://{directory}/docker.sock"
         self.data = directory / "data"
         self.data.mkdir()
-        #: Of 10.213.0.0/16, for its networks.
-        self._range = f"10.213.{secrets.randbelow(256)}.0/24"
+        number = secrets.randbelow(256)
+        self._namespace = f"ngpu-own{number}"
+        self._link, self._host_ip, self.ip = f"ngpu-o{number}", f"10.214.{number}.1", f"10.214.{number}.2"
+        self._networks = f"10.213.{number}.0/24"
         self._containerd: subprocess.Popen[bytes] | None = None
         self._dockerd: subprocess.Popen[bytes] | None = None
-        self._mounted = False
         if disk_bytes:
             image = directory / "disk.img"
             with image.open("wb") as file:
@@ -46,7 +47,6 @@ class PrivateDocker:
             self._run("mkfs.ext4", "-q", "-F", str(image))
             if subprocess.run(["mount", "-o", "loop", str(image), str(self.data)], check=False).returncode:
                 pytest.skip("needs loop devices, for a small disk")
-            self._mounted = True
 
     @property
     def api(self) -> docker.APIClient:
@@ -55,27 +55,30 @@ class PrivateDocker:
     def start(self) -> None:
         """Returns once it answers."""
         if self._containerd is None:
+            self._make_namespace()
             config = self._directory / "containerd.toml"
             config.write_text(
                 f'version = 2\nroot = "{self.data}/containerd"\nstate = "{self._directory}/containerd-state"\n'
                 'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
                 f'[grpc]\naddress = "{self._directory}/containerd.sock"\n'
             )
-            self._containerd = self._spawn("containerd", "--config", str(config))
-        self._dockerd = self._spawn(
+            self._containerd = self.run_inside("containerd", "--config", str(config))
+        self._dockerd = self.run_inside(
             *("dockerd", "--host", self.url, "--containerd", f"{self._directory}/containerd.sock"),
             *("--data-root", str(self.data / "docker"), "--exec-root", str(self._directory / "exec")),
-            *("--pidfile", str(self._directory / "pid"), "--bridge", "none"),
-            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
-            *("--default-address-pool", f"base={self._range},size=28"),
+            *("--pidfile", str(self._directory / "pid"), "--ip-masq=false"),
+            *("--default-address-pool", f"base={self._networks},size=28"),
         )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             with contextlib.suppress(docker.errors.DockerException):
                 self.api.close()
-                return
+                break
             time.sleep(0.05)
-        raise RuntimeError((self._directory / "dockerd.log").read_text()[-2000:])
+        else:
+            raise RuntimeError((self._directory / "dockerd.log").read_text()[-2000:])
+        # Its containers are to be reached from out here.
+        self.run_inside("iptables", "-I", "FORWARD", "-i", "out", "-j", "ACCEPT").wait()
 
     def kill(self) -> None:
         """As a crash does it: containers go on."""
@@ -88,7 +91,7 @@ class PrivateDocker:
         source = docker.APIClient(version="auto")
         target = self.api
         with contextlib.closing(source), contextlib.closing(target):
-            for _ in target.load_image(b"".join(source.get_image(image))):
+            for _ in target.load_image(b"".join(source.get_image(image))):  # type: ignore[no-untyped-call]
                 pass
 
     def close(self) -> None:
@@ -101,21 +104,37 @@ class PrivateDocker:
                     for container in api.containers(all=True):
                         api.remove_container(container["Id"], force=True, v=True)
                     for network in api.networks():
-                        if network["Driver"] == "bridge":
+                        if network["Driver"] == "bridge" and network["Name"] != "bridge":
                             api.remove_network(network["Id"])
         finally:
             for process in (self._dockerd, self._containerd):
                 if process:
                     process.send_signal(signal.SIGTERM)
                     process.wait(20)
+            subprocess.run(["ip", "netns", "del", self._namespace], check=False, capture_output=True)
             mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
             for mount in sorted((m for m in mounts if m.startswith(f"{self._directory}/")), reverse=True):
                 subprocess.run(["umount", mount], check=False)
 
-    def _spawn(self, *argv: str) -> subprocess.Popen[bytes]:
-        log = (self._directory / f"{argv[0]}.log").open("ab")
-        with log:
-            return subprocess.Popen(argv, stdout=log, stderr=log)
+    def run_inside(self, *argv: str) -> subprocess.Popen[bytes]:
+        """A program in its network namespace."""
+        with (self._directory / f"{argv[0]}.log").open("ab") as log:
+            inside = ["nsenter", f"--net=/run/netns/{self._namespace}", *argv]
+            return subprocess.Popen(inside, stdout=log, stderr=log)
+
+    def _make_namespace(self) -> None:
+        for line in (
+            f"ip netns add {self._namespace}",
+            f"ip link add {self._link} type veth peer name out netns {self._namespace}",
+            f"ip address add {self._host_ip}/30 dev {self._link}",
+            f"ip link set {self._link} up",
+            f"ip route add {self._networks} via {self.ip}",
+            f"ip -n {self._namespace} address add {self.ip}/30 dev out",
+            f"ip -n {self._namespace} link set out up",
+            f"ip -n {self._namespace} link set lo up",
+            f"ip -n {self._namespace} route add default via {self._host_ip}",
+        ):
+            self._run(*line.split())
 
     @staticmethod
     def _run(*argv: str) -> None:

@@ -185,7 +185,7 @@ class Outbox:
         while True:
             if len(self._starts) + len(self._cancels) + len(self._acks) > self._room:
                 raise Unavailable("The node does not read what it is sent; it must begin the stream anew.")
-            if self._news.is_set() or self._starts or self._cancels or len(self._acks) >= wire.BATCH_ITEMS:
+            if self._news.is_set() or self._starts or self._cancels:
                 self._news.clear()
                 if (frame := self._frame()).ByteSize():
                     await stream.write(frame)
@@ -205,9 +205,11 @@ class Outbox:
         if not self._starts:
             frame.cancels.extend(_taken(self._cancels, items))
             frame.acks.extend(_taken(self._acks, items - len(frame.cancels)))
-        if not self._acks and self._due is not None:
+        if self._due is not None:
             self._due.cancel()
             self._due = None
+        if self._acks:
+            self._news.set()
         return frame
 
 

@@ -75,6 +75,10 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.FleetService.Explain": _OWNER,
 }
 
+#: Of an error's message. It travels twice in the trailing metadata, of which gRPC takes no more than 8 KiB.
+MESSAGE_CHARS: Final = 1500
+#: Of a caller's own id for a call.
+REQUEST_ID_CHARS: Final = 64
 #: Answers what it has before it ends at a stop.
 _ENDS_BY_ITSELF: Final = "ngpu.v1.TaskService.Batch"
 
@@ -116,6 +120,7 @@ class Gate:
         self._access = access
         self._new_request_id = new_request_id
         self.calls: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._running: set[asyncio.Task[Any]] = set()
         self._streams: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
@@ -134,6 +139,11 @@ class Gate:
         self._stopping = True
         for stream in self._streams:
             stream.cancel()
+
+    async def idle(self, grace_s: float) -> None:
+        """Wait until every call has ended, or so many seconds are over."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=grace_s)
 
     def _handler(self, method: MethodDescriptor, inner: Callable[..., Any]) -> "grpc.RpcMethodHandler[Any, Any]":
         roles = ROLES[method.full_name]
@@ -173,16 +183,18 @@ class Gate:
         inner: Callable[[Caller], Awaitable[Any]],
     ) -> Any:
         name, request_id = method.name, ""
-        stream = asyncio.current_task() if method.server_streaming and method.full_name != _ENDS_BY_ITSELF else None
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        if (method.client_streaming or method.server_streaming) and method.full_name != _ENDS_BY_ITSELF:
+            self._streams.add(task)
         try:
-            if stream is not None:
-                self._streams.add(stream)
             metadata = dict(context.invocation_metadata())
-            request_id = str(metadata.get(wire.REQUEST_ID, ""))
+            request_id = str(metadata.get(wire.REQUEST_ID, ""))[:REQUEST_ID_CHARS]
             check = functools.partial(self._principal, roles, metadata.get(wire.AUTHORIZATION))
             answer = await inner(Caller(check(), ip_of(context.peer()), request_id, check))
         except asyncio.CancelledError:
-            if not self._stopping or stream is None or context.done():
+            if not self._stopping or task not in self._streams or context.done():
                 self.calls[name, "CANCELLED"] += 1
                 raise
             error: NgpuError = Unavailable("The control plane is stopping; try again soon.")
@@ -196,8 +208,8 @@ class Gate:
             self.calls[name, "OK"] += 1
             return answer
         finally:
-            if stream is not None:
-                self._streams.discard(stream)
+            self._running.discard(task)
+            self._streams.discard(task)
         self.calls[name, error.code] += 1
         message = error_message(error)
         await context.abort(_CODES[error.code], message.message, ((wire.ERROR, message.SerializeToString()),))
@@ -227,10 +239,11 @@ class Gate:
 
 def error_message(error: NgpuError) -> http_pb2.Error:
     """An error on the wire."""
+    words = str(error)
     return http_pb2.Error(
         code=_CODES[error.code].value[0],
         reason=error.reason,
-        message=str(error),
+        message=words if len(words) <= MESSAGE_CHARS else f"{words[:MESSAGE_CHARS]} ...",
         retry_after_ms=round(error.retry_after_s * 1000),
     )
 

@@ -74,8 +74,8 @@ class Records:
             answer.response.status = row.response_status
             translate.fill_headers(answer.response.headers, translate.headers_of_row(row.response_headers_json))
             answer.response.body.is_utf8 = row.response_is_utf8
-            name = body_of_response(row.id, row.attempt)
-            await self._fill_body(answer.response.body, row, row.response_body, size=row.response_size, name=name, limit=limit)
+            name, size = body_of_response(row.id, row.attempt), row.response_size
+            await self._fill_body(answer.response.body, row, row.response_body, size=size, name=name, limit=limit)
         if row.state is State.RUNNING:
             answer.attempts.add(
                 number=row.attempt,

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypedDict
 
 from msgspec import structs
 from ngpu import wire
@@ -16,7 +16,7 @@ from controlplane.access import Kind, Principal
 from controlplane.api import translate
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.owners import Owners
-from controlplane.api.requests import check_size, request_of
+from controlplane.api.requests import TARGET_BYTES, check_size, request_of
 from controlplane.api.stored import body_of_request, body_of_response, read_whole
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher, NewTask, TaskView
@@ -30,13 +30,14 @@ from controlplane.errors import (
 from controlplane.fleet import Fleet, Workspace
 from controlplane.model import ENDED
 from controlplane.slots import Request
+from controlplane.spec import Spec
 from controlplane.store import Store
 
 #: Longest time an answer is held, in seconds.
 WAIT_S: Final = 3600.0
 IDEMPOTENCY_KEY_BYTES: Final = 255
 #: What is kept for the record only is cut to this.
-RECORD_CHARS: Final = 2048
+RECORD_CHARS: Final = 256
 _UPLOAD_ID: Final = re.compile(r"upload-[0-9a-f]{32}")
 
 
@@ -45,6 +46,13 @@ class Assets(Protocol):
 
     async def check(self, address: str) -> tuple[object, ...]:
         """What it holds; empty: nothing. Raises InvalidArgument, AssetUnknown."""
+
+
+class _Waiting(TypedDict):
+    """How a caller waits."""
+
+    wait_s: float
+    cancel_on_hangup: bool
 
 
 class TaskApi:
@@ -110,16 +118,16 @@ class TaskApi:
             idempotency_key=key or None,
             request_hash=_hash_of(port, request) if key else None,
             user_ip=origin.user_ip[:RECORD_CHARS],
-            origin_url=origin.url[:RECORD_CHARS],
+            origin_url=origin.url[:TARGET_BYTES],
             operation=origin.operation[:RECORD_CHARS],
         )
-        upload_id = message.request.body.upload_id
-        if not (upload_id or new.btc_address):
-            return self._dispatcher.accept(new, wait_s=wait_s, cancel_on_hangup=message.cancel_on_hangup)
-        return asyncio.create_task(
-            self._begin_later(new, workspace, upload_id, wait_s=wait_s, cancel_on_hangup=message.cancel_on_hangup),
-            name=f"schedule-{new.task_id}",
-        )
+        waiting: _Waiting = {"wait_s": wait_s, "cancel_on_hangup": message.cancel_on_hangup}
+        body = message.request.body
+        if not (body.upload_id or new.btc_address):
+            return self._dispatcher.accept(new, **waiting)
+        # Not given the message itself: it would keep its whole frame in memory.
+        later = self._begin_later(new, spec, waiting, upload_id=body.upload_id, expected=body.size)
+        return asyncio.create_task(later, name=f"schedule-{new.task_id}")
 
     def _target(self, message: pb.ScheduleRequest, principal: Principal) -> tuple[Workspace, int, str | None]:
         """The workspace, its port, and the container's path if a route gives it."""
@@ -143,12 +151,12 @@ class TaskApi:
         return workspace, port or ports[0], path
 
     async def _begin_later(
-        self, new: NewTask, workspace: Workspace, upload_id: str, *, wait_s: float, cancel_on_hangup: bool
+        self, new: NewTask, spec: Spec, waiting: _Waiting, *, upload_id: str, expected: int
     ) -> TaskView:
         if new.btc_address:
             await self._check_assets(new.btc_address)
         if not upload_id:
-            return await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+            return await self._dispatcher.submit(new, **waiting)
         if new.request.body:
             raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
         _check_upload_id(upload_id)
@@ -156,11 +164,13 @@ class TaskApi:
             size = await self._bodies.seal(upload_id)
         except NotFound:
             raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
-        check_size(size, workspace.spec)
+        if expected not in {0, size}:
+            raise InvalidArgument(f"request.body.size: the upload has {size} bytes, not {expected}.")
+        check_size(size, spec)
         if size <= wire.INLINE_BYTES:
-            body = await read_whole(self._bodies, upload_id)
-            new = structs.replace(new, request=structs.replace(new.request, body=body, size=size))
-            view = await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+            data = await read_whole(self._bodies, upload_id)
+            new = structs.replace(new, request=structs.replace(new.request, body=data, size=size))
+            view = await self._dispatcher.submit(new, **waiting)
             await self._bodies.delete(upload_id)
             return view
         new = structs.replace(new, request=structs.replace(new.request, size=size))
@@ -173,7 +183,7 @@ class TaskApi:
         # no row names, which the retention of bodies finds by its age.
         await self._bodies.rename(upload_id, body_of_request(new.task_id))
         try:
-            view = await self._dispatcher.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup)
+            view = await self._dispatcher.submit(new, **waiting)
         except NgpuError:
             await self._drop_request(new.task_id)
             raise

@@ -7,6 +7,7 @@ call. A Podman socket speaks the same and may work; it is not tested.
 import asyncio
 import collections
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -15,10 +16,10 @@ import socket
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import docker
 import docker.errors
@@ -208,20 +209,24 @@ class DockerEngine:
         filters = {"type": "container", "label": f"{NODE}={self._node}", "event": ["start", "die", "oom", "destroy"]}
         # Docker answers before it listens: what happens in between comes with `since`.
         since = int(time.time()) - 1
-        stream = await self._call(lambda api: api.events(decode=True, since=since, filters=filters))
+
+        def listen(_: docker.APIClient) -> _Stream:
+            return _Stream(self._url, lambda api: api.events(decode=True, since=since, filters=filters))
 
         def pump() -> None:
-            for event in stream:
-                if event.get("Action") == "oom":
-                    self._memory_kills[event["Actor"]["ID"]] += 1
-                loop.call_soon_threadsafe(look)
+            with stream:
+                for event in stream:
+                    if event.get("Action") == "oom":
+                        self._memory_kills[event["Actor"]["ID"]] += 1
+                    loop.call_soon_threadsafe(look)
 
+        stream = await self._call(listen)
+        ended = loop.run_in_executor(self._events, pump)
         look()
         try:
-            await asyncio.shield(loop.run_in_executor(self._events, pump))
+            await asyncio.shield(ended)
         finally:
-            with contextlib.suppress(OSError):
-                stream.close()
+            stream.stop()
         raise EngineDown(f"Docker at {self._url} has closed its stream of events")
 
     async def logs(self, replica_id: str, *, lines: int) -> str:
@@ -253,8 +258,7 @@ class DockerEngine:
         """As Engine."""
         for pool in (self._quick, self._slow, self._events):
             pool.shutdown(wait=False, cancel_futures=True)
-        if self._client:
-            self._client.close()
+        self._forget()
 
     # Threads.
 
@@ -281,25 +285,40 @@ class DockerEngine:
             if ours and not type(error).__module__.startswith("urllib3"):
                 raise
             # The next call negotiates anew: it may be another version that comes back.
-            self._client = self._publish = None
-            raise EngineDown(self._why_down(error)) from error
+            self._forget()
+            raise EngineDown(f"Docker at {self._url} does not answer: {str(error)[:200]}") from error
 
     def _api(self) -> docker.APIClient:
         with self._lock:
             if self._client is None:
+                self._knock()
                 threads = QUICK_THREADS + SLOW_THREADS + 1
                 self._client = docker.APIClient(self._url, version="auto", timeout=CALL_S, max_pool_size=threads)
             return self._client
 
-    def _why_down(self, error: Exception) -> str:
-        text = str(error)
-        if "PermissionError" in text:
-            return f"no permission to use Docker at {self._url}: run the node daemon as root or in group docker"
-        if "FileNotFoundError" in text:
-            return f"there is no Docker at {self._url}: install it, start it, or use --engine process"
-        if "refused" in text.lower():
-            return f"Docker at {self._url} is not running: start it"
-        return f"Docker at {self._url} does not answer: {text[:200]}"
+    def _forget(self) -> None:
+        with self._lock:
+            client, self._client, self._publish = self._client, None, None
+        if client:
+            client.close()
+
+    def _knock(self) -> None:
+        """The SDK's errors do not tell these apart, and it leaves the socket open."""
+        path = self._url.removeprefix("unix://")
+        if path == self._url:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX) as door:
+                door.settimeout(CALL_S)
+                door.connect(path)
+        except PermissionError as error:
+            words = f"no right to use Docker at {self._url}: run the daemon as root or in group docker"
+            raise EngineDown(words) from error
+        except FileNotFoundError as error:
+            words = f"there is no Docker at {self._url}: install it, start it, or use --engine process"
+            raise EngineDown(words) from error
+        except OSError as error:
+            raise EngineDown(f"Docker at {self._url} is not running: start it ({error.strerror})") from error
 
     # Pull.
 
@@ -308,31 +327,38 @@ class DockerEngine:
     ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         heard = loop.time()
-        answers: list[Any] = []
+        streams: list[_Stream] = []
 
         def hear(percent: int) -> None:
             nonlocal heard
             heard = loop.time()
             progress(percent)
 
-        def pull(_: docker.APIClient) -> dict[str, Any]:
-            # A session of its own: its hook gets hold of the answer, which is what can be closed from outside.
-            with contextlib.closing(docker.APIClient(self._url, version="auto", timeout=CALL_S)) as api:
-                api.hooks["response"].append(lambda answer, **_: answers.append(answer))
-                told = PullProgress()
-                repository, tag = docker.utils.parse_repository_tag(image)
-                # Never the machine's own login (an empty mapping says so): it is the operator's.
-                auth = {"username": credentials.username, "password": credentials.password} if credentials else {}
-                try:
-                    for event in api.pull(repository, tag or "latest", stream=True, decode=True, auth_config=auth):
+        def pull(main: docker.APIClient) -> dict[str, Any]:
+            told = PullProgress()
+            repository, tag = docker.utils.parse_repository_tag(image)
+            # Never the machine's own login (an empty mapping says so): it is the operator's.
+            auth = {"username": credentials.username, "password": credentials.password} if credentials else {}
+            ask = functools.partial(
+                docker.APIClient.pull,
+                repository=repository,
+                tag=tag or "latest",
+                stream=True,
+                decode=True,
+                auth_config=auth,
+            )
+            try:
+                with _Stream(self._url, ask) as stream:
+                    streams.append(stream)
+                    for event in stream:
                         if "error" in event:
                             raise pull_error(event["error"], image, credentials=bool(credentials))
                         loop.call_soon_threadsafe(hear, told.feed(event))
-                except docker.errors.APIError as error:
-                    raise pull_error(_said(error), image, credentials=bool(credentials)) from error
-                except docker.errors.InvalidRepository as error:
-                    raise ImageMissing(f"{image} is not the name of an image: {error}") from error
-                found = _inspect_image(api, image)
+            except docker.errors.APIError as error:
+                raise pull_error(_said(error), image, credentials=bool(credentials)) from error
+            except docker.errors.InvalidRepository as error:
+                raise ImageMissing(f"{image} is not the name of an image: {error}") from error
+            found = _inspect_image(main, image)
             if found is None:
                 raise PullFailed(f"the pull of {image} broke off")
             return found
@@ -349,9 +375,8 @@ class DockerEngine:
             if not future.done():
                 # Docker stops a pull when nobody listens.
                 future.add_done_callback(lambda done: done.exception())
-                for answer in answers[-1:]:
-                    with contextlib.suppress(OSError, AttributeError, docker.errors.DockerException):
-                        docker.types.CancellableStream(iter(()), answer).close()
+                for stream in streams:
+                    stream.stop()
 
     # Containers.
 
@@ -431,6 +456,37 @@ class DockerEngine:
             return publish
 
 
+class _Stream:
+    """A long answer of Docker, on a connection of its own that another thread can stop."""
+
+    def __init__(self, url: str, ask: Callable[[docker.APIClient], Iterator[dict[str, Any]]]) -> None:
+        answers: list[Any] = []
+        self._api = docker.APIClient(url, version="auto", timeout=CALL_S)
+        # The SDK keeps the answer to itself.
+        self._api.hooks["response"].append(lambda answer, **_: answers.append(answer))
+        try:
+            self._events = iter(ask(self._api))
+        except BaseException:
+            self._api.close()
+            raise
+        self._answer = answers[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._events
+
+    def __exit__(self, *_: object) -> None:
+        self._answer.close()
+        self._api.close()
+
+    def stop(self) -> None:
+        """From another thread: its iteration ends."""
+        with contextlib.suppress(OSError, AttributeError, docker.errors.DockerException):
+            docker.types.CancellableStream(self._events, self._answer).close()
+
+
 def _said(error: docker.errors.APIError) -> str:
     said = error.explanation
     return (said.decode(errors="replace") if isinstance(said, bytes) else str(said or error))[:2000]
@@ -441,6 +497,10 @@ def _inspect_image(api: docker.APIClient, image: str) -> dict[str, Any] | None:
         found: dict[str, Any] = api.inspect_image(image)  # type: ignore[no-untyped-call]
     except (docker.errors.NotFound, docker.errors.NullResource):
         return None
+    except docker.errors.APIError as error:
+        if "invalid reference" in _said(error):
+            return None
+        raise
     return found
 
 

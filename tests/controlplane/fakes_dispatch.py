@@ -117,6 +117,8 @@ class FakeNode:
         self.given: list[str] = []
         self.cancelled: list[str] = []
         self.acked: list[str] = []
+        #: Attempts that ended without a byte having reached a container.
+        self.unsent: set[str] = set()
         self._news = asyncio.Event()
 
     @property
@@ -229,7 +231,7 @@ class World:
         self.fleet = FakeFleet()
         self.fleet.add_workspace(WS)
         self.nodes: dict[str, FakeNode] = {}
-        self._numbers = 0
+        self.numbers = 0
         #: How much of queued tasks' requests is kept in memory, from the next start on.
         self.held_bytes = 1 << 20
         self.store: Store
@@ -279,9 +281,9 @@ class World:
         return node
 
     def new(self, *, uid: str = WS, body: bytes = b"body", **fields: Any) -> NewTask:
-        self._numbers += 1
+        self.numbers += 1
         request = Request("POST", "/run", "", (("x", b"\xff"),), body, len(body))
-        return NewTask(f"t{self._numbers}", uid, 80, request, **fields)
+        return NewTask(f"t{self.numbers}", uid, 80, request, **fields)
 
     def submit(self, new: NewTask | None = None, *, wait_s: float = 1e9, **options: Any) -> "asyncio.Future[TaskView]":
         return self.dispatcher.accept(new or self.new(), wait_s=wait_s, **options)

@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ngpu.v1 import task_pb2 as pb
 
 from tests.controlplane.databases import fresh_database
@@ -179,6 +182,49 @@ async def test_stop_answers_who_waits_and_loses_nothing(tmp_path: Path) -> None:
             answer = await bridge.tasks.Query(pb.QueryRequest(task_id=task_id), metadata=bridge.auth)
             assert answer.task.state in {pb.TASK_STATE_QUEUED, pb.TASK_STATE_RUNNING}
         await bridge.channel.close()
+
+
+async def test_echo_of_a_signal_is_not_a_second_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as there:
+        # Both are pending when it goes on: as when a whole group is signalled and its leader passes it on.
+        there.process.send_signal(signal.SIGSTOP)
+        there.process.send_signal(signal.SIGINT)
+        there.process.send_signal(signal.SIGTERM)
+        assert await there.end(signal.SIGCONT) == 0
+
+
+async def test_it_speaks_tls(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not there to make a certificate")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = await asyncio.create_subprocess_exec(
+        openssl,
+        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
+        *("-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)),
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert await made.wait() == 0
+    async with running(tmp_path / "state", "--tls-cert", str(cert), "--tls-key", str(key)) as there:
+        port = there.address.rpartition(":")[2]
+        credentials = grpc.ssl_channel_credentials(cert.read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+            plain: Any = health_pb2_grpc.HealthStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await plain.Check(health_pb2.HealthCheckRequest(), timeout=5)
+
+
+async def test_stop_is_not_held_up_by_who_watches_our_health(tmp_path: Path) -> None:
+    async with running(tmp_path) as there, grpc.aio.insecure_channel(there.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        async with asyncio.timeout(5):
+            assert await there.end() == 0
 
 
 async def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:

@@ -389,6 +389,17 @@ async def test_upload_in_pieces_becomes_the_body(there: House, node: Node) -> No
         await there.bridge.schedule(sent)
 
 
+async def test_upload_of_another_size_than_said_is_refused(there: House) -> None:
+    workspace = await there.operator.workspace(replicas=0)
+    stored = await upload(there.bridge, [b"x" * 100], workspace_id=workspace.id)
+    sent = request(workspace)
+    sent.request.body.upload_id, sent.request.body.size = stored.upload_id, 99
+    with refused(*INVALID, "100"):
+        await there.bridge.schedule(sent)
+    sent.request.body.size = 100
+    await there.bridge.schedule(sent)
+
+
 async def test_small_upload_rides_with_the_start(there: House, node: Node) -> None:
     workspace = await there.operator.workspace()
     await there.operator.ready("echo")

@@ -48,6 +48,12 @@ async def test_every_fault_of_a_spec_is_told_at_once(there: House) -> None:
         assert field in error.message
 
 
+async def test_error_with_very_many_words_still_arrives(there: House) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await there.operator.workspace(ports=list(range(70_000, 75_000)))
+    assert error_of(caught.value).reason == "INVALID_ARGUMENT"
+
+
 async def test_secrets_are_write_only(there: House) -> None:
     made = await there.operator.workspace(
         env={"TOKEN": "hush"}, registry=pb.RegistryCredentials(username="u", password="hush"), replicas=0
