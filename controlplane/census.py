@@ -10,6 +10,7 @@ import msgspec
 from controlplane import explain, model
 from controlplane.explain import Decision
 from controlplane.grade import Health
+from controlplane.health import Memory, moved
 from controlplane.model import Availability
 from controlplane.report import Inventory, ReplicaReport, Report
 from controlplane.spec import Spec
@@ -88,7 +89,8 @@ class Node(msgspec.Struct, frozen=True):
 
     `heard_s`: monotonic seconds of its last sign of life, or of our own start. `report`: its last since our start, the
     `reports`-th; `said`: that report's replicas by id. `images`: its images' sizes by name, as in placement. `health`:
-    by GPU id, in the inventory's order; GPUs that went missing last. `failures`: how often it was lost since our start.
+    by GPU id, in the inventory's order; GPUs that went missing last; `memories`: what that is judged by. `failures`: how
+    often it was lost. `doomed`: its replicas whose container must start anew.
     """
 
     addr: str
@@ -106,7 +108,9 @@ class Node(msgspec.Struct, frozen=True):
     said: Mapping[str, ReplicaReport] = _EMPTY
     images: Mapping[str, int] = _EMPTY
     health: Mapping[str, Health] = _EMPTY
+    memories: Mapping[str, Memory] = _EMPTY
     failures: int = 0
+    doomed: frozenset[str] = frozenset()
 
     @property
     def revoked(self) -> bool:
@@ -114,6 +118,15 @@ class Node(msgspec.Struct, frozen=True):
         return self.revoke_time is not None
 
 
+class Past(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What of a node's past is on disk, its times as seconds since 1970."""
+
+    gpus: Mapping[str, Memory] = {}
+    failures: int = 0
+    doomed: frozenset[str] = frozenset()
+
+
+_past = msgspec.json.Decoder(Past)
 _spec = msgspec.json.Decoder(Spec)
 _inventory = msgspec.json.Decoder(Inventory)
 _gpu_ids = msgspec.json.Decoder(tuple[str, ...])
@@ -157,8 +170,13 @@ def route_row(value: Route) -> model.Route:
     return model.Route(**msgspec.structs.asdict(value))
 
 
-def node_of(row: model.Node, heard_s: float) -> Node:
-    """The value of a row; it is not connected yet."""
+def node_of(row: model.Node, now: datetime, now_s: float) -> Node:
+    """The value of a row; it is not connected yet. `now`, `now_s`: the same moment by both clocks."""
+    past, inventory = _past.decode(row.health_json), _inventory.decode(row.inventory_json)
+    memories = {gpu.id: past.gpus.get(gpu.id, Memory()) for gpu in inventory.gpus}
+    # GPUs that have gone missing are remembered; those that are there keep the inventory's order.
+    memories |= {gpu_id: memory for gpu_id, memory in past.gpus.items() if gpu_id not in memories}
+    memories = {gpu_id: moved(memory, now_s - now.timestamp()) for gpu_id, memory in memories.items()}
     return Node(
         addr=row.addr,
         name=row.name,
@@ -167,13 +185,21 @@ def node_of(row: model.Node, heard_s: float) -> Node:
         last_seen_time=row.last_seen_time,
         revoke_time=row.revoke_time,
         ip=row.ip,
-        inventory=_inventory.decode(row.inventory_json),
-        heard_s=heard_s,
+        inventory=inventory,
+        heard_s=now_s,
+        health={gpu_id: memory.health for gpu_id, memory in memories.items()},
+        memories=memories,
+        failures=past.failures,
+        doomed=past.doomed,
     )
 
 
-def node_row(value: Node) -> model.Node:
-    """The row of a value."""
+def node_row(value: Node, now: datetime, now_s: float) -> model.Node:
+    """The row of a value. `now`, `now_s`: the same moment by both clocks."""
+    by_s = now.timestamp() - now_s
+    past = Past(
+        {gpu_id: moved(memory, by_s) for gpu_id, memory in value.memories.items()}, value.failures, value.doomed
+    )
     return model.Node(
         addr=value.addr,
         name=value.name,
@@ -183,6 +209,7 @@ def node_row(value: Node) -> model.Node:
         revoke_time=value.revoke_time,
         ip=value.ip,
         inventory_json=_json.encode(value.inventory),
+        health_json=_json.encode(past),
     )
 
 

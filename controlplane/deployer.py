@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from controlplane import explain, health, ids, rollout
+from controlplane import explain, ids, rollout
 from controlplane.errors import NgpuError
 from controlplane.explain import Decision
 from controlplane.fleet import Fleet, Node, Replica
@@ -102,9 +102,6 @@ class Deployer:
         self._known: frozenset[str] = frozenset()
         #: Deleted workspaces that the dispatcher knows of.
         self._deleted: set[str] = set()
-        #: Replicas whose container must start anew. Only here: the sign came once, and with a restart of ours it is
-        #: lost, as it is with a lost report.
-        self._doomed: set[str] = set()
         self._hashes: dict[str, tuple[Spec, str]] = {}
         #: By node: its view, and what it was made of.
         self._views: dict[str, tuple[Node, Sequence[Replica], NodeView]] = {}
@@ -132,13 +129,8 @@ class Deployer:
     def report(self, node_addr: str, report: Report) -> None:
         """All that is on a node: one Heartbeat message."""
         self._fleet.report(node_addr, report)
-        replicas = self._fleet.replicas_on(node_addr)
-        for replica in replicas:
+        for replica in self._fleet.replicas_on(node_addr):
             self._offer(replica, self._capacity(replica))
-        restarting = {reading.gpu_id for reading in report.readings if health.restarts(reading)}
-        if restarting:
-            self._doomed.update(replica.id for replica in replicas if not restarting.isdisjoint(replica.gpu_ids))
-            self._fleet.news.set()
 
     def _capacity(self, replica: Replica) -> int:
         node = self._fleet.node(replica.node_addr)
@@ -245,7 +237,6 @@ class Deployer:
             new_id=lambda: ids.replica_id(self._random),
             running=self._tasks.running_on,
             image_bytes=fleet.image_bytes,
-            doomed=frozenset(self._doomed),
             turn=self._turn,
             lost_after_s=self._lost_after_s,
             policy=self._policy,
@@ -302,7 +293,6 @@ class Deployer:
         for replica_id in self._known - replicas:
             self._tasks.replica_gone(replica_id)
             self._hashes.pop(replica_id, None)
-            self._doomed.discard(replica_id)
         self._known = replicas
         for workspace in self._fleet.workspaces(deleted=True):
             if workspace.deleted and workspace.uid not in self._deleted:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from controlplane import admission, census, health, ids, model
 from controlplane.census import Node, Replica, Route, Workspace
-from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated
+from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated, Unavailable
 from controlplane.explain import Decision
 from controlplane.model import Availability
 from controlplane.picture import Picture
@@ -188,7 +188,7 @@ class Fleet(Picture):
         if len(self._nodes) >= NODES:
             raise Conflict(f"{NODES} nodes are known, which is the most.")
         node = Node(addr, self._free_name(name), self._clock(), ip=ip, heard_s=self._monotonic())
-        await self._on_disk(self._rows.enroll_node(census.node_row(node), token_id))
+        await self._on_disk(self._rows.enroll_node(self._node_row(node), token_id))
         return self._show_node(node)
 
     def _free_name(self, name: str) -> str:
@@ -203,15 +203,13 @@ class Fleet(Picture):
     async def set_availability(self, key: str, availability: Availability) -> Node:
         """What it may take. To open it again is the operator's word that its GPUs were tested. Raises NodeUnknown."""
         node = self.node(key)
-        if node.availability is availability:
-            return node
-        await self._write_node(node.addr, availability=availability)
-        if availability is Availability.OPEN:
-            there = {gpu.id for gpu in node.inventory.gpus}
-            memories = self._memories.get(node.addr, {})
-            self._memories[node.addr] = {
-                id: health.after_test(memory) for id, memory in memories.items() if id in there
-            }
+
+        def change(now: Node) -> Node:
+            tested = _tested(now) if availability is Availability.OPEN else now.memories
+            return replace(now, availability=availability, memories=tested)
+
+        if change(node) != node:
+            await self._write_node(node.addr, change)
         return self._nodes[node.addr]
 
     @_change
@@ -219,24 +217,33 @@ class Fleet(Picture):
         """Cut it off for good. Idempotent. Raises NodeUnknown."""
         node = self.node(key)
         if not node.revoked:
-            await self._write_node(node.addr, revoke_time=self._clock())
+            now = self._clock()
+            await self._write_node(node.addr, lambda node: replace(node, revoke_time=now))
             self.session_down(node.addr)
         return self._nodes[node.addr]
 
-    async def _write_node(self, addr: str, **changes: Any) -> None:
-        await self._on_disk(self._rows.update_node(census.node_row(replace(self._nodes[addr], **changes))))
+    async def _write_node(self, addr: str, change: Callable[[Node], Node]) -> None:
+        await self._on_disk(self._rows.update_node(self._node_row(change(self._nodes[addr]))))
         # It may have reported meanwhile.
-        self._show_node(replace(self._nodes[addr], **changes))
+        self._show_node(change(self._nodes[addr]))
+
+    def _node_row(self, node: Node) -> model.Node:
+        return census.node_row(node, self._clock(), self._monotonic())
 
     @_change
     async def save_seen(self) -> None:
         """Write what nodes said of themselves and is not on disk, and when they were seen if that is long ago."""
         recent = self._clock() - timedelta(seconds=SEEN_S)
         due = [node for node in self._nodes.values() if node.addr in self._unsaved or self._long_unsaved(node, recent)]
-        written = [(node, self._rows.update_node(census.node_row(node))) for node in due[:SAVED_AT_ONCE]]
+        # What is said from here on is for the next time.
+        self._unsaved.difference_update(node.addr for node in due[:SAVED_AT_ONCE])
+        written = [(node, self._rows.update_node(self._node_row(node))) for node in due[:SAVED_AT_ONCE]]
         for node, done in written:
-            await self._on_disk(done)
-            self._unsaved.discard(node.addr)
+            try:
+                await self._on_disk(done)
+            except Unavailable:
+                self._unsaved.update(node.addr for node, _ in written)
+                raise
             self._saved_time[node.addr] = node.last_seen_time or node.enroll_time
 
     def _long_unsaved(self, node: Node, recent: datetime) -> bool:
@@ -294,12 +301,11 @@ class Fleet(Picture):
             self._show_workspace(census.workspace_of(workspace))
         self._routes = {row.name: census.route_of(row) for row in routes}
         for row in nodes:
-            node = census.node_of(row, self._monotonic())
+            node = census.node_of(row, self._clock(), self._monotonic())
             known = self._nodes.get(row.addr)
-            if known is None:
-                # GPUs known from before our start, so that it is noticed if one is missing now.
-                self._memories[row.addr] = {gpu.id: health.Memory() for gpu in node.inventory.gpus}
-            else:
+            if known is not None:
+                # Of itself it has said more since; and what was not written is to be.
+                self._unsaved.add(row.addr)
                 node = replace(known, name=node.name, availability=node.availability, revoke_time=node.revoke_time)
             self._show_node(node)
         for replica in map(census.replica_of, replicas):
@@ -307,3 +313,9 @@ class Fleet(Picture):
             stop_report = self._nodes[replica.node_addr].reports if before is None else before.stop_report
             self._show_replicas([replace(replica, stop_report=stop_report)])
         self._stale = False
+
+
+def _tested(node: Node) -> dict[str, health.Memory]:
+    """What is remembered of its GPUs after an operator's word that they were tested; none of those that are not there."""
+    there = {gpu.id for gpu in node.inventory.gpus}
+    return {gpu_id: health.after_test(memory) for gpu_id, memory in node.memories.items() if gpu_id in there}

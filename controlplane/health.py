@@ -17,7 +17,7 @@ import msgspec
 from controlplane.grade import Grade, Health
 from controlplane.report import Gpu, GpuReading
 
-__all__ = ["Grade", "Health", "Memory", "after_test", "judge", "judge_all", "restarts"]
+__all__ = ["Grade", "Health", "Memory", "after_test", "is_news", "judge", "judge_all", "moved", "restarts"]
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -178,6 +178,22 @@ def judge_all(
 def after_test(memory: Memory) -> Memory:
     """After an operator's word that the GPU was tested: Xids no longer count. Levels still do."""
     return msgspec.structs.replace(memory, xids=(), grave_since_s=None)
+
+
+def moved(memory: Memory, by_s: float) -> Memory:
+    """The same in a clock that shows `by_s` seconds more: monotonic seconds end with the process that counted them."""
+    minutes = round(by_s / 60)
+    return msgspec.structs.replace(
+        memory,
+        grave_since_s=None if memory.grave_since_s is None else memory.grave_since_s + by_s,
+        grave_seen_s=memory.grave_seen_s + by_s,
+        slow_minutes=tuple(minute + minutes for minute in memory.slow_minutes),
+    )
+
+
+def is_news(before: Memory | None, memory: Memory) -> bool:
+    """Is the difference worth keeping? That a grave sign was seen once more is not."""
+    return before is None or before != msgspec.structs.replace(memory, grave_seen_s=before.grave_seen_s)
 
 
 def restarts(reading: GpuReading) -> bool:

@@ -130,6 +130,8 @@ class Node(SQLModel):
     ip: str = ""
     #: The last report.Inventory as JSON.
     inventory_json: bytes = b"{}"
+    #: What is remembered of its GPUs' health, of its failures and of restarts to come: a `census.Past` as JSON.
+    health_json: bytes = b"{}"
 
 
 class Replica(SQLModel):

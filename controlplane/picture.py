@@ -49,7 +49,6 @@ class Picture:
         # Tuples, replaced when they change: who keeps one sees by identity whether it still holds.
         self._replicas_of: dict[str, tuple[Replica, ...]] = {}
         self._replicas_on: dict[str, tuple[Replica, ...]] = {}
-        self._memories: dict[str, dict[str, health.Memory]] = {}
         self._image_bytes: OrderedDict[str, int] = OrderedDict()
         #: Set when there is something new that plans are made of; who plans clears it.
         self.news = asyncio.Event()
@@ -147,14 +146,14 @@ class Picture:
 
     def count_failure(self, addr: str) -> None:
         """The node was lost: placement prefers others."""
+        self._unsaved.add(addr)
         self._nodes[addr] = replace(self._nodes[addr], failures=self._nodes[addr].failures + 1)
 
     def report(self, addr: str, report: Report) -> None:
         """All that is on the node: one message."""
         before = self._nodes[addr]
-        memories = health.judge_all(
-            self._memories.get(addr, {}), report.inventory.gpus, report.readings, self._monotonic()
-        )
+        memories = health.judge_all(before.memories, report.inventory.gpus, report.readings, self._monotonic())
+        doomed = self._doomed(before, report)
         same_images = before.report is not None and before.report.images == report.images
         same_build = before.report is not None and _built(before.inventory) == _built(report.inventory)
         node = replace(
@@ -165,16 +164,31 @@ class Picture:
             said={said.replica_id: said for said in report.replicas},
             images=before.images if same_images else self._sizes(report),
             health={gpu_id: memory.health for gpu_id, memory in memories.items()},
+            memories=memories,
+            doomed=doomed,
         )
-        self._memories[addr] = memories
         self._nodes[addr] = node
-        if not same_build:
+        remembers = before.doomed != doomed or any(
+            health.is_news(before.memories.get(gpu_id), memory) for gpu_id, memory in memories.items()
+        )
+        if remembers or not same_build:
             self._unsaved.add(addr)
         for replica in self.replicas_on(addr):
             if before.said.get(replica.id) != node.said.get(replica.id):
                 self.workspace_changes.touch(replica.workspace_uid)
-        if not (same_images and same_build and before.said == node.said and before.health == node.health):
+        if remembers or not (same_images and same_build and before.said == node.said and before.health == node.health):
             self.news.set()
+
+    def _doomed(self, node: Node, report: Report) -> frozenset[str]:
+        """Replicas there whose container must start anew: told once, remembered until they are stopped."""
+        restarting = {reading.gpu_id for reading in report.readings if health.restarts(reading)}
+        if not restarting and not node.doomed:
+            return node.doomed
+        return frozenset(
+            replica.id
+            for replica in self.replicas_on(node.addr)
+            if replica.stop_time is None and (replica.id in node.doomed or not restarting.isdisjoint(replica.gpu_ids))
+        )
 
     def _heard(self, node: Node) -> Node:
         return replace(node, heard_s=self._monotonic(), last_seen_time=self._clock())

@@ -46,7 +46,7 @@ class World(msgspec.Struct, frozen=True):
     """All that a plan is made of.
 
     `views`: the nodes as placement sees them, `view_of` each. `replicas`: all not known to be gone, oldest first.
-    `doomed`: those whose container must start anew. `running`: how many attempts a replica has in flight.
+    `running`: how many attempts a replica has in flight.
     `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
     take turns. `now_s`: monotonic.
     """
@@ -60,7 +60,6 @@ class World(msgspec.Struct, frozen=True):
     new_id: Callable[[], str]
     running: Callable[[str], int] = lambda _: 0
     image_bytes: Callable[[str], int | None] = lambda _: None
-    doomed: frozenset[str] = frozenset()
     turn: int = 0
     lost_after_s: float = 15.0
     policy: Policy = placement.DEFAULT_POLICY
@@ -133,7 +132,7 @@ def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | Non
         return Update(replace(replica, gone_time=world.time), "its node has it no more") if gone else None
     if node.addr in lost:
         reason = "its node is lost"
-    elif replica.id in world.doomed:
+    elif replica.id in node.doomed:
         reason = "its GPU had a contained memory error: its container must start anew"
     elif replica.drain_time is not None and not world.running(replica.id):
         reason = "it was drained and has ended what it ran"

@@ -63,7 +63,11 @@ def open_(body: bytes | bytearray, content_type: str, content_encoding: str = ""
     """
     media_type = content_type.partition(";")[0].strip().lower()
     says_json = media_type == JSON or media_type.endswith("+json")
-    if not body or content_encoding or not (says_json or (media_type in _MAY_BE_JSON and _OBJECT.match(body))):
+    if (
+        not body
+        or content_encoding.lower() not in ("", "identity")
+        or not (says_json or (media_type in _MAY_BE_JSON and _OBJECT.match(body)))
+    ):
         return Payload(body, content_type, "")
     try:
         return _open_json(body, content_type if says_json else JSON)

@@ -112,7 +112,8 @@ class _Page:
 
     def _media(self, media: Node) -> str:
         schema = media["schema"]
-        names = [_name(part) for part in schema.get("anyOf", [schema]) if "$ref" in part]
+        parts = [*schema.get("anyOf", [schema]), *schema.get("properties", {}).values()]
+        names = [_name(part) for part in parts if "$ref" in part]
         links = " or ".join(f'<a href="#schema-{name}">{name}</a>' for name in names)
         examples = (
             [media["example"]] if "example" in media else [e["value"] for e in media.get("examples", {}).values()]

@@ -17,7 +17,7 @@ import structlog
 from aiohttp import HttpVersion10, web
 
 from httpbridge.envelope import JSON, Said, encode
-from httpbridge.errors import BridgeError
+from httpbridge.errors import BridgeError, SlowClient, TooLarge
 
 log = structlog.get_logger(__name__)
 
@@ -130,9 +130,13 @@ class Reply(web.StreamResponse):
 
 def refused(error: BridgeError) -> Reply:
     """The answer to a call that is refused."""
-    return Reply(
+    reply = Reply(
         encode(Said(error.status, str(error))), status=error.status, task_id=error.task_id, headers=error.headers
     )
+    if isinstance(error, SlowClient | TooLarge):
+        # The rest of the body may never come, or never end.
+        reply.force_close()
+    return reply
 
 
 def _abort(request: web.BaseRequest) -> None:

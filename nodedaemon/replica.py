@@ -111,9 +111,9 @@ class Means:
     ended: Callable[[Exit], None]
 
 
-async def either(event: asyncio.Event, sleep: Awaitable[None]) -> bool:
-    """Wait for the event or the end of the sleep; True if the event came."""
-    waits = {asyncio.ensure_future(event.wait()), asyncio.ensure_future(sleep)}
+async def either(event: asyncio.Event, other: Awaitable[object]) -> bool:
+    """Wait for the event or the end of the other, which is cancelled else; True if the event came."""
+    waits = {asyncio.ensure_future(event.wait()), asyncio.ensure_future(other)}
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -123,9 +123,11 @@ def is_name(user: str) -> bool:
     return not user.split(":", 1)[0].strip().lstrip("+-").isdecimal()
 
 
-def is_named_root(user: str, passwd: str) -> bool:
-    """Is that name one of number 0 in the image's /etc/passwd?"""
-    name = user.split(":", 1)[0]
+def is_named_root(user: str, passwd: str | None) -> bool:
+    """Is that name one of number 0 in the image's /etc/passwd? Taken to be so when that cannot be read."""
+    if passwd is None:
+        return True
+    name = user.split(":", maxsplit=1)[0]
     fields = (line.split(":") for line in passwd.splitlines())
     return any(f[0] == name and is_root(f[2]) for f in fields if len(f) > 2)
 

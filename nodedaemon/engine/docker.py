@@ -7,7 +7,6 @@ call. A Podman socket speaks the same and may work; it is not tested.
 import asyncio
 import collections
 import contextlib
-import functools
 import io
 import itertools
 import os
@@ -36,7 +35,6 @@ from nodedaemon.engine import (
     EngineInfo,
     ImageMissing,
     PullFailed,
-    firewall,
 )
 from nodedaemon.engine.container import (
     DIGEST,
@@ -52,6 +50,7 @@ from nodedaemon.engine.container import (
     read,
 )
 from nodedaemon.engine.docker_words import PullProgress, pull_error, start_error
+from nodedaemon.engine.network import Network, prepare
 from nodedaemon.engine.private_images import PrivateImages
 
 T = TypeVar("T")
@@ -63,11 +62,8 @@ PULL_SILENCE_S: Final = 300.0
 QUICK_THREADS, SLOW_THREADS = 8, 16
 LOG_ANSWER_BYTES: Final = 16 * 1024
 IMAGES_TOLD: Final = 500
-#: Of a file read from an image, in pieces of at most 2 MiB.
-FILE_PIECES: Final = 2
-
-BRIDGE_NAME: Final = "com.docker.network.bridge.name"
-BRIDGE_ICC: Final = "com.docker.network.bridge.enable_icc"
+#: Of an image's /etc/passwd, each of at most 2 MiB.
+PASSWD_PIECES: Final = 2
 
 ISOLATION: Final = (
     "Docker containers: they share this machine's kernel and driver; each has a read-only file system of its own, its "
@@ -97,20 +93,18 @@ class DockerEngine:
     ) -> None:
         self._node = node_addr
         self._url = url or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
-        self._network = network
+        self._network_name = network
         self._allow_root = allow_root
-        self._publish_asked = publish
+        self._publish = publish
         self._private = PrivateImages(state_dir / "private-images.json")
         self._quick = ThreadPoolExecutor(QUICK_THREADS, "docker")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "docker-slow")
         self._events = ThreadPoolExecutor(1, "docker-events")
         self._lock = threading.Lock()
         self._client: docker.APIClient | None = None
-        #: What was found out about the network; None: not yet, or Docker has been away since.
-        self._publish: bool | None = None
         self._network_lock = threading.Lock()
-        #: What containers can reach and should not, a sentence each.
-        self._open: list[str] = []
+        #: None: not looked at, or Docker has been away since.
+        self._network: Network | None = None
         self._ids: frozenset[str] = frozenset()
         #: By container id, of those still there.
         self._memory_kills: collections.Counter[str] = collections.Counter()
@@ -121,10 +115,10 @@ class DockerEngine:
         """As Engine."""
 
         def ask(api: docker.APIClient) -> EngineInfo:
-            self._prepare(api)
+            network = self._prepare(api)
             info = api.info()
             root = Path(info.get("DockerRootDir") or "/")
-            limits = [*self._open, "images that this daemon did not pull itself are open to every workspace"]
+            limits = [*network.open, "images that this daemon did not pull itself are open to every workspace"]
             if self._allow_root:
                 limits.append("containers run as root where their image says so")
             return EngineInfo(
@@ -149,13 +143,13 @@ class DockerEngine:
             return digest(cached)
         if credentials:
             # Before the pull: a daemon that dies in its midst leaves no private image open to all.
-            self._private.opened(credentials, image)
+            await asyncio.to_thread(self._private.opened, credentials, image)
         try:
             pulled = await self._pull(image, credentials, progress)
         except EngineError:
-            self._private.refused(credentials, image)
+            await asyncio.to_thread(self._private.refused, credentials, image)
             raise
-        self._private.opened(credentials, image, pulled["Id"])
+        await asyncio.to_thread(self._private.opened, credentials, image, pulled["Id"])
         progress(100)
         return digest(pulled)
 
@@ -163,14 +157,15 @@ class DockerEngine:
         """As Engine."""
 
         def start(api: docker.APIClient) -> Container:
-            publish = self._prepare(api)
+            reachable = self._prepare(api).reachable
+            publish = not reachable if self._publish is None else self._publish
             try:
                 container_id = self._create(api, assignment, restarts, publish=publish)
                 api.start(container_id)
                 return self._inspect(api, container_id)
             except docker.errors.APIError as error:
                 # The network may be what is missing.
-                self._publish = None
+                self._network = None
                 with contextlib.suppress(docker.errors.APIError):
                     self._remove(api, assignment.replica_id)
                 raise start_error(_said(error), memory_bytes=assignment.memory_bytes) from error
@@ -197,7 +192,7 @@ class DockerEngine:
                 with contextlib.suppress(docker.errors.NotFound):
                     containers.append(self._inspect(api, container_id))
             self._ids = frozenset(c.container_id for c in containers)
-            for gone in self._memory_kills.keys() - self._ids:
+            for gone in set(self._memory_kills) - self._ids:
                 del self._memory_kills[gone]
             return containers
 
@@ -210,21 +205,18 @@ class DockerEngine:
         # Docker answers before it listens: what happens in between comes with `since`.
         since = int(time.time()) - 1
 
-        def listen(_: docker.APIClient) -> _Stream:
-            return _Stream(self._url, lambda api: api.events(decode=True, since=since, filters=filters))
+        stream = _Stream(self._url)
 
-        def pump() -> None:
-            with stream:
-                for event in stream:
+        def pump(_: docker.APIClient) -> None:
+            with stream.of(lambda api: api.events(decode=True, since=since, filters=filters)) as events:
+                loop.call_soon_threadsafe(look)
+                for event in events:
                     if event.get("Action") == "oom":
                         self._memory_kills[event["Actor"]["ID"]] += 1
                     loop.call_soon_threadsafe(look)
 
-        stream = await self._call(listen)
-        ended = loop.run_in_executor(self._events, pump)
-        look()
         try:
-            await asyncio.shield(ended)
+            await asyncio.shield(loop.run_in_executor(self._events, self._guarded, pump))
         finally:
             stream.stop()
         raise EngineDown(f"Docker at {self._url} has closed its stream of events")
@@ -298,7 +290,7 @@ class DockerEngine:
 
     def _forget(self) -> None:
         with self._lock:
-            client, self._client, self._publish = self._client, None, None
+            client, self._client, self._network = self._client, None, None
         if client:
             client.close()
 
@@ -327,7 +319,7 @@ class DockerEngine:
     ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         heard = loop.time()
-        streams: list[_Stream] = []
+        stream = _Stream(self._url)
 
         def hear(percent: int) -> None:
             nonlocal heard
@@ -339,18 +331,13 @@ class DockerEngine:
             repository, tag = docker.utils.parse_repository_tag(image)
             # Never the machine's own login (an empty mapping says so): it is the operator's.
             auth = {"username": credentials.username, "password": credentials.password} if credentials else {}
-            ask = functools.partial(
-                docker.APIClient.pull,
-                repository=repository,
-                tag=tag or "latest",
-                stream=True,
-                decode=True,
-                auth_config=auth,
-            )
+
+            def ask(api: docker.APIClient) -> Iterator[dict[str, Any]]:
+                return api.pull(repository, tag or "latest", stream=True, decode=True, auth_config=auth)
+
             try:
-                with _Stream(self._url, ask) as stream:
-                    streams.append(stream)
-                    for event in stream:
+                with stream.of(ask) as events:
+                    for event in events:
                         if "error" in event:
                             raise pull_error(event["error"], image, credentials=bool(credentials))
                         loop.call_soon_threadsafe(hear, told.feed(event))
@@ -375,8 +362,7 @@ class DockerEngine:
             if not future.done():
                 # Docker stops a pull when nobody listens.
                 future.add_done_callback(lambda done: done.exception())
-                for stream in streams:
-                    stream.stop()
+                stream.stop()
 
     # Containers.
 
@@ -390,7 +376,9 @@ class DockerEngine:
         def create(user: str) -> str:
             self._remove(api, assignment.replica_id)
             made = api.create_container_from_config(  # type: ignore[no-untyped-call]
-                config(assignment, image["Config"], labels=labels, network=self._network, publish=publish, user=user),
+                config(
+                    assignment, image["Config"], labels=labels, network=self._network_name, publish=publish, user=user
+                ),
                 f"ngpu-{assignment.replica_id}",
             )
             container_id: str = made["Id"]
@@ -399,9 +387,20 @@ class DockerEngine:
         if not self._allow_root and is_root(said):
             return create(NOBODY)
         container_id = create("")
-        if not self._allow_root and is_name(said) and is_named_root(said, _read(api, container_id, "/etc/passwd")):
+        if not self._allow_root and is_name(said) and is_named_root(said, self._passwd(container_id)):
             return create(NOBODY)
         return container_id
+
+    def _passwd(self, container_id: str) -> str | None:
+        """None if it is no plain file of sensible size: what it says is then unknown."""
+        try:
+            with _Stream(self._url).of(lambda api: api.get_archive(container_id, "/etc/passwd")[0]) as pieces:
+                archive = io.BytesIO(b"".join(itertools.islice(pieces, PASSWD_PIECES)))
+            with tarfile.open(fileobj=archive) as tar:
+                file = tar.extractfile("passwd")
+                return file.read().decode(errors="replace") if file else None
+        except (docker.errors.NotFound, tarfile.TarError, KeyError):
+            return None
 
     def _find(self, api: docker.APIClient, replica_id: str = "") -> list[str]:
         labels = [f"{NODE}={self._node}", f"{REPLICA}={replica_id}" if replica_id else REPLICA]
@@ -414,77 +413,39 @@ class DockerEngine:
 
     def _inspect(self, api: docker.APIClient, container_id: str) -> Container:
         found = api.inspect_container(container_id)
-        return read(found, network=self._network, memory_kills=self._memory_kills[container_id])
+        return read(found, network=self._network_name, memory_kills=self._memory_kills[container_id])
 
-    # Network.
-
-    def _prepare(self, api: docker.APIClient) -> bool:
-        """See that the network and its walls are there, once per contact with Docker.
-
-        Returns whether to publish ports.
-        """
+    def _prepare(self, api: docker.APIClient) -> Network:
+        """See to the network, once per contact with Docker."""
         with self._network_lock:
-            if self._publish is not None:
-                return self._publish
-            if not any(network["Name"] == self._network for network in api.networks(names=[self._network])):
-                with contextlib.suppress(docker.errors.APIError):  # another daemon was first
-                    api.create_network(
-                        self._network,
-                        driver="bridge",
-                        options={BRIDGE_NAME: f"{self._network[:14]}0", BRIDGE_ICC: "false"},
-                        check_duplicate=True,
-                    )
-            network = api.inspect_network(self._network)
-            options = network.get("Options") or {}
-            fault = firewall.put_up(options.get(BRIDGE_NAME) or f"br-{network['Id'][:12]}")
-            self._open = [
-                *(
-                    [f"containers can reach this machine's own ports and its cloud's metadata: {fault}"]
-                    if fault
-                    else []
-                ),
-                *(
-                    []
-                    if options.get(BRIDGE_ICC) == "false"
-                    else [f"containers on network {self._network} reach each other"]
-                ),
-            ]
-            publish = self._publish_asked
-            if publish is None:
-                publish = not any(_is_mine(c.get("Gateway", "")) for c in network["IPAM"].get("Config") or ())
-            self._publish = publish
-            return publish
+            network = self._network = self._network or prepare(api, self._network_name)
+            return network
 
 
 class _Stream:
-    """A long answer of Docker, on a connection of its own that another thread can stop."""
+    """A long answer of Docker, on a connection of its own, that another thread can stop."""
 
-    def __init__(self, url: str, ask: Callable[[docker.APIClient], Iterator[dict[str, Any]]]) -> None:
-        answers: list[Any] = []
-        self._api = docker.APIClient(url, version="auto", timeout=CALL_S)
-        # The SDK keeps the answer to itself.
-        self._api.hooks["response"].append(lambda answer, **_: answers.append(answer))
-        try:
-            self._events = iter(ask(self._api))
-        except BaseException:
-            self._api.close()
-            raise
-        self._answer = answers[-1]
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._answer: Any = None
+        self._over = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._events
-
-    def __exit__(self, *_: object) -> None:
-        self._answer.close()
-        self._api.close()
+    @contextlib.contextmanager
+    def of(self, ask: Callable[[docker.APIClient], Iterator[Any]]) -> Iterator[Iterator[Any]]:
+        """The pieces of the answer to that; none when it is stopped."""
+        with contextlib.closing(docker.APIClient(self._url, version="auto", timeout=CALL_S)) as api:
+            # The SDK keeps the answer to itself, but a hook sees it.
+            answers: list[Any] = []
+            api.hooks["response"].append(lambda answer, **_: answers.append(answer))
+            pieces = iter(ask(api))
+            with contextlib.closing(answers[-1]) as self._answer:
+                yield iter(()) if self._over else pieces
 
     def stop(self) -> None:
-        """From another thread: its iteration ends."""
+        """From another thread."""
+        self._over = True
         with contextlib.suppress(OSError, AttributeError, docker.errors.DockerException):
-            docker.types.CancellableStream(self._events, self._answer).close()
+            docker.types.CancellableStream(iter(()), self._answer).close()
 
 
 def _said(error: docker.errors.APIError) -> str:
@@ -502,23 +463,3 @@ def _inspect_image(api: docker.APIClient, image: str) -> dict[str, Any] | None:
             return None
         raise
     return found
-
-
-def _read(api: docker.APIClient, container_id: str, path: str) -> str:
-    try:
-        pieces, _ = api.get_archive(container_id, path)
-        with tarfile.open(fileobj=io.BytesIO(b"".join(itertools.islice(pieces, FILE_PIECES)))) as tar:
-            file = tar.extractfile(tar.next() or "")
-            return file.read().decode(errors="replace") if file else ""
-    except (docker.errors.NotFound, tarfile.TarError, KeyError):
-        return ""
-
-
-def _is_mine(ip: str) -> bool:
-    """Is that an address of this machine (in this network namespace)? Then its bridge is ours to use."""
-    with socket.socket() as probe:
-        try:
-            probe.bind((ip or "0.0.0.0", 0))
-        except OSError:
-            return False
-    return bool(ip)

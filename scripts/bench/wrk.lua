@@ -1,13 +1,22 @@
--- One kind of POST for wrk; prints what was measured as a line of JSON. Arguments: body file, then "Name: value" headers.
+-- One kind of request for wrk; prints what was measured as a line of JSON.
+-- Arguments: body file ("-": GET without a body), milliseconds to wait before each request, then "Name: value" headers.
+local wait_ms
+
 function init(args)
-   local file = assert(io.open(args[1], "rb"))
-   wrk.method = "POST"
-   wrk.body = file:read("*a")
-   file:close()
-   wrk.headers["Content-Type"] = "application/json"
-   for i = 2, #args do
+   if args[1] ~= "-" then
+      local file = assert(io.open(args[1], "rb"))
+      wrk.method = "POST"
+      wrk.body = file:read("*a")
+      file:close()
+      wrk.headers["Content-Type"] = "application/json"
+   end
+   wait_ms = tonumber(args[2])
+   for i = 3, #args do
       local name, value = args[i]:match("^([^:]+): (.*)$")
       wrk.headers[name] = value
+   end
+   if wait_ms > 0 then
+      delay = function() return wait_ms end
    end
    request_line = wrk.format()
 end

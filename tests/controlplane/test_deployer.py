@@ -369,6 +369,23 @@ async def test_a_contained_memory_error_starts_the_container_anew(plant: Plant) 
     assert plant.tasks.gone == [id]
 
 
+async def test_a_restart_that_is_due_survives_kill_9(plant: Plant) -> None:
+    a = await plant.node("a", gpus=1)
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    (id,) = plant.ready("demo")
+    a.signs["a0"] = {"xids": (94,)}
+    plant.beat("a")
+    await plant.fleet.save_seen()
+    plant.start()
+    await plant.fleet.load()
+    plant.connect("a")
+    await plant.settle()
+    (other,) = plant.ready("demo")
+    assert other != id
+    assert plant.fleet.node("a").doomed == frozenset()
+
+
 async def test_a_container_nobody_knows_is_stopped_before_anything_is_placed(plant: Plant) -> None:
     a = await plant.node("a", gpus=1)
     orphan = Assignment("r-orphan", "old", 1, SPEC, ("a0",), "", draining=False)

@@ -410,3 +410,49 @@ async def test_a_caller_that_hangs_up_does_not_part_picture_and_disk(fleet: Flee
     await fleet.close()
     assert [workspace.name for workspace in fleet.workspaces()] == ["demo"]
     assert len(rows.workspace) == 1
+
+
+async def test_what_is_known_of_a_gpus_past_survives_kill_9(fleet: Fleet, rows: FakeRows, time: Time) -> None:
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    fleet.session_up(ADDR, "")
+    fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", xids=(79,)),)))
+    fleet.count_failure(ADDR)
+    await fleet.save_seen()
+    writes = len(rows.writes)
+    time.pass_s(1)
+    fleet.report(ADDR, REPORT)
+    await fleet.save_seen()
+    assert len(rows.writes) == writes, "that it is still bad is no news"
+    time.pass_s(300)
+    time.now_s = 7.0  # the machine has started anew: its monotonic clock too
+    again = opened(rows, time)
+    await again.load()
+    node = again.node("a")
+    assert node.health["GPU-1"].grade is Grade.QUARANTINED
+    assert node.failures == 1
+    again.session_up(ADDR, "")
+    again.report(ADDR, REPORT)
+    assert again.node("a").health["GPU-1"].reason.startswith("Xid 79")
+    assert again.node("a").health["GPU-1"].evacuate, "the 15 seconds were over before"
+    await again.set_availability("a", Availability.OPEN)
+    again.report(ADDR, REPORT)
+    time.pass_s(20)
+    again.report(ADDR, REPORT)
+    assert again.node("a").health["GPU-1"].grade is Grade.OK
+    third = opened(rows, time)
+    await third.load()
+    third.session_up(ADDR, "")
+    third.report(ADDR, REPORT)
+    assert third.node("a").health["GPU-1"].grade is Grade.OK, "the word that it was tested is on disk"
+
+
+async def test_a_write_that_fails_is_made_later(fleet: Fleet, rows: FakeRows) -> None:
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    fleet.session_up(ADDR, "")
+    fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", xids=(79,)),)))
+    rows.fail_in = 0
+    with pytest.raises(Unavailable):
+        await fleet.save_seen()
+    assert b"79" not in rows.node[ADDR].health_json
+    await fleet.save_seen()
+    assert b"79" in rows.node[ADDR].health_json

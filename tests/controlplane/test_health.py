@@ -16,8 +16,10 @@ from controlplane.health import (
     Health,
     Memory,
     after_test,
+    is_news,
     judge,
     judge_all,
+    moved,
     restarts,
 )
 from controlplane.report import Gpu, GpuReading
@@ -181,3 +183,22 @@ def test_a_gpu_without_a_reading_is_out() -> None:
 def test_only_a_contained_error_restarts_the_container() -> None:
     assert restarts(reading(xids=(13, 94)))
     assert not restarts(reading(xids=(13, 95)))
+
+
+@pytest.mark.parametrize("by_s", [1.7e9, -1.7e9, 0.0])
+def test_a_past_can_be_moved_to_another_clock(by_s: float) -> None:
+    card = Card()
+    card.reads(reading(xids=(79,), clocks_event_reasons=0x08))
+    moved_on = Card(moved(card.memory, by_s), card.now_s + by_s)
+    for after_s in (1.0, 14.0, 70.0):
+        there, here = moved_on.reads(OK, after_s=after_s), card.reads(OK, after_s=after_s)
+        assert there == here
+    assert moved(moved(card.memory, by_s), -by_s) == card.memory
+
+
+def test_what_of_a_gpus_past_is_worth_keeping() -> None:
+    bad = judge(Memory(), reading(xids=(79,)), 10.0)
+    assert is_news(None, Memory())
+    assert is_news(Memory(), bad)
+    assert not is_news(bad, judge(bad, OK, 11.0))
+    assert is_news(bad, judge(bad, OK, 11.0 + EVACUATE_AFTER_S))

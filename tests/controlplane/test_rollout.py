@@ -356,8 +356,8 @@ EARLIER = NOW - timedelta(minutes=1)
             id="a GPU that is not there any more",
         ),
         pytest.param(
-            [workspace(), node("a", said={"r-1": READY}), replica(1, "a")],
-            {"doomed": frozenset({"r-1"})},
+            [workspace(), node("a", said={"r-1": READY}, doomed=frozenset({"r-1"})), replica(1, "a")],
+            {},
             ["stop r-1", "place w-1 a1"],
             id="a contained memory error: the container starts anew",
         ),

@@ -71,6 +71,7 @@ def test_what_is_no_json_object_travels_byte_for_byte(body: bytes, content_type:
 
 def test_a_compressed_body_travels_as_it_is() -> None:
     assert envelope.open_(b'{"data":"x"}', JSON, "gzip") == (b'{"data":"x"}', JSON, "")
+    assert envelope.open_(b'{"data":"x"}', JSON, "Identity") == (b"x", TEXT, "")
 
 
 @pytest.mark.parametrize(

@@ -125,10 +125,11 @@ async def test_100_continue(bridge: Bridge) -> None:
 
 async def test_a_body_that_comes_too_slowly(start_bridge: StartBridge, fake: FakeControlPlane) -> None:
     bridge = await start_bridge(stall_time=0.05)
-    status, _, body = parsed(
+    status, headers, body = parsed(
         await bridge.raw(b'POST /user/img2img HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"da')
     )
     assert (status, json.loads(body)["result_code"]) == (408, 408)
+    assert headers["Connection"] == "close"
     bridge = await start_bridge(body_time=0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", bridge.port)
     writer.write(b"POST /user/img2img HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")

@@ -48,6 +48,7 @@ def upgrade() -> None:
         sa.Column("revoke_time", sa.BigInteger(), nullable=True),
         sa.Column("ip", sa.String(), nullable=False),
         sa.Column("inventory_json", sa.LargeBinary(), nullable=False),
+        sa.Column("health_json", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("addr"),
         sa.UniqueConstraint("name"),
     )

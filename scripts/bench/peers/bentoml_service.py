@@ -1,0 +1,43 @@
+"""The bench workspace's work as a BentoML service: python bentoml_service.py PORT DIRECTORY."""
+
+# mypy: disable-error-code="import-not-found,untyped-decorator"
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import bentoml
+
+SMALL = json.dumps({"result": "x" * 286})
+LARGE = "x" * (4 * 1024 * 1024)
+
+
+@bentoml.service(workers=1, traffic={"timeout": 60, "max_concurrency": 512}, logging={"access": {"enabled": False}})
+class Work:
+    """/w1, /w2, /w3 as in product.py; the fields of a body are the arguments, as BentoML has it."""
+
+    @bentoml.api(route="/w1")
+    async def w1(self, btc_address: str, data: str) -> str:  # noqa: ARG002
+        return SMALL
+
+    @bentoml.api(route="/w2")
+    async def w2(self, btc_address: str, data: str) -> str:  # noqa: ARG002
+        await asyncio.sleep(0.02)
+        return SMALL
+
+    @bentoml.api(route="/w3")
+    async def w3(self, btc_address: str, data: str) -> str:  # noqa: ARG002
+        return LARGE
+
+
+def main() -> None:
+    here = Path(__file__)
+    os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": sys.argv[2]}
+    command = [sys.executable, "-m", "bentoml", "serve", f"{here.stem}:Work", "--host", "127.0.0.1", "--port", sys.argv[1]]
+    os.execv(sys.executable, [*command, "--working-dir", str(here.parent)])  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The bench workspace's work as a Ray Serve deployment: python ray_serve.py PORT DIRECTORY."""
+
+# mypy: disable-error-code="import-not-found,untyped-decorator"
+
+import asyncio
+import json
+import signal
+import sys
+import threading
+
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+SMALL = json.dumps({"result": "x" * 286}).encode()
+LARGE = b"x" * (4 * 1024 * 1024)
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=512, logging_config={"enable_access_log": False})
+class Work:
+    """/w1, /w2, /w3 as in product.py."""
+
+    async def __call__(self, request: Request) -> Response:
+        await request.body()
+        path = request.url.path
+        if path == "/w2":
+            await asyncio.sleep(0.02)
+        return Response(LARGE if path == "/w3" else SMALL)
+
+
+def main() -> None:
+    port, directory = int(sys.argv[1]), sys.argv[2]
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    ray.init(include_dashboard=False, _temp_dir=directory, log_to_driver=False, logging_level="warning")
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
+    serve.run(Work.bind())
+    while not ended.wait(1):
+        pass
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
