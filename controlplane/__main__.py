@@ -11,6 +11,7 @@ import textwrap
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, tzinfo
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
@@ -30,6 +31,7 @@ from controlplane.api.owners import Owners
 from controlplane.api.records import Records
 from controlplane.api.server import Server
 from controlplane.api.tasks import TaskApi
+from controlplane.api.tunnels import Tunnels
 from controlplane.api.watch import Watch
 from controlplane.api.workspaces import WorkspaceApi
 from controlplane.bodies import Bodies
@@ -38,7 +40,7 @@ from controlplane.dispatcher import Dispatcher, Graces
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.fleet import Fleet
 from controlplane.metrics import Metrics, MetricsServer, Scrape
-from controlplane.model import Role
+from controlplane.model import Role, Token
 from controlplane.retention import Retention
 from controlplane.slots import Slots
 from controlplane.state_dir import alone, keep_secret, published
@@ -109,15 +111,16 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             timeout_s=settings.node_timeout,
         )
         execution = Execution(dispatcher=dispatcher, fleet=fleet, bodies=bodies, deliveries=deliveries)
+        tunnels = Tunnels(owners, dispatcher)
         fleet_api = FleetApi(
             access=access, fleet=fleet, deployer=deployer, dispatcher=dispatcher, store=store, clock=_now
         )
         server = Server(
             gate,
             {
-                "TaskService": [tasks, batches, records, watch],
+                "TaskService": [tasks, batches, records, watch, tunnels],
                 "WorkspaceService": [WorkspaceApi(fleet, dispatcher)],
-                "NodeService": [nodes, execution],
+                "NodeService": [nodes, execution, tunnels],
                 "AssetService": [AssetApi(holdings)],
                 "FleetService": [fleet_api],
             },
@@ -126,9 +129,6 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
 
         # Life.
         await dispatcher.start()
-        # What is here now stays: the collector need not look through it at every full pass, 50 ms each.
-        gc.collect()
-        gc.freeze()
         tls = await asyncio.to_thread(_pem, settings.tls_key, settings.tls_cert)
         address = await server.start(settings.listen, tls=tls)
         stack.push_async_callback(server.stop, 0)
@@ -169,16 +169,29 @@ async def _ready(store: Store, stop: asyncio.Event) -> str:
 
 
 async def _first_tokens(store: Store, directory: Path) -> None:
-    """At the first start: tokens for this machine's operator and bridge, in files only their owner can read."""
-    existing = {token.role for token in await store.tokens()}
+    """At the first start: tokens for this machine's operator and bridge, in files only their owner can read.
+
+    Later too for an operator, if no operator's token is good any more: else nobody could ever make one.
+    """
+    tokens = await store.tokens()
+
+    def is_spent(secret: str) -> bool:
+        return any(token.secret_hash == ids.secret_hash(secret) for token in tokens)
+
     for role, name in ((Role.OPERATOR, "operator"), (Role.SERVICE, "bridge")):
-        if role in existing:
+        if any(token.role == role and (role is Role.SERVICE or _is_good(token)) for token in tokens):
             continue
-        row, secret = new_token(role, f"{name}, made at the first start", now=_now())
+        row, secret = new_token(role, f"{name}, made at a start", now=_now())
+        file = directory / f"{name}.token"
         # The file first: after a crash between the two the next start takes the secret from it.
-        row.secret_hash = ids.secret_hash(await asyncio.to_thread(keep_secret, directory / f"{name}.token", secret))
+        kept = await asyncio.to_thread(keep_secret, file, secret, unless=is_spent)
+        row.secret_hash = ids.secret_hash(kept)
         await store.add_token(row)
-        _log.info("token_made", name=name, file=str(directory / f"{name}.token"))
+        _log.info("token_made", name=name, file=str(file))
+
+
+def _is_good(token: Token) -> bool:
+    return token.revoke_time is None and (token.expire_time is None or token.expire_time > _now())
 
 
 def _pem(key: Path | None, cert: Path | None) -> tuple[bytes, bytes] | None:
@@ -254,6 +267,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(metadata.version("ngpu"))
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help=f"TOML file with settings; else ${config.ENV_FILE}.")
 ]
@@ -291,6 +320,9 @@ def run(  # noqa: PLR0917, typer takes them by name
     # Whatever is kept here is nobody else's business: rows and bodies are customers'.
     os.umask(0o077)
     log.set_up(settings.log_level, settings.log_format)
+    # What was imported stays: the collector need not look through it at every full pass, 50 ms each.
+    gc.collect()
+    gc.freeze()
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         with alone(settings.state_dir, settings.database):

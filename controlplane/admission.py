@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 from urllib.parse import unquote
 
@@ -10,7 +10,7 @@ import msgspec
 
 from controlplane.errors import InvalidArgument
 from controlplane.image import normalised
-from controlplane.spec import GIB, MIB, Limits, Spec
+from controlplane.spec import GIB, MIB, Limits, Scale, Spec
 
 REPLICAS: Final = 1000
 CONCURRENCY: Final = 1024
@@ -20,6 +20,8 @@ CPUS: Final = 1024.0
 MEMORY_BYTES: Final = (16 * MIB, 16 * 1024 * GIB)
 SHM_BYTES: Final = (64 * 1024, 1024 * GIB)
 START_LIMIT_S: Final = (1.0, 24 * 3600.0)
+IDLE_TIME_S: Final = (10.0, 30 * 24 * 3600.0)
+QUEUE_WAIT_S: Final = (0.1, 24 * 3600.0)
 WRITABLE_PATHS: Final = 32
 PATH_LENGTH: Final = 2048
 #: A whole description as JSON: it travels to its nodes in every list of what they should run, and a full list of
@@ -76,14 +78,31 @@ def admit(spec: Spec) -> None:
             *_size_faults(spec),
             *_readiness_faults(spec),
             *_limit_faults(spec.limits),
+            *_scale_faults(spec.scale),
             *_path_faults(spec),
         ]
     )
 
 
-def admit_replicas(replicas: int) -> None:
+def admit_replicas(replicas: int, scale: Scale) -> None:
     """Raises InvalidArgument."""
-    _refuse(_range("replicas", replicas, 0, REPLICAS))
+    faults = _range("replicas", replicas, 0, REPLICAS)
+    if scale.max_replicas and not scale.min_replicas <= replicas <= scale.max_replicas:
+        faults.append(
+            f"replicas: they follow the load between {scale.min_replicas} and {scale.max_replicas}: update the workspace"
+        )
+    _refuse(faults)
+
+
+def admit_update(before: Spec, spec: Spec, routes: Mapping[str, int]) -> None:
+    """Raises InvalidArgument with every reason why this cannot take the place of that. `routes`: their ports by name."""
+    faults = [] if spec.name == before.name else [f"name: a workspace keeps its name, {before.name!r}"]
+    faults += [
+        f"ports: the route {name!r} leads to {port}: move or delete it first"
+        for name, port in sorted(routes.items())
+        if port not in spec.ports
+    ]
+    _refuse(faults)
 
 
 def admit_route(name: str, port: int, path: str, ports: tuple[int, ...]) -> None:
@@ -183,6 +202,17 @@ def _readiness_faults(spec: Spec) -> Iterable[str]:
 def _limit_faults(limits: Limits) -> Iterable[str]:
     for name, (least, most) in LIMITS.items():
         yield from _range(f"limits.{name}", getattr(limits, name), least, most)
+
+
+def _scale_faults(scale: Scale) -> Iterable[str]:
+    yield from _range("scale.max_replicas", scale.max_replicas, 0, REPLICAS)
+    yield from _range("scale.min_replicas", scale.min_replicas, 0, REPLICAS)
+    if not scale.max_replicas and scale != Scale():
+        yield "scale.max_replicas: say how many replicas there may be at most"
+    elif scale.min_replicas > scale.max_replicas:
+        yield f"scale.min_replicas: {scale.min_replicas} is more than scale.max_replicas, {scale.max_replicas}"
+    yield from _range("scale.idle_time_s", scale.idle_time_s, *IDLE_TIME_S)
+    yield from _range("scale.queue_wait_s", scale.queue_wait_s, *QUEUE_WAIT_S)
 
 
 def _path_faults(spec: Spec) -> Iterable[str]:

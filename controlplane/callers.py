@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol
 
+from msgspec import structs
+
 from controlplane import routing
 from controlplane.census import Replica as PlacedReplica
 from controlplane.census import Workspace
@@ -41,7 +43,10 @@ class Fleet(Protocol):
 
 
 class Callers:
-    """Waits, answers and views. `heed` is called when a task has got an earlier deadline, `hang_up` when its last caller left."""
+    """Waits, answers and views.
+
+    `heed` is told of a task that has got a deadline, `hang_up` of one to cancel since its last caller has left.
+    """
 
     def __init__(
         self,
@@ -61,13 +66,22 @@ class Callers:
         self._hang_up = hang_up
 
     def wait(
-        self, task: OpenTask, wait_s: float, *, cancels: bool = False, seen: tuple[int, State] | None = None
+        self,
+        task: OpenTask,
+        wait_s: float,
+        *,
+        cancels: bool = False,
+        seen: tuple[int, State] | None = None,
+        streamed: bool = False,
     ) -> "asyncio.Future[TaskView]":
-        """The task when it has ended, or `wait_s` is over, or it is elsewhere than at `seen` (attempt, state)."""
+        """The task when it has ended, or `wait_s` is over, or it is elsewhere than at `seen` (attempt, state).
+
+        `streamed`: or when its container has begun to answer; the view has the head then.
+        """
         future: asyncio.Future[TaskView] = asyncio.get_running_loop().create_future()
         if len(task.waiters) >= WAITERS:
             wait_s = 0.0
-        waiter = Waiter(task, future, self._monotonic() + wait_s, cancels, seen)
+        waiter = Waiter(task, future, self._monotonic() + wait_s, cancels, seen, streamed)
         future.add_done_callback(partial(self._left, waiter))
         self.add(task, [waiter])
         return future
@@ -94,6 +108,11 @@ class Callers:
         if not task.waiters or not task.recorded:
             return
         now, at = self._monotonic(), (task.number, task.state)
+        head = None if task.attempt is None else task.attempt.head
+        if head is not None:
+            streamed = [waiter for waiter in task.waiters if waiter.streamed]
+            task.waiters = [waiter for waiter in task.waiters if not waiter.streamed]
+            answer(streamed, structs.replace(self.view(task), response=head))
         due: list[Waiter] = []
         others: list[Waiter] = []
         for waiter in task.waiters:

@@ -18,6 +18,28 @@ from controlplane.spec import Spec
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
+class Version(msgspec.Struct, frozen=True):
+    """What a workspace was in an earlier generation."""
+
+    generation: int
+    spec: Spec
+
+
+class Deployment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is remembered of how a workspace came to be as it is.
+
+    `versions`: other generations that replicas are of, or that may be returned to. `good`: the generation that served
+    last, the current one once it does; 0: none has. `fault`: why the last update was taken back, in words. `last`: the
+    highest generation ever given. `target`: how many replicas the load calls for, where they follow it.
+    """
+
+    versions: tuple[Version, ...] = ()
+    good: int = 0
+    fault: str = ""
+    last: int = 1
+    target: int = 0
+
+
 class Workspace(msgspec.Struct, frozen=True):
     """What a customer brought. `unplaced`: why fewer replicas run than wanted; None: none are missing."""
 
@@ -28,6 +50,7 @@ class Workspace(msgspec.Struct, frozen=True):
     create_time: datetime
     delete_time: datetime | None = None
     unplaced: Decision | None = None
+    deployment: Deployment = Deployment()
 
     def __repr__(self) -> str:
         """Without its id, which is its credential."""
@@ -46,7 +69,25 @@ class Workspace(msgspec.Struct, frozen=True):
     @property
     def wanted(self) -> int:
         """How many replicas there should be."""
-        return 0 if self.deleted else self.spec.replicas
+        if self.deleted:
+            return 0
+        scale = self.spec.scale
+        if not scale.max_replicas:
+            return self.spec.replicas
+        return min(max(self.deployment.target, scale.min_replicas), scale.max_replicas)
+
+    @property
+    def returns_to(self) -> int:
+        """The generation to return to if the current one does not come up; 0: there is none."""
+        good = self.deployment.good
+        return good if good != self.generation else 0
+
+    def spec_at(self, generation: int) -> Spec:
+        """What a replica of that generation is made of."""
+        for version in self.deployment.versions if generation != self.generation else ():
+            if version.generation == generation:
+                return version.spec
+        return self.spec
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -89,8 +130,8 @@ class Node(msgspec.Struct, frozen=True):
 
     `heard_s`: monotonic seconds of its last sign of life, or of our own start. `report`: its last since our start, the
     `reports`-th; `said`: that report's replicas by id. `images`: its images' sizes by name, as in placement. `health`:
-    by GPU id, in the inventory's order; GPUs that went missing last; `memories`: what that is judged by. `failures`: how
-    often it was lost. `doomed`: its replicas whose container must start anew.
+    by GPU id, in the inventory's order; GPUs that went missing last; `memories`: what that is judged by. `failures`:
+    how often it was lost. `doomed`: its replicas whose container must start anew.
     """
 
     addr: str
@@ -126,6 +167,7 @@ class Past(msgspec.Struct, frozen=True, omit_defaults=True):
     doomed: frozenset[str] = frozenset()
 
 
+_deployment = msgspec.json.Decoder(Deployment)
 _past = msgspec.json.Decoder(Past)
 _spec = msgspec.json.Decoder(Spec)
 _inventory = msgspec.json.Decoder(Inventory)
@@ -143,6 +185,7 @@ def workspace_of(row: model.Workspace) -> Workspace:
         create_time=row.create_time,
         delete_time=row.delete_time,
         unplaced=explain.decode(row.unplaced_json),
+        deployment=_deployment.decode(row.deployment_json),
     )
 
 
@@ -157,6 +200,7 @@ def workspace_row(value: Workspace) -> model.Workspace:
         create_time=value.create_time,
         delete_time=value.delete_time,
         unplaced_json=None if value.unplaced is None else explain.encode(value.unplaced),
+        deployment_json=_json.encode(value.deployment),
     )
 
 

@@ -17,13 +17,13 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from controlplane import explain, ids, rollout
+from controlplane import explain, generations, ids, rollout, standing
 from controlplane.errors import NgpuError
 from controlplane.explain import Decision
 from controlplane.fleet import Fleet, Node, Replica
 from controlplane.placement import DEFAULT_POLICY, NodeView, Policy
 from controlplane.report import ReplicaState, Report
-from controlplane.rollout import Action, Place, Unplaced, Update, World
+from controlplane.rollout import Action, Good, Place, TakeBack, Unplaced, Update, World
 from controlplane.spec import Spec
 
 _log = structlog.get_logger(__name__)
@@ -138,7 +138,10 @@ class Deployer:
         if said is None or said.state is not ReplicaState.READY or not replica.active or node.revoked:
             return 0
         # A node's word counts up to what the customer allows.
-        return min(said.capacity, self._fleet.workspace(replica.workspace_uid).spec.concurrency)
+        return min(said.capacity, self._spec_of(replica).concurrency)
+
+    def _spec_of(self, replica: Replica) -> Spec:
+        return self._fleet.workspace(replica.workspace_uid).spec_at(replica.generation)
 
     def _offer(self, replica: Replica, capacity: int) -> None:
         self._tasks.set_capacity(
@@ -156,16 +159,16 @@ class Deployer:
         ]
 
     def _assignment(self, replica: Replica) -> Assignment:
-        workspace = self._fleet.workspace(replica.workspace_uid)
-        spec, spec_hash = self._hashes.get(replica.id, (None, ""))
-        if spec is not workspace.spec:
-            spec_hash = hash_of(workspace.spec, replica.gpu_ids)
-            self._hashes[replica.id] = workspace.spec, spec_hash
+        spec = self._spec_of(replica)
+        hashed, spec_hash = self._hashes.get(replica.id, (None, ""))
+        if hashed is not spec:
+            spec_hash = hash_of(spec, replica.gpu_ids)
+            self._hashes[replica.id] = spec, spec_hash
         return Assignment(
             replica_id=replica.id,
-            workspace_name=workspace.name,
+            workspace_name=spec.name,
             generation=replica.generation,
-            spec=workspace.spec,
+            spec=spec,
             gpu_ids=replica.gpu_ids,
             spec_hash=spec_hash,
             draining=replica.drain_time is not None,
@@ -236,6 +239,7 @@ class Deployer:
             replicas=fleet.replicas(),
             new_id=lambda: ids.replica_id(self._random),
             running=self._tasks.running_on,
+            trails=fleet.trails(),
             image_bytes=fleet.image_bytes,
             turn=self._turn,
             lost_after_s=self._lost_after_s,
@@ -246,7 +250,7 @@ class Deployer:
         replicas = self._fleet.replicas_on(node.addr)
         seen = self._views.get(node.addr)
         if seen is None or seen[0] is not node or seen[1] is not replicas:
-            view = rollout.view_of(node, replicas, lambda uid: self._fleet.workspace(uid).spec, time=self._clock())
+            view = rollout.view_of(node, replicas, self._spec_of, time=self._clock())
             seen = self._views[node.addr] = node, replicas, view
         return seen[2]
 
@@ -262,8 +266,14 @@ class Deployer:
             for replica in placed:
                 _log.info("replica_placed", replica=replica.id, workspace=replica.workspace_uid, node=replica.node_addr)
         for action in actions:
-            if isinstance(action, Unplaced):
-                await self._fleet.keep_unplaced(action.workspace_uid, action.decision)
+            match action:
+                case Unplaced(uid, decision):
+                    await self._fleet.keep_unplaced(uid, decision)
+                case Good(uid, generation):
+                    await self._fleet.keep_good(uid, generation)
+                case TakeBack(uid, generation, good, fault):
+                    await self._fleet.take_back(uid, generation, good, fault)
+                    _log.warning("update_taken_back", workspace=uid, generation=generation, reason=fault)
 
     def _tell_update(self, update: Update) -> None:
         replica = update.replica
@@ -314,14 +324,16 @@ class Deployer:
         """
         of = self._fleet.workspace(workspace)
         replicas = [replica for replica in self._fleet.replicas_of(of.uid) if replica.stop_time is None]
-        states = Counter(self._fleet.state_of(replica).state for replica in replicas)
+        stand = [(replica, self._fleet.state_of(replica)) for replica in replicas]
+        states = Counter(said.state for _, said in stand)
         summary = f"{states.pop(ReplicaState.READY, 0)} of {of.wanted} replicas of {of.name} are ready"
         for state, count in sorted(states.items()):
             summary += f", {count} {state.name.lower()}"
         summary += "; it was deleted." if of.deleted else "."
         decisions = [explain.decode(replica.explanation) for replica in replicas]
+        if words := standing.words(of, stand):
+            summary += f" {words}"
         if of.unplaced is not None:
-            summary += f" {explain.summary(of.unplaced)}"
             decisions.append(of.unplaced)
         kept = [decision for decision in decisions if decision is not None]
         return summary, tuple(sorted(kept, key=lambda decision: decision.time, reverse=True))
@@ -329,15 +341,5 @@ class Deployer:
 
 def hash_of(spec: Spec, gpu_ids: Sequence[str]) -> str:
     """Of all that makes a container what it is: 16 hex digits. Not of what may change while it runs."""
-    made_of = (
-        spec.image,
-        spec.command,
-        spec.env,
-        spec.ports,
-        spec.cpus,
-        spec.memory_bytes,
-        spec.shm_bytes,
-        spec.writable_paths,
-        tuple(gpu_ids),
-    )
-    return hashlib.sha256(msgspec.json.encode(made_of, order="deterministic")).hexdigest()[:16]
+    parts = (*generations.made_of(spec), tuple(gpu_ids))
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:16]

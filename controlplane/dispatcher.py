@@ -22,6 +22,7 @@ from controlplane.failures import (
     CALLED_OFF,
     CONTAINER_LOST,
     DELETED,
+    HUNG_UP,
     LOST,
     LOST_BEFORE_SENT,
     NOT_ARRIVED,
@@ -33,7 +34,7 @@ from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics
 from controlplane.model import Cause, Delivery, State
 from controlplane.queues import HELD_BYTES, Queues
 from controlplane.recovery import Graces, taken_up
-from controlplane.slots import AttemptResult, Link, Slots
+from controlplane.slots import AttemptResult, Link, Response, Slots
 from controlplane.store import Store
 from controlplane.tasks import UNASSIGNED, NewTask, OpenAttempt, OpenTask, Phase, TaskView, view_of_row
 
@@ -80,7 +81,7 @@ def utcnow() -> datetime:
 class Dispatcher:
     """Accepts tasks, gives them out, takes their results. `start` first, then `run`; `stop` before the store is closed.
 
-    `jitter`: random numbers from 0 to 1, for backoffs. `held_bytes`: how much of queued tasks' requests is kept in memory.
+    `jitter`: random numbers from 0 to 1, for backoffs. `held_bytes`: how much of queued requests is kept in memory.
     """
 
     def __init__(
@@ -135,9 +136,9 @@ class Dispatcher:
     def ask(
         self, task_id: str, *, wait_s: float = 0.0, seen: tuple[int, State] | None = None
     ) -> "asyncio.Future[TaskView]":
-        """The task as it is; with `wait_s` when it ends, or is elsewhere than at `seen` (attempt, state), or that time is over.
+        """The task as it is; with `wait_s`, once it has ended, is elsewhere than at `seen`, or that time is over.
 
-        The future's errors: NotFound, Unavailable.
+        `seen`: the (attempt, state) of which the caller knows. The future's errors: NotFound, Unavailable.
         """
         task = self._life.tasks.get(task_id)
         if task is not None:
@@ -152,13 +153,23 @@ class Dispatcher:
         return await self._read(task_id)
 
     async def cancel(self, task_id: str) -> TaskView:
-        """End a task that has not ended; returns when that is on disk. An ended one is returned as it is. Raises NotFound."""
+        """End a task that has not ended; returns when that is on disk. One that has is returned as it is.
+
+        Raises NotFound, Unavailable.
+        """
         task = self._life.tasks.get(task_id)
         if task is None:
             return await self._read(task_id)
         future = self._life.callers.wait(task, CANCEL_WAIT_S)
         self._life.end(task, CALLED_OFF)
         return await future
+
+    def hang_up(self, task_id: str) -> None:
+        """The one caller that the task is for has gone. Of a task that has ended it changes nothing."""
+        task = self._life.tasks.get(task_id)
+        # When we stop it is we who go: the task is taken up again.
+        if task is not None and not self._stopping:
+            self._life.end(task, HUNG_UP)
 
     async def _read(self, task_id: str) -> TaskView:
         row = await self._store.task(task_id)
@@ -207,7 +218,7 @@ class Dispatcher:
     def node_up(
         self, node_addr: str, link: Link, running: Collection[str], ended: Collection[str], *, node_ip: str = ""
     ) -> None:
-        """An Execute stream of the node is there and its Resume was read, its results not yet. A newer link replaces an older."""
+        """An Execute stream of the node is there; its Resume was read, its results not yet. A newer one replaces it."""
         now = self._monotonic()
         held = {*running, *ended}
         workspaces = self._slots.connect(node_addr, link, node_ip, set(running), now)
@@ -228,7 +239,10 @@ class Dispatcher:
             self._life.fill(uid)
 
     def node_down(self, node_addr: str, link: Link, unsent: Collection[str] = ()) -> None:
-        """The stream has ended. `unsent`: attempts whose Start never left the outbox. Nothing happens if a newer link is there."""
+        """The stream has ended. Nothing happens if a newer one is there.
+
+        `unsent`: attempts whose Start never left the outbox.
+        """
         now = self._monotonic()
         if not self._slots.disconnect(node_addr, link, now):
             return
@@ -249,7 +263,10 @@ class Dispatcher:
         self._life.heed(task)
 
     def node_lost(self, node_addr: str) -> None:
-        """Do not wait for the node any longer, except with what may not be repeated. Nothing happens while it is connected."""
+        """Do not wait for the node any longer, except with what may not be repeated.
+
+        Nothing happens while it is connected: what it runs there is believed to run.
+        """
         if self._slots.link(node_addr) is not None:
             return
         now = self._monotonic()
@@ -259,7 +276,7 @@ class Dispatcher:
                 self._life.heed(task)
 
     def held(self, node_addr: str, attempt_ids: Collection[str]) -> None:
-        """What a heartbeat says the node holds. A safety net: what it has not mentioned for long is lost, and its slot free."""
+        """What a heartbeat says the node holds. A safety net: what it does not mention for long is lost."""
         missing = self._slots.missing(node_addr, set(attempt_ids), self._monotonic() - HELD_AFTER_S)
         for attempt_id in missing:
             freed = self._slots.release(attempt_id, node_addr)
@@ -275,8 +292,18 @@ class Dispatcher:
         if task is not None and task.attempt is not None and task.attempt.node_addr == node_addr:
             task.attempt.sent = True
 
+    def answering(self, node_addr: str, attempt_id: str, head: Response) -> None:
+        """The attempt's container has begun a response that is long or streamed. Said again it changes nothing."""
+        if self.attempt_is_current(node_addr, attempt_id):
+            task = self._life.attempts[attempt_id]
+            task.current.head = head
+            self._life.callers.answer_due(task)
+
     def result(self, node_addr: str, result: AttemptResult) -> None:
-        """An attempt has ended: its slot is free at once. It is acknowledged when that is on disk; one given up, now."""
+        """An attempt has ended: its slot is free at once.
+
+        It is acknowledged when what follows from it is on disk; if it was given up, at once.
+        """
         freed = self._slots.release(result.attempt_id, node_addr)
         task = self._life.attempts.get(result.attempt_id)
         attempt = None if task is None else task.attempt
@@ -309,7 +336,7 @@ class Dispatcher:
     def set_capacity(
         self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
     ) -> None:
-        """How many tasks the replica may run at once; 0 while it is not ready, or draining. May be told again and again."""
+        """How many tasks the replica may run at once; 0 while it is not ready, or draining. Again is no error."""
         replica = self._slots.known(replica_id, workspace_uid, node_addr, self._monotonic())
         replica.capacity = capacity
         replica.gpu_ids = tuple(gpu_ids)
@@ -342,7 +369,7 @@ class Dispatcher:
     # Life.
 
     async def start(self) -> None:
-        """Take up again what was open when the last process ended; once, before anything else, after the fleet was loaded."""
+        """Take up again what was open when the last process ended; once, after the fleet, before anything else."""
         async for page in self._store.open_tasks():
             for row in page:
                 task = await taken_up(
@@ -385,7 +412,10 @@ class Dispatcher:
         self._life.tick()
 
     async def stop(self) -> None:
-        """Refuse new tasks, let ends that are being written reach the disk, answer whoever still waits with Unavailable."""
+        """Refuse new tasks, let ends that are being written reach the disk, answer who still waits with Unavailable.
+
+        Before the callers' streams are closed: a caller whom we leave has not hung up.
+        """
         self._stopping = True
         writing = [task.writing for task in self._life.tasks.values() if task.writing is not None]
         if writing:

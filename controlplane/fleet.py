@@ -16,12 +16,13 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from controlplane import admission, census, health, ids, model
-from controlplane.census import Node, Replica, Route, Workspace
+from controlplane import admission, census, generations, health, ids, model
+from controlplane.census import Deployment, Node, Replica, Route, Workspace
 from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated, Unavailable
 from controlplane.explain import Decision
 from controlplane.model import Availability
 from controlplane.picture import Picture
+from controlplane.report import ReplicaState
 from controlplane.spec import Spec
 
 __all__ = ["Fleet", "Node", "Replica", "Route", "Rows", "Workspace"]
@@ -113,16 +114,27 @@ class Fleet(Picture):
             spec=spec,
             generation=1,
             create_time=self._clock(),
+            deployment=Deployment(target=spec.replicas),
         )
         await self._on_disk(self._rows.add_workspace(census.workspace_row(workspace)))
         return self._show_workspace(workspace)
 
     @_change
     async def scale_workspace(self, key: str, replicas: int) -> Workspace:
-        """Set the number of replicas. Raises NotFound (also if it is being deleted), InvalidArgument."""
-        admission.admit_replicas(replicas)
+        """Set the number of replicas; where they follow the load, the number from which they do so.
+
+        Raises NotFound (also if it is being deleted), InvalidArgument.
+        """
         workspace = self._living(key)
-        return await self._update_workspace(replace(workspace, spec=replace(workspace.spec, replicas=replicas)))
+        admission.admit_replicas(replicas, workspace.spec.scale)
+        spec, deployment = replace(workspace.spec, replicas=replicas), replace(workspace.deployment, target=replicas)
+        return await self._update_workspace(replace(workspace, spec=spec, deployment=deployment))
+
+    @_change
+    async def follow_load(self, uid: str, target: int) -> None:
+        """So many replicas are called for by the load."""
+        workspace = self.workspace(uid)
+        await self._update_workspace(replace(workspace, deployment=replace(workspace.deployment, target=target)))
 
     @_change
     async def delete_workspace(self, key: str) -> Workspace:
@@ -145,6 +157,39 @@ class Fleet(Picture):
             return workspace
         await self._on_disk(self._rows.update_workspace(census.workspace_row(workspace)))
         return self._show_workspace(workspace)
+
+    @_change
+    async def replace_workspace(self, key: str, spec: Spec) -> Workspace:
+        """Describe it anew. Where that needs other containers it is a new generation, which `rollout` brings up.
+
+        Raises NotFound, InvalidArgument with every fault, Conflict if too many earlier updates are still under way.
+        """
+        admission.admit(spec)
+        workspace = self._living(key)
+        routes = [route for route in self._routes.values() if route.workspace_uid == workspace.uid]
+        admission.admit_update(workspace.spec, spec, {route.name: route.port for route in routes})
+        replicas = [one for one in self.replicas_of(workspace.uid) if one.generation == workspace.generation]
+        serves = any(self.state_of(replica).state is ReplicaState.READY for replica in replicas)
+        used = self._generations(workspace.uid)
+        return await self._update_workspace(generations.updated(workspace, spec, used, serves=serves))
+
+    @_change
+    async def keep_good(self, uid: str, generation: int) -> None:
+        """The generation serves. Nothing happens if it is not the current one any more."""
+        workspace = self.workspace(uid)
+        if workspace.generation == generation:
+            await self._update_workspace(generations.settled(workspace, self._generations(uid)))
+
+    @_change
+    async def take_back(self, uid: str, generation: int, good: int, fault: str) -> None:
+        """Return to a generation that served before. Nothing happens if this is not the current one any more."""
+        workspace = self.workspace(uid)
+        if workspace.generation == generation:
+            await self._update_workspace(generations.taken_back(workspace, good, fault, self._generations(uid)))
+
+    def _generations(self, uid: str) -> frozenset[int]:
+        """Those that replicas are of."""
+        return frozenset(replica.generation for replica in self.replicas_of(uid))
 
     def _living(self, key: str) -> Workspace:
         workspace = self.workspace(key)
@@ -316,6 +361,6 @@ class Fleet(Picture):
 
 
 def _tested(node: Node) -> dict[str, health.Memory]:
-    """What is remembered of its GPUs after an operator's word that they were tested; none of those that are not there."""
+    """What is remembered of its GPUs after an operator's word that they were tested; nothing of those not there."""
     there = {gpu.id for gpu in node.inventory.gpus}
     return {gpu_id: health.after_test(memory) for gpu_id, memory in node.memories.items() if gpu_id in there}

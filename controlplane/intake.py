@@ -1,8 +1,8 @@
 """The way in: a new task is recorded, and given to a free slot in the same turn of the loop if there is one.
 
-Such a start is not awaited: as long as its insert is not on disk nobody has been told of the task, so if the insert fails
-the attempt is called off and it is as if it had never been. A task with an idempotency key does wait for its insert: it
-may turn out to be known.
+Such a start does not wait for the disk: as long as the insert is not there nobody has been told of the task, so if it
+fails the attempt is called off and it is as if it had never been. A task with an idempotency key does wait for its
+insert: it may turn out to be known.
 """
 
 import asyncio
@@ -87,6 +87,7 @@ class Intake:
             phase=Phase.RECORDING if keyed else Phase.WAITING,
             state=State.QUEUED,
             ready=not keyed,
+            streamed=new.streamed,
         )
         # Who comes while others wait, waits behind them.
         bindings = () if keyed or queue else routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
@@ -96,7 +97,7 @@ class Intake:
         insert = self._store.add_task(row_of(task, new))
         insert.add_done_callback(partial(self._inserted, task))
         life.tasks[task.id] = task
-        future = life.callers.wait(task, wait_s, cancels=cancels)
+        future = life.callers.wait(task, wait_s, cancels=cancels, streamed=new.streamed)
         if bindings:
             life.send(task)
         else:

@@ -1,9 +1,8 @@
 """Moves each task from phase to phase: what follows when a write is on disk, an attempt has failed or a time is over.
 
-Rule of this file: what a caller or a node is told was on disk before. A slot is reserved, then the start written, then the
-node told; an end is written, then callers are answered and the node may forget. The one exception makes the hot path: a
-new task that finds a free slot at once is started while its insert is being written; nobody has been told of it yet, so
-if the insert fails it is as if it had never been. The dispatcher decides when; the rows' own conditions guard the rest.
+Rule of this file: what a caller or a node is told was on disk before. A slot is reserved, then the start written, then
+the node told; an end is written, then callers are answered and the node may forget. The one exception makes the hot
+path: a new task that finds a free slot at once (see intake).
 """
 
 import asyncio
@@ -37,7 +36,7 @@ from controlplane.writes import REWRITE_S, Writes
 
 #: The node enforces the run time; the control plane steps in this much later.
 RUN_GRACE_S: Final = 30.0
-#: While most nodes are silent at once the fault is likely ours: nothing is given up for so long after a node fell silent.
+#: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
 SILENCE_S: Final = 120.0
 #: How often it is looked whether that is over.
 SILENCE_LOOK_S: Final = 1.0
@@ -86,10 +85,12 @@ class Lifecycle:
         self.attempts: dict[str, OpenTask] = {}
         self.queues = queues
         self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self._hang_up)
-        #: What must be read from the store before a task goes on. Bounded by slots, and by callers with an idempotency key.
+        #: What must be read from the store before a task goes on. Bounded by slots, and by callers with a key.
         self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
         self._timers: Timers[OpenTask] = Timers()
+        #: Whether most nodes are silent, if that has been asked in this tick.
+        self._silence: bool | None = None
         #: Set when the first timer has become earlier.
         self.sooner = asyncio.Event()
 
@@ -193,7 +194,17 @@ class Lifecycle:
             self._slots.take(attempt.id, replica, now)
             self.attempts[attempt.id] = task
             task.request = None
-            link.start(Start(attempt.id, replica.id, task.port, request, limits.run_time_s, limits.response_body_bytes))
+            link.start(
+                Start(
+                    attempt_id=attempt.id,
+                    replica_id=replica.id,
+                    port=task.port,
+                    request=request,
+                    run_time_limit_s=limits.run_time_s,
+                    response_body_limit_bytes=limits.response_body_bytes,
+                    streamed=task.streamed,
+                )
+            )
             if attempt.number == 1:
                 self._metrics.task_started(task.workspace_name, now - task.accepted_at)
             self.heed(task)
@@ -273,23 +284,27 @@ class Lifecycle:
         self.enqueue(task)
         self.callers.answer_due(task)
 
-    def lose(self, task: OpenTask) -> None:
+    def _lose(self, task: OpenTask, now: float) -> None:
         """Nothing is to be heard of the attempt any more."""
         attempt = task.current
         failure = attempt.lost_by
         assert failure is not None
-        now = self._monotonic()
-        if failure.reason == NODE_LOST and self._slots.most_are_silent(now, SILENCE_S):
+        if failure.reason == NODE_LOST and self._is_silence(now):
             attempt.lost_at = now + SILENCE_LOOK_S
-            self.heed(task)
             return
         self._call_off(attempt)
         self.fail(task, attempt.delivery, failure)
 
+    def _is_silence(self, now: float) -> bool:
+        # Asked once for all tasks of a tick: in a silence that is every running task of the fleet.
+        if self._silence is None:
+            self._silence = self._slots.most_are_silent(now, SILENCE_S)
+        return self._silence
+
     # -- the end
 
     def end(self, task: OpenTask, failure: Failure) -> None:
-        """End the task without an answer: cancelled, or over a limit. Nothing happens if it has ended or is about to."""
+        """End the task without an answer: cancelled, or over a limit. Nothing happens if it is about to end."""
         if task.phase in {Phase.ASSIGNING, Phase.REQUEUEING}:
             task.wanted = task.wanted or failure
         elif task.phase is Phase.RUNNING:
@@ -394,6 +409,7 @@ class Lifecycle:
     def tick(self) -> float:
         """Do what is due. Gives the monotonic time when to come again; inf: not before `sooner`."""
         now = self._monotonic()
+        self._silence = None
         while (task := self._timers.pop(now)) is not None:
             self._attend(task, now)
             self.heed(task)
@@ -419,6 +435,6 @@ class Lifecycle:
                 cause = Cause.CUSTOMER if attempt.lost_by is None else Cause.PLATFORM
                 self.end(task, total_time(task.limits.total_time_s, cause))
             elif attempt.lost_at <= now:
-                self.lose(task)
+                self._lose(task, now)
             elif attempt.run_at <= now:
                 self.end(task, run_time(task.limits.run_time_s))

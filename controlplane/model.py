@@ -106,6 +106,8 @@ class Workspace(SQLModel):
     delete_time: datetime | None = Field(default=None, sa_type=UtcTime)
     #: The last explanation of replicas that could not be placed (an `explain.Decision` as JSON), or None.
     unplaced_json: bytes | None = None
+    #: What is remembered of its deployment: a `census.Deployment` as JSON.
+    deployment_json: bytes = Field(default=b"{}", repr=False)
 
 
 class Route(SQLModel):
@@ -198,6 +200,8 @@ class Task(SQLModel):
     user_ip: str = ""
     origin_url: str = ""
     operation: str = ""
+    #: Its response was passed on as it came; its bodies are kept only up to a size.
+    streamed: bool = False
 
     attempt: int = 0
     replica_id: str = ""

@@ -6,18 +6,19 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
 from msgspec.structs import replace
 
-from controlplane import health
+from controlplane import health, trail
 from controlplane.census import Node, Replica, Route, Workspace
 from controlplane.changes import Changes
 from controlplane.errors import NodeRevoked, NodeUnknown, NotFound
 from controlplane.image import comparable, directory
 from controlplane.report import Inventory, ReplicaReport, ReplicaState, Report
+from controlplane.trail import Trail
 
 #: Images whose size is remembered, over all nodes.
 IMAGES_KEPT: Final = 10_000
@@ -49,6 +50,7 @@ class Picture:
         # Tuples, replaced when they change: who keeps one sees by identity whether it still holds.
         self._replicas_of: dict[str, tuple[Replica, ...]] = {}
         self._replicas_on: dict[str, tuple[Replica, ...]] = {}
+        self._trails: dict[str, Trail] = {}
         self._image_bytes: OrderedDict[str, int] = OrderedDict()
         #: Set when there is something new that plans are made of; who plans clears it.
         self.news = asyncio.Event()
@@ -118,7 +120,14 @@ class Picture:
             return ReplicaReport(replica.id, ReplicaState.LOST, message=f"Node {node.name} is not connected.")
         if replica.stop_time is not None:
             return ReplicaReport(replica.id, ReplicaState.STOPPING, message=said.message if said else "")
-        return said or ReplicaReport(replica.id, ReplicaState.ASSIGNED)
+        if said is None:
+            return ReplicaReport(replica.id, ReplicaState.ASSIGNED)
+        stall = trail.stall(self._trails.get(replica.id), self._monotonic())
+        return replace(said, message=f"{said.message}: {stall}") if stall else said
+
+    def trails(self) -> Mapping[str, Trail]:
+        """How replicas have fared, by id, as far as their nodes have told since our start."""
+        return self._trails
 
     def image_bytes(self, reference: str) -> int | None:
         """The size of an image by normalised reference, if a node has told of it."""
@@ -174,10 +183,16 @@ class Picture:
         if remembers or not same_build:
             self._unsaved.add(addr)
         for replica in self.replicas_on(addr):
+            self._follow(replica, node)
             if before.said.get(replica.id) != node.said.get(replica.id):
                 self.workspace_changes.touch(replica.workspace_uid)
         if remembers or not (same_images and same_build and before.said == node.said and before.health == node.health):
             self.news.set()
+
+    def _follow(self, replica: Replica, node: Node) -> None:
+        said = node.said.get(replica.id)
+        if said is not None:
+            self._trails[replica.id] = trail.follow(self._trails.get(replica.id), said, self._monotonic())
 
     def _doomed(self, node: Node, report: Report) -> frozenset[str]:
         """Replicas there whose container must start anew: told once, remembered until they are stopped."""
@@ -208,6 +223,7 @@ class Picture:
     # How it is changed.
 
     def _show_workspace(self, workspace: Workspace) -> Workspace:
+        before = self._workspaces.get(workspace.uid)
         self._workspaces[workspace.uid] = workspace
         self._uid_of_id[workspace.id] = workspace.uid
         if not workspace.deleted:
@@ -215,6 +231,10 @@ class Picture:
         elif self._uid_of_name.get(workspace.name) == workspace.uid:
             del self._uid_of_name[workspace.name]
         self.workspace_changes.touch(workspace.uid)
+        if before is not None and before.spec is not workspace.spec:
+            # What needs no new container is told to those there are.
+            for addr in {replica.node_addr for replica in self.replicas_of(workspace.uid)}:
+                self.node_changes.touch(addr)
         self.news.set()
         return workspace
 
@@ -234,6 +254,7 @@ class Picture:
                 self._replicas[replica.id] = replica
             else:
                 self._replicas.pop(replica.id, None)
+                self._trails.pop(replica.id, None)
             _put(self._replicas_of, replica.workspace_uid, replica)
             _put(self._replicas_on, replica.node_addr, replica)
             self.workspace_changes.touch(replica.workspace_uid)

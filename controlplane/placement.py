@@ -2,31 +2,37 @@
 
 The policy is two tuples, FILTERS and COSTS, and the weights in Policy. Each filter gives its reason in words, which
 become the error message as they stand; the least cost wins, ties go by address (random ties alone were measured to cost
-five points of GPU allocation). What a placement costs the shapes of requests still to come (fragmentation) will be a
-further part of COSTS once the demand is learnt; packing stands in for it until then.
+five points of GPU allocation). `place` is the policy at its plainest: it looks at every node. `sites` decides the same
+for a large fleet by looking only at what changed.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
+from controlplane.demand import Shape
 from controlplane.explain import Candidate, Decision, decide
+from controlplane.fragmentation import CPU_ROUNDING, WHOLE, Fragmentation, Lot
 from controlplane.grade import Grade
 from controlplane.model import Availability
 from controlplane.spec import GIB, GpuNeed
 
 #: Most replicas on one node: all of them go into one message.
 REPLICAS: Final = 100
-#: Sums of fractions of a core: what is smaller is rounding.
-_CPU_ROUNDING: Final = 1e-6
 
 
 class GpuView(msgspec.Struct, frozen=True):
-    """One GPU as placement sees it. `free`: no replica holds it."""
+    """One GPU as placement sees it.
+
+    `free`: no replica holds all of it; `shared`: thousandths of it that replicas with shares hold.
+    """
 
     id: str
     model: str
@@ -34,6 +40,12 @@ class GpuView(msgspec.Struct, frozen=True):
     index: int = 0
     grade: Grade = Grade.OK
     free: bool = True
+    shared: int = 0
+
+    @property
+    def free_share(self) -> int:
+        """Thousandths that nobody holds."""
+        return WHOLE - self.shared if self.free else 0
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -62,12 +74,17 @@ class NodeView(msgspec.Struct, frozen=True):
     replicas: int = 0
     here: Mapping[str, int] = {}
 
+    def lots(self) -> list[Lot]:
+        """Its GPUs, as far as they are of use to anybody."""
+        return [(gpu.model, gpu.memory_bytes, gpu.free_share) for gpu in self.gpus if gpu.grade < Grade.QUARANTINED]
+
 
 class Need(msgspec.Struct, frozen=True):
     """What one replica needs.
 
     `image`: a normalised reference; `directory`: what stands for it with the process engine; `image_bytes`: its size if
-    any node knows it. `replicas`: how many the workspace wants in all.
+    any node knows it. `share`: with `gpu.count` 1, so many thousandths of a GPU and of its memory; 0: all of it.
+    `replicas`: how many the workspace wants in all.
     """
 
     workspace_uid: str
@@ -78,17 +95,31 @@ class Need(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     replicas: int = 1
     image_bytes: int | None = None
+    share: int = 0
+
+    @property
+    def gpu_share(self) -> int:
+        """Thousandths of each of its GPUs."""
+        return self.share or WHOLE
+
+    @property
+    def shape(self) -> Shape:
+        """What of it says something about the requests to come."""
+        return Shape(self.gpu.model, self.gpu.count, self.share, self.gpu.min_memory_bytes, self.cpus)
 
 
 class Policy(msgspec.Struct, frozen=True):
     """The weights of COSTS, and what the filters leave room for."""
 
+    fragmentation: float = 1.0
     leftover: float = 0.05
+    scarcity: float = 0.6
+    #: How steeply the price of a GPU rises as the last of its model are taken.
+    scarcity_base: float = 100.0
     image: float = 0.02
     image_per_gib: float = 0.004
     #: Assumed of an image that no node has yet.
     image_gib: float = 5.0
-    load: float = 0.05
     degraded: float = 0.3
     unreliable: float = 0.15
     crowded: float = 0.10
@@ -98,6 +129,32 @@ class Policy(msgspec.Struct, frozen=True):
 
 #: The policy unless told otherwise.
 DEFAULT_POLICY: Final = Policy()
+
+
+class Market(msgspec.Struct, frozen=True):
+    """What a cost depends on beside request and node: the weights, the demand, and the price of a GPU by model."""
+
+    policy: Policy
+    fragmentation: Fragmentation
+    prices: Mapping[str, float]
+
+
+@lru_cache(maxsize=4096)
+def model_matches(wanted: str, model: str) -> bool:
+    """Has the model's name all words of `wanted`? "NVIDIA GeForce RTX 4090" has "rtx 4090"; "RTX 40900" has not.
+
+    `|` stands between alternatives: "4090|A100".
+    """
+    words = _words_of(model)
+    return any(_words_of(alternative) <= words for alternative in wanted.split("|"))
+
+
+def _words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+#: Nothing is known of the requests to come.
+NO_DEMAND: Final = Fragmentation({}, model_matches)
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -112,16 +169,6 @@ class Refusals(msgspec.Struct, frozen=True):
     """It goes nowhere; `decision.refusals` counts why."""
 
     decision: Decision
-
-
-@lru_cache(maxsize=4096)
-def model_matches(wanted: str, model: str) -> bool:
-    """Has the model's name all words of `wanted`? "NVIDIA GeForce RTX 4090" has "rtx 4090"; "RTX 40900" has not."""
-    return _words_of(wanted) <= _words_of(model)
-
-
-def _words_of(text: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 # -- Filters: "" or why not.
@@ -151,13 +198,9 @@ def has_room(_need: Need, node: NodeView, _policy: Policy) -> str:
     return "" if node.replicas < REPLICAS else f"has {REPLICAS} replicas, which is the most"
 
 
-def has_engine(need: Need, node: NodeView, _policy: Policy) -> str:
-    """There is an engine, and it can get the image: the process engine cannot pull."""
-    if not node.engine:
-        return "no container engine"
-    if node.engine == "process" and not _has_image(need, node):
-        return "process engine without a directory for the image"
-    return ""
+def has_engine(_need: Need, node: NodeView, _policy: Policy) -> str:
+    """There is an engine."""
+    return "" if node.engine else "no container engine"
 
 
 def has_gpus(need: Need, node: NodeView, _policy: Policy) -> str:
@@ -167,7 +210,7 @@ def has_gpus(need: Need, node: NodeView, _policy: Policy) -> str:
 
 def has_cpus(need: Need, node: NodeView, _policy: Policy) -> str:
     """Enough cores are not promised yet."""
-    return "" if node.cpus_free + _CPU_ROUNDING >= need.cpus else "too few free CPU cores"
+    return "" if node.cpus_free + CPU_ROUNDING >= need.cpus else "too few free CPU cores"
 
 
 def has_memory(need: Need, node: NodeView, _policy: Policy) -> str:
@@ -175,9 +218,15 @@ def has_memory(need: Need, node: NodeView, _policy: Policy) -> str:
     return "" if node.memory_free_bytes >= need.memory_bytes else "too little free memory"
 
 
+def has_directory(need: Need, node: NodeView, _policy: Policy) -> str:
+    """It can get the image: the process engine cannot pull."""
+    missing = node.engine == "process" and not has_image(need, node)
+    return "process engine without a directory for the image" if missing else ""
+
+
 def has_disk(need: Need, node: NodeView, policy: Policy) -> str:
     """The image fits on the disk, if it is not there yet and its size is known."""
-    if need.image_bytes is None or _has_image(need, node):
+    if need.image_bytes is None or has_image(need, node):
         return ""
     return (
         "" if node.disk_free_bytes >= need.image_bytes + policy.disk_reserve_bytes else "too little disk for the image"
@@ -185,112 +234,233 @@ def has_disk(need: Need, node: NodeView, policy: Policy) -> str:
 
 
 #: What a GPU must be, each after the one before, and what is missing if too few are.
-GPU_FILTERS: Final[tuple[tuple[Callable[[GpuNeed, GpuView], bool], str], ...]] = (
-    (lambda need, gpu: model_matches(need.model, gpu.model), "GPU"),
-    (lambda need, gpu: gpu.memory_bytes >= need.min_memory_bytes, "GPU with enough memory"),
+GPU_FILTERS: Final[tuple[tuple[Callable[[Need, GpuView], bool], str], ...]] = (
+    (lambda need, gpu: model_matches(need.gpu.model, gpu.model), "GPU"),
+    (
+        lambda need, gpu: gpu.memory_bytes * need.gpu_share >= need.gpu.min_memory_bytes * WHOLE,
+        "GPU with enough memory",
+    ),
     (lambda _, gpu: gpu.grade < Grade.QUARANTINED, "healthy GPU"),
-    (lambda _, gpu: gpu.free, "free healthy GPU"),
+    (lambda need, gpu: gpu.free_share >= need.gpu_share, "free healthy GPU"),
 )
 
-#: Cheap ones and those that say the most first.
-FILTERS: Final[tuple[Filter, ...]] = (
-    is_connected,
-    is_open,
-    has_engine,
-    has_gpus,
-    has_cpus,
-    has_memory,
-    has_disk,
-    is_tidy,
-    has_room,
-)
+#: Of the node alone, cheap ones first ...
+NODE_FILTERS: Final[tuple[Filter, ...]] = (is_connected, is_open, has_engine)
+#: ... of what the replica needs of it, those that say the most first ...
+SHAPE_FILTERS: Final[tuple[Filter, ...]] = (has_gpus, has_cpus, has_memory, is_tidy, has_room)
+#: ... and of its image.
+IMAGE_FILTERS: Final[tuple[Filter, ...]] = (has_directory, has_disk)
+FILTERS: Final = (*NODE_FILTERS, *SHAPE_FILTERS, *IMAGE_FILTERS)
 #: Said of nodes that have half of the workspace's replicas, while others have not.
 CROWDED: Final = "has half of the workspace's replicas already"
 
-# -- Costs: each from 0 to about 1 before its weight; lower is better.
+# -- Costs, in GPUs: what else could have been had for it; lower is better.
 
-Cost = Callable[[Need, NodeView, Sequence[GpuView], Policy], float]
+Cost = Callable[[Need, NodeView, Sequence[GpuView], Market], float]
 
 
-def leftover(need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
+def fragmentation(need: Need, node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
+    """GPUs of the node that become useless to the requests that come."""
+    lots, after = node.lots(), _taken(need, node, gpus).lots()
+    growth = market.fragmentation.of(after, node.cpus_free - need.cpus) - market.fragmentation.of(lots, node.cpus_free)
+    return market.policy.fragmentation * growth
+
+
+def leftover(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
     """What the node would have left: full nodes are filled up, so that whole ones stay for large requests."""
     cpus = (node.cpus_free - need.cpus) / node.cpus if node.cpus else 0.0
-    free = sum(gpu.free for gpu in node.gpus) - need.gpu.count
-    return policy.leftover * (max(cpus, 0.0) + (free / len(node.gpus) if node.gpus else 0.0)) / 2
+    free = sum([gpu.free_share for gpu in node.gpus]) - need.gpu.count * need.gpu_share
+    return market.policy.leftover * (max(cpus, 0.0) + (free / WHOLE / len(node.gpus) if node.gpus else 0.0)) / 2
 
 
-def image(need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
+def scarcity(need: Need, _node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
+    """Price of the GPUs: the fewer of a model are left, the more those who must have that one will miss it."""
+    return gpu_price(need, market, [gpu.model for gpu in gpus])
+
+
+def image(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
     """The image must be pulled."""
-    if _has_image(need, node):
-        return 0.0
-    gib = policy.image_gib if need.image_bytes is None else need.image_bytes / GIB
-    return policy.image + policy.image_per_gib * gib
+    return 0.0 if has_image(need, node) else pull_cost(need, market.policy)
 
 
-def load(_need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
-    """It is busy."""
-    return policy.load * node.load
-
-
-def degraded(_need: Need, _node: NodeView, gpus: Sequence[GpuView], policy: Policy) -> float:
+def degraded(_need: Need, _node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
     """Share of the GPUs that are not quite well."""
-    return policy.degraded * sum(gpu.grade is Grade.DEGRADED for gpu in gpus) / len(gpus) if gpus else 0.0
+    return market.policy.degraded * sum(gpu.grade is Grade.DEGRADED for gpu in gpus) / len(gpus) if gpus else 0.0
 
 
-def unreliable(_need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
+def unreliable(_need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
     """It has failed us before."""
-    return policy.unreliable * min(3.0, (node.failures + 0.2) / (node.uptime_days / 10 + 1))
+    return unreliable_cost(node, market.policy)
 
 
-def crowded(need: Need, node: NodeView, _gpus: Sequence[GpuView], policy: Policy) -> float:
+def crowded(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
     """Replicas of this workspace that would go down with it."""
-    return policy.crowded * node.here.get(need.workspace_uid, 0)
+    return market.policy.crowded * node.here.get(need.workspace_uid, 0)
 
 
-COSTS: Final[tuple[Cost, ...]] = (leftover, image, load, degraded, unreliable, crowded)
+#: What depends on node and shape alone and changes only with them, ...
+SHAPE_COSTS: Final[tuple[Cost, ...]] = (fragmentation, leftover, degraded, unreliable)
+#: ... and what depends on the other nodes, the image or the workspace.
+COSTS: Final[tuple[Cost, ...]] = (*SHAPE_COSTS, scarcity, image, crowded)
 
 
 def place(
-    need: Need, nodes: Iterable[NodeView], *, time: datetime, subject: str, policy: Policy = DEFAULT_POLICY
+    need: Need,
+    nodes: Iterable[NodeView],
+    *,
+    time: datetime,
+    subject: str,
+    policy: Policy = DEFAULT_POLICY,
+    demand: Fragmentation = NO_DEMAND,
 ) -> Placement | Refusals:
     """The node and GPUs for one replica, with the explanation; or why there are none.
 
-    `time` and `subject` are the decision's.
+    `time` and `subject` are the decision's. `demand`: what requests are to come.
     """
+    nodes = tuple(nodes)
+    market = Market(policy, demand, prices(nodes, policy))
     fitting: list[NodeView] = []
     refused: list[Candidate] = []
     for node in nodes:
-        why = next((why for says in FILTERS if (why := says(need, node, policy))), "")
+        why = refusal(need, node, policy, FILTERS)
         if why:
             refused.append(Candidate(node.addr, node.name, why))
         else:
             fitting.append(node)
     fitting, others = _spread(need, fitting)
     refused.extend(Candidate(node.addr, node.name, CROWDED) for node in others)
-    accepted = [_rated(need, node, policy) for node in fitting]
-    decision = decide(time, subject, accepted, refused)
+    decision = decide(time, subject, [rated(need, node, market) for node in fitting], refused)
     if not decision.chosen:
         return Refusals(decision)
     chosen = next(node for node in fitting if node.addr == decision.chosen)
-    return Placement(chosen.addr, tuple(gpu.id for gpu in _chosen(need, chosen)), decision)
+    return Placement(chosen.addr, tuple(gpu.id for gpu in chosen_gpus(need, chosen, market)), decision)
 
 
-def _rated(need: Need, node: NodeView, policy: Policy) -> Candidate:
-    gpus = _chosen(need, node)
-    parts = {cost.__name__: round(cost(need, node, gpus, policy), 6) for cost in COSTS}
+def refusal(need: Need, node: NodeView, policy: Policy, filters: Iterable[Filter]) -> str:
+    """What the first of the filters that refuses the node says, or ""."""
+    for says in filters:
+        if why := says(need, node, policy):
+            return why
+    return ""
+
+
+def rated(need: Need, node: NodeView, market: Market) -> Candidate:
+    """A node that passes all filters, with each part of its cost."""
+    parts = cost_parts(need, node, chosen_gpus(need, node, market), market, COSTS)
     return Candidate(node.addr, node.name, parts=parts, cost=round(sum(parts.values()), 6))
+
+
+def cost_parts(
+    need: Need, node: NodeView, gpus: Sequence[GpuView], market: Market, costs: Iterable[Cost]
+) -> dict[str, float]:
+    """By name; rounded, so that equal nodes cost the same whatever the order of sums."""
+    return {cost.__name__: round(cost(need, node, gpus, market), 6) for cost in costs}
+
+
+def chosen_gpus(need: Need, node: NodeView, market: Market) -> Sequence[GpuView]:
+    """The best, then for a share where least is lost and least left; then the smallest that will do, then the first.
+
+    The node must pass the filters.
+    """
+    gpus, _ = _gpus_left(need, node)
+    if need.share:
+        cpus = node.cpus_free - need.cpus
+        unlike: dict[tuple[Grade, Lot], GpuView] = {}
+        for gpu in sorted(gpus, key=lambda gpu: (gpu.index, gpu.id)):
+            unlike.setdefault((gpu.grade, (gpu.model, gpu.memory_bytes, gpu.free_share)), gpu)
+        if len(unlike) > 1:
+            lost = {
+                gpu.id: round(market.fragmentation.of(_taken(need, node, [gpu]).lots(), cpus), 6)
+                for gpu in unlike.values()
+            }
+            best = min(
+                unlike.values(), key=lambda gpu: (gpu.grade, lost[gpu.id], gpu.free_share, gpu.memory_bytes, gpu.index)
+            )
+            return [best]
+        return list(unlike.values())
+    return sorted(gpus, key=lambda gpu: (gpu.grade, gpu.memory_bytes, gpu.index, gpu.id))[: need.gpu.count]
+
+
+def prices(nodes: Iterable[NodeView], policy: Policy) -> dict[str, float]:
+    """Of a whole GPU by model: 0 while none is taken, the whole weight for the last one."""
+    held: Counter[str] = Counter()
+    there: Counter[str] = Counter()
+    for node in nodes:
+        for model, _, free in offered(node):
+            there[model] += WHOLE
+            held[model] += WHOLE - free
+    return {model: price(held[model] / there[model], policy) for model in there}
+
+
+def offered(node: NodeView) -> Sequence[Lot]:
+    """The GPUs that it has for replicas, taken or not."""
+    return node.lots() if node.connected and node.availability is Availability.OPEN else ()
+
+
+def price(utilisation: float, policy: Policy) -> float:
+    """Of a whole GPU of a model of which that share is taken."""
+    base = policy.scarcity_base
+    return policy.scarcity * (math.pow(base, utilisation) - 1) / (base - 1)
+
+
+def gpu_price(need: Need, market: Market, models: Iterable[str]) -> float:
+    """Of what it takes of GPUs of these models."""
+    return round(sum([market.prices[model] for model in models]) * need.gpu_share / WHOLE, 6)
+
+
+def unreliable_cost(node: NodeView, policy: Policy) -> float:
+    """In thousandths: days go by and it need not change for each minute of them."""
+    return round(policy.unreliable * min(3.0, (node.failures + 0.2) / (node.uptime_days / 10 + 1)), 3)
+
+
+def pull_cost(need: Need, policy: Policy) -> float:
+    """Of an image that is not there yet."""
+    gib = policy.image_gib if need.image_bytes is None else need.image_bytes / GIB
+    return policy.image + policy.image_per_gib * gib
+
+
+def has_image(need: Need, node: NodeView) -> bool:
+    """The node has it already."""
+    return (need.directory if node.engine == "process" else need.image) in node.images
+
+
+def with_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeView:
+    """The node with one more replica."""
+    return replace(
+        _taken(need, node, [gpu for gpu in node.gpus if gpu.id in gpu_ids]),
+        cpus_free=node.cpus_free - need.cpus,
+        memory_free_bytes=node.memory_free_bytes - need.memory_bytes,
+        replicas=node.replicas + 1,
+        here={**node.here, need.workspace_uid: node.here.get(need.workspace_uid, 0) + 1},
+    )
+
+
+def _taken(need: Need, node: NodeView, gpus: Sequence[GpuView]) -> NodeView:
+    """The node without these GPUs, or these shares of them."""
+    if not gpus:
+        return node
+    ids = {gpu.id for gpu in gpus}
+    after = tuple(
+        (replace(gpu, shared=gpu.shared + need.share) if need.share else replace(gpu, free=False))
+        if gpu.id in ids
+        else gpu
+        for gpu in node.gpus
+    )
+    return replace(node, gpus=after)
 
 
 def _spread(need: Need, nodes: list[NodeView]) -> tuple[list[NodeView], list[NodeView]]:
     """Those with less than half of the workspace's replicas, and the others; all are the former if none has less."""
-    if need.replicas < 2:
-        return nodes, []
     below: list[NodeView] = []
     others: list[NodeView] = []
     for node in nodes:
-        few = node.here.get(need.workspace_uid, 0) < max(1, need.replicas // 2)
-        (below if few else others).append(node)
+        (others if is_crowded(need, node.here.get(need.workspace_uid, 0)) else below).append(node)
     return (below, others) if below else (nodes, [])
+
+
+def is_crowded(need: Need, here: int) -> bool:
+    """Are so many at least half of the workspace's replicas?"""
+    return need.replicas > 1 and here >= max(1, need.replicas // 2)
 
 
 def _gpus_left(need: Need, node: NodeView) -> tuple[Sequence[GpuView], str]:
@@ -299,23 +469,16 @@ def _gpus_left(need: Need, node: NodeView) -> tuple[Sequence[GpuView], str]:
         return (), ""
     gpus: Sequence[GpuView] = node.gpus
     for passes, kind in GPU_FILTERS:
-        gpus = [gpu for gpu in gpus if passes(need.gpu, gpu)]
+        gpus = [gpu for gpu in gpus if passes(need, gpu)]
         if len(gpus) < need.gpu.count:
-            return (), _too_few(need.gpu, kind)
+            return (), _too_few(need, kind)
     return gpus, ""
 
 
-def _chosen(need: Need, node: NodeView) -> list[GpuView]:
-    """The best, then the smallest that will do, then the first."""
-    gpus, _ = _gpus_left(need, node)
-    return sorted(gpus, key=lambda gpu: (gpu.grade, gpu.memory_bytes, gpu.index, gpu.id))[: need.gpu.count]
-
-
-def _has_image(need: Need, node: NodeView) -> bool:
-    return (need.directory if node.engine == "process" else need.image) in node.images
-
-
-def _too_few(need: GpuNeed, kind: str) -> str:
+def _too_few(need: Need, kind: str) -> str:
     """E.g. `fewer than 2 free healthy GPUs of model 4090`."""
-    many = f"no {kind}" if need.count == 1 else f"fewer than {need.count} {kind.replace('GPU', 'GPUs', 1)}"
-    return f"{many} of model {need.model}" if need.model else many
+    if need.share:
+        kind = kind.replace("free healthy GPU", f"healthy GPU with {need.share}/{WHOLE} free")
+    count = need.gpu.count
+    many = f"no {kind}" if count == 1 else f"fewer than {count} {kind.replace('GPU', 'GPUs', 1)}"
+    return f"{many} of model {need.gpu.model.replace('|', ' or ')}" if need.gpu.model else many

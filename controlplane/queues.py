@@ -18,12 +18,12 @@ HEAD_BYTES: Final = 1024
 
 
 class Queue:
-    """The queue of one workspace: tasks by place. Its length is bounded by `queue_length`, which the dispatcher enforces."""
+    """The queue of one workspace: tasks by place. Its length is bounded by `queue_length`: see intake."""
 
     def __init__(self, workspace_uid: str) -> None:
         self.workspace_uid = workspace_uid
-        # A sorted list and not a heap: positions are asked for all the time, and taking one out anywhere is a memmove of
-        # at most 800 KB (100,000 tasks, the largest queue a workspace may ask for).
+        # A sorted list and not a heap: positions are asked for all the time, and taking one out anywhere is a memmove
+        # of at most 800 KB (100,000 tasks, the largest queue a workspace may ask for).
         self._places: list[int] = []
         self._tasks: dict[int, OpenTask] = {}
         #: Why no slot is free, in words, and until when that may be said again (monotonic seconds).

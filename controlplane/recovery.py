@@ -33,7 +33,10 @@ class Graces(msgspec.Struct, frozen=True):
 async def taken_up(
     row: Task, place: int, store: Store, fleet: Fleet, *, graces: Graces, clock: datetime, now: float
 ) -> OpenTask:
-    """The open task of a row, WAITING or RUNNING. `clock` and `now`: the same moment, by either clock. Its request stays on disk."""
+    """The open task of a row, WAITING or RUNNING. Its request stays on disk.
+
+    `clock` and `now` are the same moment by either clock, `now` in monotonic seconds.
+    """
     try:
         workspace = fleet.workspace(row.workspace_uid)
         name, limits = workspace.name, workspace.spec.limits
@@ -55,12 +58,14 @@ async def taken_up(
         phase=Phase.WAITING,
         state=State(row.state),
         recorded=True,
+        streamed=row.streamed,
         number=row.attempt,
         start_time=row.start_time,
     )
-    if row.attempt > (row.state is State.RUNNING):
+    running = task.state is State.RUNNING
+    if row.attempt > (1 if running else 0):
         await _remember(task, store)
-    if task.state is State.RUNNING:
+    if running:
         assert row.assign_time is not None
         task.phase = Phase.RUNNING
         grace_s = graces.start_s if task.repeatable else max(graces.start_s, graces.hold_s)

@@ -1,8 +1,8 @@
 """What follows from a failed attempt: the task ends, or runs again and after how long. Pure.
 
-The rules, in order: some failures are final by their nature; what never reached a container is always run elsewhere; what
-did and must not be repeated is not; a task that took down its container on two nodes takes no third; what the customer's
-side caused uses `max_attempts`, what the platform caused has a bound of its own.
+The rules, in order: some failures are final by their nature; what never reached a container is always run elsewhere;
+what did and must not be repeated is not; a task that took down its container on two nodes takes no third; what the
+customer's side caused uses `max_attempts`, what the platform caused has a bound of its own.
 """
 
 from typing import Final
@@ -23,7 +23,7 @@ from controlplane.failures import (
 from controlplane.model import Cause, Delivery
 from controlplane.slots import Failure
 
-#: Attempts of one task that may fail without the customer's doing; far more than any fault that passes, and still a bound.
+#: Attempts of one task that may fail without the customer's doing: more than any fault that passes, and still a bound.
 PLATFORM_ATTEMPTS: Final = 20
 #: Nodes on which a task's container died before the task is held to be the reason.
 POISON_NODES: Final = 2
@@ -37,7 +37,7 @@ FINAL: Final = frozenset({RUN_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, CANC
 
 
 class History(msgspec.Struct, frozen=True):
-    """The failed attempts of a task. `customers`: those that reached a container and were the customer's side's doing."""
+    """The failed attempts of a task. `customers`: those that reached a container and failed by the customer's side."""
 
     customers: int = 0
     platforms: int = 0

@@ -7,6 +7,8 @@ the next steps only; each is one write, and after any of them, or none, the next
   that comes back finds its GPUs given to nobody else.
 * What must leave (its node is drained, its GPU is failing) is replaced first and drained when the replacement is ready:
   one more than wanted at most. Where there is no room for a replacement it is drained nevertheless.
+* An update goes the same way, one replica after another, but what serves is kept until the new one does, however long
+  that takes; and where the new one does not come up, the update is taken back.
 * More than half of the nodes silent at once means that we are cut off, not they: then nobody is given up for a while.
 """
 
@@ -27,6 +29,7 @@ from controlplane.model import Availability
 from controlplane.placement import GpuView, Need, NodeView, Policy
 from controlplane.report import ReplicaState
 from controlplane.spec import Spec
+from controlplane.trail import Trail, failure
 
 #: Placements tried in one plan: each costs milliseconds on a large fleet, and the dispatcher runs beside us.
 PLACEMENTS_AT_ONCE: Final = 8
@@ -47,7 +50,7 @@ class World(msgspec.Struct, frozen=True):
 
     `views`: the nodes as placement sees them, `view_of` each. `replicas`: all not known to be gone, oldest first.
     `running`: how many attempts a replica has in flight.
-    `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
+    `trails`: how replicas have fared, by id. `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
     take turns. `now_s`: monotonic.
     """
 
@@ -59,6 +62,7 @@ class World(msgspec.Struct, frozen=True):
     replicas: Sequence[Replica]
     new_id: Callable[[], str]
     running: Callable[[str], int] = lambda _: 0
+    trails: Mapping[str, Trail] = {}
     image_bytes: Callable[[str], int | None] = lambda _: None
     turn: int = 0
     lost_after_s: float = 15.0
@@ -85,7 +89,23 @@ class Unplaced(msgspec.Struct, frozen=True):
     decision: Decision | None
 
 
-Action = Place | Update | Unplaced
+class Good(msgspec.Struct, frozen=True):
+    """The generation serves: no need to return to an earlier one any more."""
+
+    workspace_uid: str
+    generation: int
+
+
+class TakeBack(msgspec.Struct, frozen=True):
+    """The generation does not come up: return to `good`."""
+
+    workspace_uid: str
+    generation: int
+    good: int
+    fault: str
+
+
+Action = Place | Update | Unplaced | Good | TakeBack
 
 
 def plan(world: World) -> tuple[Action, ...]:
@@ -101,6 +121,11 @@ def plan(world: World) -> tuple[Action, ...]:
             active[replica.workspace_uid].append(replica)
     short: list[_Shortage] = []
     for workspace in world.workspaces:
+        verdict = _judged(workspace, active[workspace.uid], world)
+        if verdict is not None:
+            actions.append(verdict)
+        if isinstance(verdict, TakeBack):
+            continue
         drains, shortage = _balanced(workspace, active[workspace.uid], world)
         actions.extend(drains)
         if shortage is not None:
@@ -141,13 +166,37 @@ def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | Non
     return Update(replace(replica, stop_time=world.time, stop_report=node.reports), reason)
 
 
+def _judged(workspace: Workspace, active: Sequence[Replica], world: World) -> Good | TakeBack | None:
+    """Has the workspace's generation come up, or will it not?"""
+    if workspace.deleted or workspace.deployment.good == workspace.generation:
+        return None
+    current = [replica for replica in active if replica.generation == workspace.generation]
+    if any(_ready(replica, world) for replica in current):
+        return Good(workspace.uid, workspace.generation) if len(current) == len(active) else None
+    serving = [one.generation for one in active if one.generation != workspace.generation and _ready(one, world)]
+    good = workspace.returns_to or max(serving, default=0)
+    if not good:
+        return None
+    limit_s = workspace.spec.readiness.start_limit_s
+    for replica in current:
+        why = failure(world.trails.get(replica.id), limit_s, world.now_s)
+        if why:
+            name = world.nodes[replica.node_addr].name
+            return TakeBack(workspace.uid, workspace.generation, good, f"on node {name} {why}")
+    return None
+
+
 class _Shortage(msgspec.Struct):
-    """A workspace with fewer replicas that stay than wanted: `places` more may be made now; `leaving` are to go."""
+    """A workspace with fewer replicas that stay than wanted: `places` more may be made now; `leaving` are to go.
+
+    `idle`: those of a former generation that do not serve.
+    """
 
     workspace: Workspace
     places: int
     active: int
     leaving: Sequence[Replica]
+    idle: Sequence[Replica]
 
 
 def _balanced(
@@ -156,24 +205,45 @@ def _balanced(
     """What of the active replicas to drain, and whether some are missing."""
     leaving: list[Replica] = []
     staying: list[Replica] = []
+    former: list[Replica] = []
     for replica in active:
-        (leaving if _leaves(replica, world.nodes[replica.node_addr]) else staying).append(replica)
+        kept = staying if replica.generation == workspace.generation else former
+        (leaving if _leaves(replica, world.nodes[replica.node_addr]) else kept).append(replica)
     drains: list[Update] = []
     if len(staying) > workspace.wanted:
         ranked = _least_missed(staying, world)
         excess = len(staying) - workspace.wanted
         drains = _drained(ranked[:excess], world, "fewer replicas are wanted")
         staying = ranked[excess:]
-    surplus = len(staying) + len(leaving) - workspace.wanted
-    if leaving and surplus > 0:
+    over = surplus = len(staying) + len(leaving) + len(former) - workspace.wanted
+    if leaving and over > 0:
         # A replacement that is not up yet keeps one of those that it replaces, but not for ever.
-        kept = any(_starts(replica, workspace, world) for replica in staying)
-        drains += _drained(_least_missed(leaving, world)[: surplus - kept], world, _LEAVES)
+        one = any(_starts(replica, workspace, world) for replica in staying)
+        gone = _least_missed(leaving, world)[: surplus - one]
+        drains += _drained(gone, world, _LEAVES)
+        over -= len(gone)
+    if former and over > 0:
+        gone = _outdated(former, staying, over, world)
+        drains += _drained(gone, world, f"generation {workspace.generation} takes its place")
+        over -= len(gone)
+        # Scaled down meanwhile: rather than what serves those go that do not yet.
+        unready = [replica for replica in _least_missed(staying, world) if not _ready(replica, world)]
+        drains += _drained(unready[: max(0, over - 1)], world, "fewer replicas are wanted")
     missing = workspace.wanted - len(staying)
-    if not missing:
+    if missing <= 0:
         return drains, None
-    room = (1 if leaving else 0) - surplus
-    return drains, _Shortage(workspace, max(0, min(missing, room)), len(active), leaving)
+    room = (1 if leaving or former else 0) - surplus
+    idle = [replica for replica in _least_missed(former, world) if not _ready(replica, world)]
+    return drains, _Shortage(workspace, max(0, min(missing, room)), len(active), leaving, idle)
+
+
+def _outdated(former: Sequence[Replica], staying: Sequence[Replica], surplus: int, world: World) -> list[Replica]:
+    """Which of a former generation may go: those that serve only as far as as many others are ready."""
+    ranked = _least_missed(former, world)
+    idle = [replica for replica in ranked if not _ready(replica, world)][:surplus]
+    starting = sum(not _ready(replica, world) for replica in staying)
+    serving = [replica for replica in ranked if _ready(replica, world)]
+    return idle + serving[: max(0, surplus - len(idle) - starting)]
 
 
 _LEAVES: Final = "its node is drained, or its GPU fails"
@@ -238,6 +308,8 @@ def _placed(short: Sequence[_Shortage], world: World, lost: frozenset[str]) -> I
                 yield Unplaced(workspace.uid, decision)
             if _waited(workspace, world):
                 yield from _drained(shortage.leaving, world, _LEAVES)
+            # What does not serve must not take the room of what may: the update may be its cure.
+            yield from _drained(shortage.idle[:1], world, f"generation {workspace.generation} needs its place")
             continue
         views[found.node_addr] = _taken(views[found.node_addr], need, found.gpu_ids)
         yield Place(
@@ -293,12 +365,12 @@ def need_of(workspace: Workspace, image_bytes: Callable[[str], int | None]) -> N
     )
 
 
-def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[str], Spec], time: datetime) -> NodeView:
+def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica], Spec], time: datetime) -> NodeView:
     """The node as placement sees it: what it has, less what the rows of its replicas hold.
 
-    `spec_of`: by a workspace's uid.
+    `spec_of`: what a replica is made of.
     """
-    specs = [spec_of(replica.workspace_uid) for replica in replicas]
+    specs = [spec_of(replica) for replica in replicas]
     held = {gpu_id for replica in replicas for gpu_id in replica.gpu_ids}
     rows = {replica.id for replica in replicas}
     slots = sum(said.capacity for said in node.said.values())

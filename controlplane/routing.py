@@ -1,9 +1,9 @@
 """Which free slot gets the next task of a workspace, and why none does: pure functions over plain values.
 
-First form of the plan in the design: of the free slots, the one with the earliest expected finish. Expected seconds are an
-average of the replica's own recent tasks which, while unobserved, relaxes toward the workspace's, so that a replica that was
-slow once is tried again. `plan` sees the busy replicas and the head of the queue as well, so that the full form (reserve a
-busy but much faster slot, tasks by size) can take its place without a change for its caller.
+First form of the plan in the design: of the free slots, the one with the earliest expected finish. Expected seconds are
+an average of the replica's own recent tasks which, while unobserved, relaxes toward the workspace's, so that a replica
+that was slow once is tried again. `plan` sees the busy replicas and the head of the queue as well, so that the full
+form (reserve a busy but much faster slot, tasks by size) can take its place without a change for its caller.
 """
 
 from collections import Counter
@@ -18,8 +18,8 @@ NEWEST_WEIGHT: Final = 0.2
 NEWEST_WEIGHT_OF_ALL: Final = 0.02
 #: After so long without a task a replica's average is half way back to its workspace's.
 RELAX_S: Final = 60.0
-#: Added to the expected finish for each failure in a row: such a replica is taken when no other is free, and so gets its
-#: trial. Without it one that fails at once would look like the fastest of all and eat the queue.
+#: Added to the expected finish for each failure in a row: such a replica is taken when no other is free, and so gets
+#: its trial. Without it one that fails at once would look like the fastest of all and eat the queue.
 FAILURE_PENALTY_S: Final = 1e6
 #: Added where the task itself has failed before: "elsewhere" if there is an elsewhere.
 AVOID_PENALTY_S: Final = 1e12

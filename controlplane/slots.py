@@ -18,7 +18,7 @@ Headers = tuple[tuple[str, bytes], ...]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A request as the container gets it. Where `size` is over wire.INLINE_BYTES, `body` is empty: it lies in the body store."""
+    """A request as the container gets it. Over wire.INLINE_BYTES `body` is empty and lies in the body store."""
 
     method: str
     path: str
@@ -29,7 +29,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A response as the container gave it. Where `size` is over wire.INLINE_BYTES, `body` is empty, as in Request."""
+    """A response as the container gave it. Its body as in Request."""
 
     status: int
     headers: Headers = ()
@@ -98,8 +98,8 @@ class Node:
         #: Monotonic; meaningless while there is a link.
         self.down_since = now
         self.replicas: dict[str, Replica] = {}
-        #: Running attempts that nobody here knows, of replicas nobody here knows: they are being cancelled, and until then
-        #: each costs every replica of the node a slot.
+        #: Running attempts that nobody here knows, on replicas nobody here knows: they are being cancelled, and until
+        #: then each costs every replica of the node a slot.
         self.strangers: set[str] = set()
 
     @property
@@ -129,7 +129,7 @@ class Replica:
         self.node = node
         self.capacity = 0
         self.gpu_ids: tuple[str, ...] = ()
-        #: Attempt id -> since when, monotonic. Attempts that were given up count until the node says that they are over.
+        #: Attempt id -> since when, monotonic. Attempts that were given up count until their node says they are over.
         self.in_flight: dict[str, float] = {}
         self.pace_s = 0.0
         self.pace_time = 0.0
@@ -240,7 +240,7 @@ class Slots:
     # -- nodes
 
     def connect(self, node_addr: str, link: Link, ip: str, running: Collection[str], now: float) -> set[str]:
-        """The node is there over this link, and runs these attempts and no others. Gives the workspaces it has replicas of."""
+        """The node is there over this link and runs these attempts, no others. Gives the workspaces on it."""
         node = self._node(node_addr, now)
         node.link = link
         node.ip = ip
@@ -279,7 +279,7 @@ class Slots:
         return None if node is None else node.link
 
     def most_are_silent(self, now: float, within_s: float) -> bool:
-        """Have more nodes fallen silent within that time than are connected, and more than one? Then the fault is likely ours."""
+        """Have more nodes fallen silent within that time than are connected, and more than one?"""
         up = sum(1 for node in self._nodes.values() if node.link is not None)
         silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < within_s)
         return silent > max(up, 1)

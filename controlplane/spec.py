@@ -48,6 +48,19 @@ class Limits(msgspec.Struct, frozen=True):
     max_attempts: int = 3
 
 
+class Scale(msgspec.Struct, frozen=True):
+    """Between which numbers the replicas follow the load. `max_replicas` 0: they do not, and are `Spec.replicas`.
+
+    `idle_time_s`: after so long without a task there are none, if `min_replicas` is 0. `queue_wait_s`: how long a task
+    may wait before there should be more.
+    """
+
+    min_replicas: int = 0
+    max_replicas: int = 0
+    idle_time_s: float = 900.0
+    queue_wait_s: float = 10.0
+
+
 class Spec(msgspec.Struct, frozen=True):
     """A workspace as the customer describes it."""
 
@@ -68,6 +81,7 @@ class Spec(msgspec.Struct, frozen=True):
     repeatable: bool = True
     writable_paths: tuple[str, ...] = ()
     account: str = ""
+    scale: Scale = Scale()
 
     def __repr__(self) -> str:
         """Without environment and credentials: values end up in logs and tracebacks."""

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -36,9 +36,9 @@ def published(directory: Path, **addresses: str) -> Iterator[None]:
             (directory / name).unlink(missing_ok=True)
 
 
-def keep_secret(file: Path, secret: str) -> str:
-    """The secret in the file; `secret`, written there, if there is none."""
-    if file.exists() and (text := file.read_text().strip()):
+def keep_secret(file: Path, secret: str, *, unless: Callable[[str], bool]) -> str:
+    """The secret in the file; `secret`, written there, if there is none or it is one that will not do."""
+    if file.exists() and (text := file.read_text().strip()) and not unless(text):
         return text
     write_secret(file, secret + "\n")
     return secret

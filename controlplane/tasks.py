@@ -1,8 +1,8 @@
-"""A task as it passes through memory: what is accepted, what callers are shown, and what is kept of one that has not ended.
+"""A task as it passes through memory: what is accepted, what callers are shown, what is kept of one that has not ended.
 
-The row on disk says QUEUED or RUNNING; a Phase says besides what is under way between two writes. PHASES is the table of
-where each may go. At most one write of a task is under way at a time (besides its insert, behind which the others line up
-in the store's queue), so memory never runs ahead of the disk by more than one step.
+The row on disk says QUEUED or RUNNING; a Phase says besides what is under way between two writes. FOLLOWING is the
+table of where each may go. At most one write of a task is under way at a time (besides its insert, behind which the
+others line up in the store's queue), so memory never runs ahead of the disk by more than one step.
 """
 
 import asyncio
@@ -39,6 +39,8 @@ class NewTask(msgspec.Struct, frozen=True):
     user_ip: str = ""
     origin_url: str = ""
     operation: str = ""
+    #: The response is passed on as it comes, and the caller wants its head as soon as there is one.
+    streamed: bool = False
 
 
 class TaskView(msgspec.Struct, frozen=True):
@@ -54,7 +56,7 @@ class TaskView(msgspec.Struct, frozen=True):
     end_time: datetime | None = None
     #: Set when FAILED or CANCELLED.
     failure: Failure | None = None
-    #: Set when COMPLETED.
+    #: Set when COMPLETED; for callers of a streamed task the head while RUNNING, once its container has answered.
     response: Response | None = None
     #: Only while QUEUED: how many tasks of the workspace are before it.
     queue_position: int = 0
@@ -69,9 +71,9 @@ class Phase(enum.Enum):
     RECORDING = enum.auto()
     #: QUEUED.
     WAITING = enum.auto()
-    #: QUEUED, then RUNNING: it has a slot; its start is being written and, if need be, its request read. The node is told
-    #: after that: a start that is not on disk would be forgotten in a crash, and the task of a caller who has been told
-    #: that it is safe would run twice.
+    #: QUEUED, then RUNNING: it has a slot; its start is being written and, if need be, its request read. The node is
+    #: told after that: a start that is not on disk would be forgotten in a crash, and the task of a caller who has been
+    #: told that it is safe would run twice.
     ASSIGNING = enum.auto()
     #: RUNNING: the node has been told.
     RUNNING = enum.auto()
@@ -109,6 +111,8 @@ class Waiter:
     #: Its going away cancels the task.
     cancels: bool = False
     seen: tuple[int, State] | None = None
+    #: The head of a response that is still coming is worth telling, too.
+    streamed: bool = False
 
 
 # In both of the following, names that end in `_at` are monotonic seconds, inf: never.
@@ -135,6 +139,8 @@ class OpenAttempt:
     lost_by: Failure | None = None
     #: Its request has been sent whole, says the node.
     sent: bool = False
+    #: The head of the response, if that is long or streamed and has begun to come.
+    head: Response | None = None
     #: Its result has come: to be acknowledged once what follows from it is on disk.
     answered: bool = False
 
@@ -166,6 +172,8 @@ class OpenTask:
     state: State
     #: Its insert is on disk.
     recorded: bool = False
+    #: Its response is passed on as it comes.
+    streamed: bool = False
 
     #: Number of the current or last attempt.
     number: int = 0
@@ -275,6 +283,7 @@ def row_of(task: OpenTask, new: NewTask) -> Task:
         user_ip=new.user_ip,
         origin_url=new.origin_url,
         operation=new.operation,
+        streamed=task.streamed,
         attempt=task.number,
         replica_id="" if attempt is None else attempt.replica_id,
         node_addr="" if attempt is None else attempt.node_addr,
@@ -292,16 +301,17 @@ def request_of_row(row: Task) -> Request:
 def view_of_row(row: Task, position: int = 0, waiting_for: str = "") -> TaskView:
     """The task as its row has it."""
     response = failure = None
-    if row.state is State.COMPLETED:
+    state = State(row.state)
+    if state is State.COMPLETED:
         headers = _headers_of(row.response_headers_json)
         body = row.response_body or b""
         response = Response(row.response_status, headers, body, row.response_size, row.response_is_utf8)
-    elif row.state in ENDED:
+    elif state in ENDED:
         failure = Failure(Cause(row.cause), row.failure_reason, row.failure_message)
     return TaskView(
         task_id=row.id,
         workspace_uid=row.workspace_uid,
-        state=State(row.state),
+        state=state,
         attempt=row.attempt,
         create_time=row.create_time,
         start_time=row.start_time,

@@ -1,7 +1,7 @@
-"""When something needs attention next: one heap for all, read by one loop; no timer object and no asyncio task per item.
+"""When something needs attention next: one heap for all, read by one loop; no timer and no task of asyncio per item.
 
-An item has at most a few entries; one that has become superfluous stays until its time, or until superfluous ones are more
-than the living: then the heap is made anew, so that its size is bounded by the number of living items.
+An item has a few entries at most. One that has become superfluous stays until its time, or until there are more of them
+than of the living: then the heap is made anew, so that its size is bounded by the number of living items.
 """
 
 from heapq import heapify, heappop, heappush
@@ -37,7 +37,7 @@ class Timers(Generic[T]):
         return len(self._heap)
 
     def set(self, item: T) -> bool:
-        """Heed the item's `due`; to be called whenever that may have become earlier. True if it is now the first of all.
+        """Heed the item's `due`; to be called whenever that may have become earlier. True if it is now the first.
 
         A later one needs no call: the old entry finds out by itself.
         """

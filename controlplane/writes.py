@@ -22,7 +22,10 @@ log = structlog.get_logger(__name__)
 
 
 class Writes:
-    """Gives writes to the store. `heed` is told of a task with a new time, `stale` of one that is not on disk as we know it."""
+    """Gives writes to the store.
+
+    `heed` is told of a task with a new time, `stale` of one that is not on disk as we know it.
+    """
 
     def __init__(
         self,

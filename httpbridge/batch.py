@@ -6,6 +6,7 @@ only the caller can know whether asking again is safe; the stream is then opened
 """
 
 import asyncio
+import contextlib
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -101,6 +102,11 @@ class Batch:
         call.cancel.CopyFrom(request)
         return await self._answer(call.id, limit_s)
 
+    def call_off(self, task_id: str) -> None:
+        """TaskService.Cancel, unanswered: of a task whose caller has gone. Nothing happens while we are cut off."""
+        with contextlib.suppress(Unavailable):
+            self._add(len(task_id)).cancel.task_id = task_id
+
     def _add(self, size: int) -> pb.Call:
         if not self.is_up:
             raise Unavailable("The control plane cannot be reached; try again soon")
@@ -123,7 +129,14 @@ class Batch:
             return await answer
         except asyncio.CancelledError:
             self._abandon(call_id)
+            if not answer.cancelled() and answer.exception() is None:
+                self._unheard(answer.result().schedule)
             raise
+
+    def _unheard(self, answer: pb.ScheduleResponse) -> None:
+        """It came in the moment in which its caller went. If it is only the beginning, that is as good as abandoned."""
+        if answer.response.status and answer.task.state == pb.TASK_STATE_RUNNING:
+            self.call_off(answer.task.task_id)
 
     async def _give_up(self) -> None:
         # One look at all now and then: a timer for each call would cost more than all the rest of this file does.

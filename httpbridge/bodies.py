@@ -5,6 +5,7 @@ together is therefore one number, the budget; a call that finds it used up is to
 """
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from aiohttp import StreamReader, web
@@ -75,10 +76,7 @@ class BodyReader:
             body = content.read_nowait(-1)
             self._admit(len(body), hold)
             return body
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(_CONTINUE)
-            # aiohttp takes a writer that has written for a response that has begun.
-            request.writer.output_size = 0
+        await _ask_for(request)
         try:
             async with asyncio.timeout(self._total_limit_s):
                 return await self._gather(content, hold)
@@ -98,8 +96,36 @@ class BodyReader:
             self._admit(len(body) + len(chunk), hold)
             body += chunk
 
+    async def pieces(self, request: web.BaseRequest) -> AsyncGenerator[bytes, None]:
+        """The body as it comes, in pieces of at most wire.CHUNK_BYTES, for who keeps none of it: no limit but the stall's.
+
+        Raises SlowClient, BadRequest.
+        """
+        await _ask_for(request)
+        content = request.content
+        while True:
+            try:
+                async with asyncio.timeout(self._stall_limit_s):
+                    chunk = await content.readany()
+            except TimeoutError:
+                raise SlowClient from None
+            except web.RequestPayloadError as error:
+                raise BadRequest(f"The body is not valid HTTP: {error}") from None
+            if not chunk and content.at_eof():
+                return
+            for at in range(0, len(chunk), wire.CHUNK_BYTES):
+                yield chunk[at : at + wire.CHUNK_BYTES]
+
     def _admit(self, size: int, hold: Hold) -> None:
         if size > self._limit_bytes:
             raise TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")
         if size > wire.INLINE_BYTES:
             hold.grow_to(size)
+
+
+async def _ask_for(request: web.BaseRequest) -> None:
+    """Let a caller begin who waits to be asked for the body."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(_CONTINUE)
+        # aiohttp takes a writer that has written for a response that has begun.
+        request.writer.output_size = 0

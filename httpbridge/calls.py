@@ -6,8 +6,8 @@ so that small calls stay fast beside them; the rest is plain unary calls and ser
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from typing import Final, Self, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from typing import Final, Self, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -30,6 +30,8 @@ RESUMES: Final = 3
 RESUME_PAUSE_S: Final = 0.5
 
 Answer = TypeVar("Answer")
+#: Bytes both ways.
+Connection: TypeAlias = "grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]"
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +93,14 @@ def translated(error: grpc.aio.AioRpcError) -> errors.BridgeError:
         log.warning("control_plane_unreachable", details=error.details())
         return errors.Unavailable("The control plane cannot be reached; try again soon")
     return refusal(http_pb2.Error(code=code.value[0], message=error.details() or ""))
+
+
+class TaskEnded(errors.BadGateway):
+    """The task has ended without a response of the container."""
+
+    def __init__(self, task: pb.Task) -> None:
+        super().__init__(task.failure.message, task_id=task.task_id)
+        self.task = task
 
 
 class ControlPlane:
@@ -227,6 +237,78 @@ class ControlPlane:
                 await asyncio.sleep(RESUME_PAUSE_S)
             finally:
                 events.cancel()
+
+    async def store(
+        self, begun: bytes, rest: AsyncIterator[bytes], *, workspace_id: str, size: int
+    ) -> pb.UploadResponse:
+        """TaskService.Upload of a body as it comes, `size` bytes or, at 0, nobody knows how many.
+
+        `rest` is not asked for a piece before the control plane has agreed; its own errors pass.
+        """
+        call = self._bodies.Upload(metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
+        try:
+            await call.write(pb.UploadRequest(workspace_id=workspace_id, size=size, discard=True))
+            # It comes with the refusal, too, and then has nothing in it.
+            if wire.UPLOAD_ID in await call.initial_metadata():
+                for at in range(0, len(begun), wire.CHUNK_BYTES):
+                    await call.write(pb.UploadRequest(data=begun[at : at + wire.CHUNK_BYTES]))
+                async for piece in rest:
+                    await call.write(pb.UploadRequest(data=piece))
+                await call.done_writing()
+            return await _answer(call)
+        except asyncio.InvalidStateError:
+            # It ended under us; it says why.
+            return await _answer(call)
+        except grpc.aio.AioRpcError as error:
+            raise translated(error) from None
+        finally:
+            call.cancel()
+
+    async def follow(self, task_id: str, workspace_id: str, *, attempt: int) -> AsyncGenerator[pb.WatchResponse, None]:
+        """TaskService.Watch for the one caller that a streamed task is for; ends when all of the response has come.
+
+        Gives the head once, then data without gaps, also where the stream had to be taken up again. To close it early
+        cancels the task. `attempt`: of the head that is known already, 0: none is. Raises TaskEnded besides.
+        """
+        offset = broken = 0
+        while True:
+            request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, offset=offset, cancel_on_hangup=True)
+            events = self._bodies.Watch(request, metadata=self._metadata())
+            try:
+                async for event in events:
+                    if event.HasField("task"):
+                        if event.task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
+                            raise TaskEnded(event.task)
+                        if attempt and event.task.attempt != attempt:
+                            raise errors.BadGateway("The node that sent the response was lost", task_id=task_id)
+                    if event.data:
+                        if event.offset != offset:
+                            log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
+                            raise errors.BridgeError
+                        offset += len(event.data)
+                        broken = 0
+                    yield event
+                    if event.task.state == pb.TASK_STATE_COMPLETED:
+                        return
+                raise errors.Unavailable("The response ended early")
+            except grpc.aio.AioRpcError as error:
+                refused = translated(error)
+                if broken >= RESUMES or not isinstance(refused, errors.Unavailable):
+                    raise refused from None
+                broken += 1
+                await asyncio.sleep(RESUME_PAUSE_S)
+            finally:
+                events.cancel()
+
+    async def connect(self, task_id: str, workspace_id: str) -> "Connection":
+        """TaskService.Connect: take the connection of a task whose container has answered with 101."""
+        call: Connection = self._bodies.Connect(metadata=self._metadata())
+        try:
+            await call.write(pb.ConnectRequest(task_id=task_id, workspace_id=workspace_id))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()
+            raise errors.BadGateway("The connection to the container broke", task_id=task_id) from None
+        return call
 
     async def pages(self, request: pb.ListTasksRequest, request_id: str) -> AsyncGenerator[pb.ListTasksResponse, None]:
         """TaskService.ListTasks, page by page; takes a broken stream up again after the last page."""

@@ -101,6 +101,12 @@ class TooMany(BridgeError):
     retry_after_s = 1.0
 
 
+class BadGateway(BridgeError):
+    """There is no answer of the container."""
+
+    status = 502
+
+
 class Unavailable(BridgeError):
     """The service is not ready for that now; try again soon."""
 

@@ -24,7 +24,8 @@ def set_up(level: str = "info", format_: Format = "auto") -> None:
     ]
     console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
     last: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        # The default prints local variables, which can be bodies and credentials.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -49,8 +49,12 @@ def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
                 found[name] = unquote_plus(value, errors="strict")
             except UnicodeDecodeError:
                 raise BadRequest(f"{name} is not UTF-8") from None
-    # What may not stand in a request line is escaped as whoever sent it should have done.
-    return found, _STRAY_PERCENT.sub("%25", "&".join(rest)).replace("#", "%23")
+    return found, as_it_may_stand("&".join(rest))
+
+
+def as_it_may_stand(part: str) -> str:
+    """A path or query with what may not stand in a request line escaped, as whoever sent it should have done."""
+    return _STRAY_PERCENT.sub("%25", part).replace("#", "%23")
 
 
 def container_path(value: str, name: str = "paramUrl") -> tuple[str, str]:
@@ -97,12 +101,12 @@ def _encoded(text: str, safe: str) -> str:
     return quote(_STRAY_PERCENT.sub("%25", text), safe=f"{safe}%:@!$&'()*+,;=")
 
 
-def port(value: str | None) -> int:
-    """`paramPort`; 0, the workspace's first, if it is left out. Raises BadRequest."""
+def port(value: str | None, name: str = "paramPort") -> int:
+    """A port; 0, the workspace's first, if it is left out. Raises BadRequest, speaking of `name`."""
     if value is None:
         return 0
     if _PORT.fullmatch(value) is None or not 1 <= int(value) <= 65535:
-        raise BadRequest("paramPort is no port: give a number from 1 to 65535, or leave it out for the first one")
+        raise BadRequest(f"{name} is no port: give a number from 1 to 65535, or leave it out for the first one")
     return int(value)
 
 

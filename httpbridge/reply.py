@@ -34,6 +34,8 @@ class Reply(web.StreamResponse):
     request_id = ""
     #: A reader who takes nothing for so long is cut off.
     stall_limit_s = 60.0
+    #: Of a body that comes in pieces, if it is known.
+    length: int | None = None
 
     def __init__(  # aiohttp's is left out on purpose: see the top of this file
         self,
@@ -70,12 +72,17 @@ class Reply(web.StreamResponse):
             await self._stream(request, content)
 
     async def _stream(self, request: web.BaseRequest, pieces: AsyncGenerator[bytes, None]) -> None:
-        chunked = request.version > HttpVersion10
-        if not chunked:
+        chunked = self.length is None and request.version > HttpVersion10
+        if self.length is not None:
+            framing = f"Content-Length: {self.length}"
+        elif chunked:
+            framing = "Transfer-Encoding: chunked"
+        else:
+            framing = ""
             # Its end is the connection's.
             self._keep_alive = False
         async with aclosing(pieces):
-            await self._send(request, self._head(request, "Transfer-Encoding: chunked" if chunked else ""))
+            await self._send(request, self._head(request, framing))
             if request.method == "HEAD":
                 return
             try:
@@ -85,7 +92,7 @@ class Reply(web.StreamResponse):
             except BridgeError as error:
                 # The status has been sent. Only a broken connection can still say that this is not the whole answer.
                 log.warning("answer_broke_off", request_id=self.request_id, task_id=self.task_id, reason=str(error))
-                _abort(request)
+                abort(request)
                 raise ConnectionResetError("the answer broke off") from error
             if chunked:
                 await self._send(request, b"0\r\n\r\n")
@@ -101,15 +108,15 @@ class Reply(web.StreamResponse):
                 async with asyncio.timeout(self.stall_limit_s):
                     await request.writer.drain()
             except TimeoutError:
-                _abort(request)
+                abort(request)
                 raise ConnectionResetError("the caller has stopped reading") from None
 
     def _head(self, request: web.BaseRequest, framing: str) -> bytes:
         lines = [
-            _STATUS_LINES.get(self._status) or f"HTTP/1.1 {self._status} ",
+            status_line(self._status),
             f"Content-Type: {self._type}",
             _ALWAYS,
-            _date(int(time())),
+            date_line(int(time())),
             f"X-Request-Id: {self.request_id}",
         ]
         if framing:
@@ -118,11 +125,14 @@ class Reply(web.StreamResponse):
             lines.append(f"X-NGPU-Task-Id: {self.task_id}")
         if self._extra:
             lines += [f"{name}: {value}" for name, value in self._extra.items()]
-        if not self._keep_alive:
-            lines.append("Connection: close")
-        elif request.version == HttpVersion10:
-            lines.append("Connection: keep-alive")
+        lines += self._connection(request)
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _connection(self, request: web.BaseRequest) -> list[str]:
+        """What must be said of the connection."""
+        if not self._keep_alive:
+            return ["Connection: close"]
+        return ["Connection: keep-alive"] if request.version == HttpVersion10 else []
 
     def __repr__(self) -> str:
         return f"<Reply {self._status}>"
@@ -139,11 +149,18 @@ def refused(error: BridgeError) -> Reply:
     return reply
 
 
-def _abort(request: web.BaseRequest) -> None:
+def abort(request: web.BaseRequest) -> None:
+    """Break the caller's connection off."""
     if isinstance(transport := request.transport, asyncio.Transport):
         transport.abort()
 
 
+def status_line(status: int) -> str:
+    """The first line of an answer."""
+    return _STATUS_LINES.get(status) or f"HTTP/1.1 {status} "
+
+
 @lru_cache(maxsize=1)
-def _date(second: int) -> str:
+def date_line(second: int) -> str:
+    """The Date field of an answer given in that second since 1970."""
     return f"Date: {formatdate(second, usegmt=True)}"

@@ -3,16 +3,13 @@
 Everything that can be refused is refused before the body is read, and everything else before a task exists.
 """
 
-import ipaddress
-from collections.abc import Sequence
 from typing import Final
 from urllib.parse import unquote
 
-from aiohttp import web
 from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
 
-from httpbridge import credentials, envelope, headers, params
+from httpbridge import credentials, envelope, headers, origin, params
 from httpbridge.answers import ACCEPTED_MSG, Answers
 from httpbridge.app import USER, Call
 from httpbridge.bodies import BodyReader, Budget
@@ -20,13 +17,9 @@ from httpbridge.calls import ControlPlane
 from httpbridge.errors import BadRequest, NotFound, Unauthorized
 from httpbridge.reply import Reply
 
-Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-
 SCHEDULING_TASK: Final = "schedulingTask"
 #: The parameters that are ours; all others are the container's.
 OWN: Final = frozenset({"paramUrl", "paramPort", "taskMode"})
-#: As much of a User-Agent as is recorded.
-USER_AGENT_CHARACTERS: Final = 256
 
 
 class Submission:
@@ -42,7 +35,7 @@ class Submission:
         accepted_result_code: int,
         require_auth: bool,
         sync_wait_s: float,
-        trusted_proxies: Networks = (),
+        trusted_proxies: origin.Networks = (),
     ) -> None:
         self._control_plane = control_plane
         self._answers = answers
@@ -94,11 +87,7 @@ class Submission:
             request.idempotency_key = key
         request.request.method = "POST"
         headers.forward(call.request.raw_headers, fields.get("Connection", ""), request.request)
-        origin = request.origin
-        origin.user_ip = _user_ip(call.request, self._trusted_proxies)
-        origin.url = call.target
-        origin.operation = operation
-        origin.user_agent = _printable(fields.get("User-Agent", ""))
+        origin.fill(request.origin, call, operation, self._trusted_proxies)
         if sync:
             request.wait.FromNanoseconds(self._sync_wait_ns)
             # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains.
@@ -143,25 +132,3 @@ class Submission:
                 body.upload_id = await self._control_plane.upload(
                     payload.body, workspace_id=request.workspace_id, route=request.route
                 )
-
-
-def _user_ip(request: web.BaseRequest, trusted: Networks) -> str:
-    """The caller's address; behind proxies we trust, the one that the outermost of them saw."""
-    address = request.remote or ""
-    if trusted:
-        hops = [address, *reversed(request.headers.get("X-Forwarded-For", "").split(","))]
-        for hop in hops:
-            try:
-                known = ipaddress.ip_address(hop.strip())
-            except ValueError:
-                break
-            address = str(known)
-            if not any(known in network for network in trusted):
-                break
-    return address
-
-
-def _printable(text: str) -> str:
-    """What may stand in a protobuf string: aiohttp keeps bytes that are not UTF-8 as lone surrogates."""
-    text = text[:USER_AGENT_CHARACTERS]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()

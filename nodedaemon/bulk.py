@@ -18,6 +18,7 @@ from nodedaemon.dial import Backoff, LinkLost, Metadata, bearer, read, reason_of
 from nodedaemon.spool import Body
 
 DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.DeliverRequest, node_pb2.DeliverResponse]"
+TunnelCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.TunnelRequest, node_pb2.TunnelResponse]"
 
 log = structlog.get_logger()
 
@@ -33,6 +34,43 @@ class GivenUp(NoAnswer):
 
     def __init__(self) -> None:
         super().__init__("CANCELLED", PLATFORM, "The control plane gave the attempt up.")
+
+
+class Tunnel:
+    """The caller's side of a connection that is no longer HTTP. One reader, one writer."""
+
+    def __init__(self, call: TunnelCall) -> None:
+        self._call = call
+        self._over = asyncio.Event()
+
+    async def read(self) -> bytes:
+        """The next bytes for the container; empty at the end. Raises NoAnswer: nobody takes the connection."""
+        data = b""
+        try:
+            data = (await read(self._call)).data
+        except grpc.aio.AioRpcError as fault:
+            if fault.code() is grpc.StatusCode.NOT_FOUND:
+                raise NoAnswer("CANCELLED", CUSTOMER, reason_of(fault)[1]) from None
+        except LinkLost:
+            pass
+        if not data:
+            self._over.set()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Bytes of the container; returns when the stream has room for more. Nothing happens once the caller has gone."""
+        with contextlib.suppress(grpc.aio.AioRpcError, LinkLost):
+            await write(self._call, node_pb2.TunnelRequest(data=data))
+
+    async def end(self) -> None:
+        """The container has closed: returns when the caller has all that was written. `read` must go on meanwhile."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self._call.done_writing()
+        await self._over.wait()
+
+    def close(self) -> None:
+        """Let go of it, whatever is under way."""
+        self._call.cancel()
 
 
 class Bulk:
@@ -93,6 +131,15 @@ class Bulk:
                 _check(fault)
                 log.info("deliver_broken", attempt=attempt_id, size=body.size, reason=words_of(fault))
             await asyncio.sleep(backoff.next())
+
+    async def tunnel(self, attempt_id: str, head: http_pb2.HttpResponse) -> Tunnel:
+        """The way to the caller for the bytes after the container's 101, whose head this is. One try: it cannot be resumed."""
+        await self._open.wait()
+        tunnel = Tunnel(call := self._stub.Tunnel(metadata=self._metadata))
+        # Should this fail, reading says so.
+        with contextlib.suppress(grpc.aio.AioRpcError, LinkLost):
+            await write(call, node_pb2.TunnelRequest(attempt_id=attempt_id, head=head))
+        return tunnel
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
         call = self._stub.Deliver(metadata=self._metadata)

@@ -65,8 +65,11 @@ class Connection(asyncio.Protocol):
         sent = self._written_all and not self._unflushed
         return self.response.complete and self.response.reusable and sent and not self._lost
 
-    def begin(self, method: str, data: bytes, course: Course, *, whole: bool) -> bool:
-        """Send a request's beginning (all of it, if `whole`). False: the container is gone and no byte went out."""
+    def begin(self, method: str, data: bytes, course: Course, *, whole: bool, switches: bool = False) -> bool:
+        """Send a request's beginning (all of it, if `whole`). False: the container is gone and no byte went out.
+
+        `switches`: the answer may be a change of protocol; what comes after it is taken like a body.
+        """
         if self._lost:
             return False
         # By our own hand, not the transport's: so that we know whether a byte went out.
@@ -76,7 +79,7 @@ class Connection(asyncio.Protocol):
             written = 0
         except OSError:
             return False
-        self.response = ResponseParser(method)
+        self.response = ResponseParser(method, switches=switches)
         self._course = course
         self._written_all = whole
         course.begun()
@@ -98,6 +101,11 @@ class Connection(asyncio.Protocol):
         self._written_all = True
         if not self._unflushed and self._course is not None:
             self._course.sent()
+
+    def shut(self) -> None:
+        """Nothing more will be sent; what the container still sends is received."""
+        if not self._lost:
+            self._transport.write_eof()
 
     def fail(self, fault: NoAnswer) -> None:
         """End the exchange for that reason, unless its answer is complete."""

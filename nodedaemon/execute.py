@@ -235,8 +235,9 @@ class Executor:
             raise NoAnswer("REPLICA_LOST", PLATFORM, refusal)
         request, body = start.request, start.request.body
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        switches = start.streamed and any(header.name.lower() == "upgrade" for header in request.headers)
         try:
-            head = request_head(request, f"{host}:{address[1]}")
+            head = request_head(request, f"{host}:{address[1]}", switches=switches)
         except BadRequest as fault:
             raise NoAnswer("INTERNAL", PLATFORM, f"The request cannot be written as HTTP: {fault}.") from None
         inline = body.inline
@@ -250,6 +251,7 @@ class Executor:
             upload=self._bulk.fetch(attempt.id, len(inline), body.size) if body.size > len(inline) else None,
             limit_bytes=start.response_body_limit_bytes,
             streamed=start.streamed,
+            open_tunnel=functools.partial(self._bulk.tunnel, attempt.id) if switches else None,
         )
 
     async def _run(self, attempt: Attempt, exchange: Exchange) -> None:
@@ -344,7 +346,7 @@ class Executor:
     def _deliver_soon(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
         bare = http_pb2.HttpResponse()
         bare.CopyFrom(head)
-        bare.ClearField("body")
+        bare.body.ClearField("inline")
         name = f"deliver {attempt_id}"
         self._deliveries[attempt_id] = self._group.create_task(self._deliver(attempt_id, bare, body), name=name)
 

@@ -24,7 +24,7 @@ _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJK
 _HEX: Final = b"0123456789abcdefABCDEF"
 _VISIBLE: Final = bytes(range(0x21, 0x7F))
 _NOT_IN_VALUE: Final = re.compile(rb"[\r\n\0]").search
-#: Never travel, either way (http.proto, Header).
+#: Never travel, either way, but for the exceptions that http.proto (Header) names.
 _HOP_BY_HOP: Final = frozenset(
     (
         "connection",
@@ -40,7 +40,7 @@ _HOP_BY_HOP: Final = frozenset(
     )
 )
 #: Expect: the answer would come from a container that we have no reason to ask first; the body follows at once.
-_NOT_TO_CONTAINERS: Final = _HOP_BY_HOP | {"authorization", "expect", "host"}
+_NOT_TO_CONTAINERS: Final = _HOP_BY_HOP - {"upgrade"} | {"authorization", "expect", "host"}
 _PLATFORM: Final = "x-ngpu-"
 _BODY_EXPECTED: Final = frozenset(("POST", "PUT", "PATCH"))
 
@@ -53,8 +53,8 @@ class Malformed(Exception):
     """The answer is not HTTP. The message says what is wrong with it."""
 
 
-def request_head(request: http_pb2.HttpRequest, authority: str) -> bytes:
-    """The head of `request` for the container at `authority` (host:port).
+def request_head(request: http_pb2.HttpRequest, authority: str, *, switches: bool = False) -> bytes:
+    """The head of `request` for the container at `authority` (host:port). `switches`: it may ask for another protocol.
 
     Raises BadRequest for anything that could be read as more than one request.
     """
@@ -76,6 +76,10 @@ def request_head(request: http_pb2.HttpRequest, authority: str) -> bytes:
         raw = name.encode()
         if not raw or raw.translate(None, _TOKEN) or _NOT_IN_VALUE(value):
             raise BadRequest("a header field holds characters that HTTP does not allow")
+        if folded == "upgrade":
+            if switches:
+                parts.append(b"Connection: Upgrade\r\nUpgrade: %s\r\n" % value)
+            continue
         parts.append(b"%s: %s\r\n" % (raw, value))
     if named:
         parts[1:] = [part for part in parts[1:] if part.partition(b":")[0].decode().lower() not in named]
@@ -90,6 +94,7 @@ class ResponseParser:
 
     `status` and `headers` (end-to-end fields only) are set once `head_complete`; `length` is what Content-Length
     promised, or None. `complete`: the response is over. `reusable`: nothing forbids another request on the connection.
+    With `switches` a 101 is a response: what follows it until the end of the connection is its body.
     """
 
     __slots__ = (
@@ -97,6 +102,7 @@ class ResponseParser:
         "_interim",
         "_method",
         "_pending",
+        "_switches",
         "complete",
         "head_complete",
         "headers",
@@ -105,8 +111,9 @@ class ResponseParser:
         "status",
     )
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, *, switches: bool = False) -> None:
         self._method = method
+        self._switches = switches
         self._pending = b""
         self._interim = 0
         self._body: _Sized | _Chunked | _UntilClose | None = None
@@ -165,7 +172,8 @@ class ResponseParser:
         if head.count(b"\r") != len(lines) - 1 or head.count(b"\n") != len(lines) - 1 or b"\0" in head:
             raise Malformed("its head holds a stray CR, LF or NUL")
         persistent = self._parse_status(lines[0])
-        if self.status < 200:
+        switched = self.status == 101 and self._switches
+        if self.status < 200 and not switched:
             self._interim += 1
             if self.status == 101:
                 raise Malformed("it switches to another protocol (101), which nobody asked for")
@@ -188,8 +196,12 @@ class ResponseParser:
         if options - {"close", "keep-alive"}:
             fields = [field for field in fields if field[0].lower() not in options]
         self.headers = fields
-        self.reusable = "close" not in options and (persistent or "keep-alive" in options)
-        self._frame(framing, chunks=persistent)
+        if switched:
+            fields += [("Upgrade", value) for value in framing.get("upgrade", ())]
+            self._body = _UntilClose()
+        else:
+            self.reusable = "close" not in options and (persistent or "keep-alive" in options)
+            self._frame(framing, chunks=persistent)
         self.head_complete = True
 
     def _parse_status(self, line: bytes) -> bool:
@@ -204,11 +216,14 @@ class ResponseParser:
 
     def _frame(self, framing: dict[str, list[bytes]], *, chunks: bool) -> None:
         """Where the body ends (RFC 9112, 6.3)."""
-        if self._method == "HEAD" or self.status in (204, 304):
-            self.complete = True
-            return
         codings = framing.get("transfer-encoding", ())
         lengths = {part.strip(b" \t") for value in framing.get("content-length", ()) for part in value.split(b",")}
+        if self._method == "HEAD" or self.status in (204, 304):
+            if self.status != 204:
+                # Of the body that GET would get: nothing else tells it.
+                self.headers += [("Content-Length", length) for length in lengths if length.isdigit()][:1]
+            self.complete = True
+            return
         if codings:
             if len(codings) > 1 or codings[0].lower() != b"chunked" or not chunks:
                 raise Malformed("its Transfer-Encoding is not 'chunked' alone, in HTTP/1.1; nothing else can be read")

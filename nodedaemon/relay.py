@@ -9,7 +9,7 @@ import asyncio
 import codecs
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -19,11 +19,16 @@ from ngpu.v1 import http_pb2
 
 from nodedaemon.connection import Address, Connection, Connections
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+from nodedaemon.http1 import ResponseParser
 
 log = structlog.get_logger()
 
 #: The head of a streamed answer waits this long for the end of its body: most are over by then and need no stream.
 TAIL_S: Final = 0.02
+#: Nobody waits for the end of this one.
+_EVENTS: Final = b"text/event-stream"
+#: A container has this long to see that its caller has closed a connection that is no longer HTTP.
+CLOSE_S: Final = 1.0
 
 
 class Sink(Protocol):
@@ -36,13 +41,29 @@ class Sink(Protocol):
         """That was all."""
 
 
+class Tunnel(Protocol):
+    """The caller's side of a connection that is no longer HTTP."""
+
+    async def read(self) -> bytes:
+        """The next bytes for the container; empty at the end. Raises NoAnswer: nobody takes the connection."""
+
+    async def write(self, data: bytes) -> None:
+        """Bytes of the container; back-pressure is to return late. Nothing happens once the caller has gone."""
+
+    async def end(self) -> None:
+        """The container has closed: returns when the caller has all that was written."""
+
+    def close(self) -> None:
+        """Let go of it, whatever is under way."""
+
+
 @dataclass(slots=True)
 class Exchange:
     """What is asked of a container.
 
     `payload`: the head, and what is inline of the body. `upload`: the rest of the body, if there is more. `begin` is
     called before the first byte goes out and `open_body` with the head of an answer whose body needs a sink; both may
-    raise NoAnswer.
+    raise NoAnswer. `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
     """
 
     replica_id: str
@@ -54,6 +75,7 @@ class Exchange:
     upload: AsyncGenerator[bytes, None] | None = None
     limit_bytes: int = 0
     streamed: bool = False
+    open_tunnel: Callable[[http_pb2.HttpResponse], Awaitable[Tunnel]] | None = None
 
 
 class Relay:
@@ -88,6 +110,7 @@ class Relay:
     async def _begin(self, exchange: Exchange, course: Course) -> Connection:
         """A connection on which the first bytes have gone out."""
         whole = exchange.upload is None
+        switches = exchange.open_tunnel is not None
         # A body that takes its time is not risked on a connection that may be about to close.
         connection = self._connections.idle(exchange.replica_id, exchange.address) if whole else None
         while True:
@@ -96,7 +119,7 @@ class Relay:
                 connection = await self._connections.new(exchange.address)
             try:
                 exchange.begin()
-                if connection.begin(exchange.method, exchange.payload, course, whole=whole):
+                if connection.begin(exchange.method, exchange.payload, course, whole=whole, switches=switches):
                     # An attempt may run for long: keep no more of it than is needed.
                     exchange.payload = b""
                     return connection
@@ -129,12 +152,14 @@ async def _send(connection: Connection, upload: AsyncGenerator[bytes, None]) -> 
 
 async def _receive(connection: Connection, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> None:
     await connection.wait(0 if exchange.streamed else wire.INLINE_BYTES + 1)
-    if exchange.streamed and not connection.over:
-        await connection.wait(wire.INLINE_BYTES + 1, TAIL_S)
     answer = connection.response
-    response.status = answer.status
-    for name, value in answer.headers:
-        response.headers.add(name=name, value=value)
+    if exchange.open_tunnel is not None and answer.status == 101:
+        _fill_head(response, answer)
+        await _tunnel(connection, await exchange.open_tunnel(response))
+        return
+    if exchange.streamed and not connection.over and not _is_events(answer):
+        await connection.wait(wire.INLINE_BYTES + 1, TAIL_S)
+    _fill_head(response, answer)
     _check_limit(max(answer.length or 0, course.received_bytes), exchange.limit_bytes)
     if connection.over and connection.buffered_bytes <= wire.INLINE_BYTES:
         data = connection.take()
@@ -142,6 +167,7 @@ async def _receive(connection: Connection, exchange: Exchange, course: Course, r
         response.body.size = len(data)
         response.body.is_utf8 = _is_utf8(data)
         return
+    response.body.size = answer.length or 0
     sink = exchange.open_body(response)
     utf8 = _Utf8()
     size = 0
@@ -163,6 +189,51 @@ async def _receive(connection: Connection, exchange: Exchange, course: Course, r
     response.body.size = size
     response.body.is_utf8 = utf8.end()
     sink.end()
+
+
+def _fill_head(response: http_pb2.HttpResponse, answer: ResponseParser) -> None:
+    response.status = answer.status
+    for name, value in answer.headers:
+        response.headers.add(name=name, value=value)
+
+
+def _is_events(answer: ResponseParser) -> bool:
+    return any(name.lower() == "content-type" and value.lower().startswith(_EVENTS) for name, value in answer.headers)
+
+
+async def _tunnel(connection: Connection, tunnel: Tunnel) -> None:
+    """Bytes both ways until either side closes. Raises NoAnswer if nobody takes the connection."""
+    upward = asyncio.create_task(_upward(connection, tunnel), name="tunnel up")
+    downward = asyncio.create_task(_downward(connection, tunnel), name="tunnel down")
+    try:
+        await asyncio.wait({upward, downward}, return_when=asyncio.FIRST_COMPLETED)
+        if downward.done():
+            downward.result()
+            connection.shut()
+            await asyncio.wait({upward}, timeout=CLOSE_S)
+        else:
+            upward.result()
+    finally:
+        tunnel.close()
+        upward.cancel()
+        downward.cancel()
+        await asyncio.wait({upward, downward})
+
+
+async def _upward(connection: Connection, tunnel: Tunnel) -> None:
+    """From the container. That it breaks the connection off is an end like any other."""
+    with contextlib.suppress(NoAnswer):
+        while (data := connection.take()) or not connection.over:
+            for at in range(0, len(data), wire.CHUNK_BYTES):
+                await tunnel.write(data[at : at + wire.CHUNK_BYTES])
+            await connection.wait(1)
+    await tunnel.end()
+
+
+async def _downward(connection: Connection, tunnel: Tunnel) -> None:
+    """To the container."""
+    while data := await tunnel.read():
+        await connection.write(data)
 
 
 def _check_limit(size: int, limit: int) -> None:

@@ -33,10 +33,10 @@ BACKOFF_S = 1.0
 BACKOFF_LIMIT_S = 300.0
 #: ... and begins anew after a container has run that long.
 HEALTHY_S = 600.0
-#: Between the first two looks at a new container's port; later ones come less often ...
-PROBE_S = 0.01
-#: ... but at least this often.
-PROBE_LIMIT_S = 1.0
+#: A new container's port is looked at again after this share of the time that it has taken so far ...
+PROBE_SHARE = 0.05
+#: ... but not more and not less often than this.
+PROBE_S, PROBE_LIMIT_S = 0.01, 1.0
 #: How often a lost engine is tried, and the ports of its containers meanwhile.
 RETRY_S = 1.0
 #: How much of a container's last words goes into the message.
@@ -92,9 +92,10 @@ class Contact:
 
 @dataclass(frozen=True)
 class Means:
-    """What a replica lives by. The last four are how it tells Replicas: of news; to ask the engine; of its loss.
+    """What a replica lives by.
 
-    Of an end.
+    The last four are for telling Replicas: that there is news, to ask the engine anew, that it is lost, that a
+    container has ended.
     """
 
     engine: Engine
@@ -190,7 +191,7 @@ class Replica:
                 why = await self._obituary(ended)
             except EngineDown as down:
                 self._means.lost(down)
-                self.container = None
+                found = self.container = None
                 self._say(State.BACKOFF, 0, str(down))
                 await self._means.sleep(RETRY_S)
                 await self._means.contact.up.wait()
@@ -204,7 +205,7 @@ class Replica:
             failures += 1
             pause_s = backoff_s(failures)
             log.warning("replica_backs_off", replica=self.assignment.replica_id, why=why, pause_s=pause_s)
-            self._say(State.BACKOFF, 0, f"tried again after {pause_s:.0f} s: {why}")
+            self._say(State.BACKOFF, 0, f"next start after {pause_s:.0f} s: {why}")
             await self._means.sleep(pause_s)
 
     async def _once(self, found: Container | None) -> Exit:
@@ -250,8 +251,7 @@ class Replica:
 
     async def _become_ready(self) -> None:
         readiness = self.assignment.readiness
-        deadline = self._means.monotonic() + readiness.start_limit_s
-        pause_s = PROBE_S
+        begin = self._means.monotonic()
         while self.container and not self.container.exit:
             self._nudge.clear()
             missing = await self._missing(readiness)
@@ -261,11 +261,11 @@ class Replica:
                 log.info("replica_ready", replica=self.assignment.replica_id)
                 self._was_ready = True
                 return
-            if self._means.monotonic() >= deadline:
+            taken_s = self._means.monotonic() - begin
+            if taken_s >= readiness.start_limit_s:
                 await self._give_up(missing)
             self._say(State.STARTING, STARTED, f"waiting until it is ready: {missing}")
-            await either(self._nudge, self._means.sleep(pause_s))
-            pause_s = min(pause_s * 1.5, PROBE_LIMIT_S)
+            await either(self._nudge, self._means.sleep(min(max(taken_s * PROBE_SHARE, PROBE_S), PROBE_LIMIT_S)))
 
     async def _missing(self, readiness: Readiness) -> str | None:
         """What its port lacks; "": nothing; None: something else happened before that was known."""

@@ -34,11 +34,10 @@ class Plan:
 
 
 def plan(desired: Mapping[str, Assignment], kept: Mapping[str, str], found: Mapping[str, str]) -> Plan:
-    """What brings `kept` (replicas looked after) and `found` (containers there are) to `desired`; both map replica
-    id to spec hash.
+    """What brings `kept` (replicas looked after) and `found` (containers there are) to `desired`.
 
-    A found container of the right hash is started all the same: its start is its adoption. One of another hash is
-    stopped, and its replica is started once it is gone.
+    Both map replica id to spec hash. A found container of the right hash is started all the same: its start is its
+    adoption. One of another hash is stopped, and its replica is started once it is gone.
     """
     wrong = {
         replica_id
@@ -214,7 +213,7 @@ class Replicas:
                 self._stale = False
                 await self._take_stock()
             self._act()
-            if not await either(self._wake, self._sleep(STOCK_S)):
+            if not await either(self._wake, self._sleep(RETRY_S if self._contact.down else STOCK_S)):
                 self._stale = True
 
     async def _take_stock(self) -> None:

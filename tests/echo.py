@@ -72,7 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def handle_any(self) -> None:
-        print(self.command, self.path, flush=True)  # noqa: T201
+        sys.stdout.write(f"{self.command} {self.path}\n")
+        sys.stdout.flush()
         url = urllib.parse.urlsplit(self.path)
         query = {k: v[-1] for k, v in urllib.parse.parse_qs(url.query).items()}
         body = self.body()

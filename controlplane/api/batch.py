@@ -46,8 +46,9 @@ class Batches:
             await calls.write_all(reader)
         finally:
             self._streams.remove(calls)
-            reader.cancel()
             calls.abandon_all()
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     def stop(self) -> None:
         """End each stream, with Unavailable, once all its calls are answered. The dispatcher was stopped before."""

@@ -122,7 +122,9 @@ class Execution:
             size = await self._bodies.append(name, 0, b"", limit_bytes=limit)
         complete = await self._bodies.sealed(name)
         # Only now: who is told of the head begins to read the body.
-        self._deliveries.begin(attempt_id, translate.response_of(message.head))
+        head = translate.response_of(message.head)
+        self._deliveries.begin(attempt_id, head)
+        self._dispatcher.answering(addr, attempt_id, head)
         while not complete:
             await stream.write(pb.DeliverResponse(stored_bytes=size))
             if (message := await stream.read()) is None:

@@ -47,11 +47,13 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.TaskService.ListTasks": _CUSTOMER,
     "ngpu.v1.TaskService.GetDetail": _CUSTOMER,
     "ngpu.v1.TaskService.Watch": _CUSTOMER,
+    "ngpu.v1.TaskService.Connect": _CUSTOMER,
     "ngpu.v1.TaskService.Cancel": _CUSTOMER,
     "ngpu.v1.WorkspaceService.CreateWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.GetWorkspace": _CUSTOMER,
     "ngpu.v1.WorkspaceService.ListWorkspaces": _OPERATOR,
     "ngpu.v1.WorkspaceService.ScaleWorkspace": _OWNER,
+    "ngpu.v1.WorkspaceService.UpdateWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.DeleteWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.WatchWorkspace": _CUSTOMER,
     "ngpu.v1.WorkspaceService.PublishRoute": _OPERATOR,
@@ -64,6 +66,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.NodeService.Execute": _NODE,
     "ngpu.v1.NodeService.Fetch": _NODE,
     "ngpu.v1.NodeService.Deliver": _NODE,
+    "ngpu.v1.NodeService.Tunnel": _NODE,
     "ngpu.v1.AssetService.CheckAddress": _CUSTOMER,
     "ngpu.v1.FleetService.ListNodes": _FRONT,
     "ngpu.v1.FleetService.GetNode": _FRONT,
@@ -96,6 +99,10 @@ class Stream(Generic[In, Out]):
         """The next message; None: there are no more."""
         message = await self._context.read()
         return None if message is grpc.aio.EOF else message
+
+    async def accept(self, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        """Send the initial metadata now: what was read so far is in order."""
+        await self._context.send_initial_metadata(metadata)
 
     async def write(self, message: Out) -> None:
         """Send it; waits while the other side has no room."""

@@ -35,10 +35,11 @@ _DROPPED: Final = frozenset(
         "te",
         "trailer",
         "transfer-encoding",
-        "upgrade",
     }
 )
 _PLATFORM: Final = "x-ngpu-"
+#: Of one hop only, too, unless the caller passes on what comes after it.
+_UPGRADE: Final = "upgrade"
 
 _METHOD: Final = re.compile(r"[A-Z][A-Z-]{0,31}")
 #: Tunnels, and echoes of what we send.
@@ -54,10 +55,10 @@ _PLAIN_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_~.-]*)+/?|/")
 _ASTRAY: Final = re.compile(r"//|[\\\x00-\x1f\x7f]|/\.\.(?=[/;]|$)")
 
 
-def request_of(message: http_pb2.HttpRequest, spec: Spec) -> Request:
+def request_of(message: http_pb2.HttpRequest, spec: Spec, *, streamed: bool = False) -> Request:
     """A request off the wire, fit for a container of that spec; a body that was uploaded has size 0 here.
 
-    Raises InvalidArgument, TooLarge.
+    Only a `streamed` one may ask for a change of protocol. Raises InvalidArgument, TooLarge.
     """
     method = message.method
     if not _METHOD.fullmatch(method) or method in _METHODS_REFUSED:
@@ -72,7 +73,7 @@ def request_of(message: http_pb2.HttpRequest, spec: Spec) -> Request:
     if len(body) > wire.INLINE_BYTES:
         raise InvalidArgument(f"request.body: longer than {wire.INLINE_BYTES} bytes: send it with Upload first.")
     check_size(len(body), spec)
-    return Request(method, path, query, headers_of(message), body, len(body))
+    return Request(method, path, query, headers_of(message, streamed=streamed), body, len(body))
 
 
 def check_path(path: str) -> None:
@@ -97,8 +98,9 @@ def check_size(size: int, spec: Spec) -> None:
         raise TooLarge(f"The request's body has {size} bytes; this workspace takes at most {limit}.")
 
 
-def headers_of(message: http_pb2.HttpRequest) -> Headers:
+def headers_of(message: http_pb2.HttpRequest, *, streamed: bool = False) -> Headers:
     """The headers that go on to the container. Raises InvalidArgument."""
+    upgrade = streamed and message.method == "GET" and not message.body.size
     if len(message.headers) > HEADERS:
         raise InvalidArgument(f"request.headers: more than {HEADERS}.")
     kept: list[tuple[str, bytes]] = []
@@ -112,9 +114,13 @@ def headers_of(message: http_pb2.HttpRequest) -> Headers:
             raise InvalidArgument("request.headers: a name is no token, or a value has control characters.")
         if lower == "connection":
             named.update(word.strip().lower() for word in value.decode("latin-1").split(","))
-        if lower not in _DROPPED and not lower.startswith(_PLATFORM):
+        if lower == _UPGRADE:
+            if upgrade and value.lower() == b"websocket":
+                kept.append((name, value))
+        elif lower not in _DROPPED and not lower.startswith(_PLATFORM):
             kept.append((name, value))
     if size > HEADERS_BYTES:
         raise InvalidArgument(f"request.headers: together longer than {HEADERS_BYTES} bytes.")
     # `Connection` names further headers that are of this hop only.
+    named.discard(_UPGRADE)
     return tuple(header for header in kept if header[0].lower() not in named) if named else tuple(kept)

@@ -102,7 +102,7 @@ class TaskApi:
         spec = workspace.spec
         if path is not None:
             message.request.path = path
-        request = request_of(message.request, spec)
+        request = request_of(message.request, spec, streamed=message.streamed)
         wait_s = _wait_of(message)
         key = message.idempotency_key
         if len(key.encode()) > IDEMPOTENCY_KEY_BYTES:
@@ -120,6 +120,7 @@ class TaskApi:
             user_ip=origin.user_ip[:RECORD_CHARS],
             origin_url=origin.url[:TARGET_BYTES],
             operation=origin.operation[:RECORD_CHARS],
+            streamed=message.streamed,
         )
         waiting: _Waiting = {"wait_s": wait_s, "cancel_on_hangup": message.cancel_on_hangup}
         body = message.request.body
@@ -212,7 +213,7 @@ class TaskApi:
             return
         limit = min(max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
         translate.fill_response(message, response, limit)
-        if len(response.body) < response.size <= limit:
+        if view.state in ENDED and len(response.body) < response.size <= limit:
             message.body.inline = await read_whole(self._bodies, body_of_response(view.task_id, view.attempt))
 
     # Upload.
@@ -227,6 +228,7 @@ class TaskApi:
         else:
             named = self._fleet.workspace(self._owners.workspace_uid(message.workspace_id, caller.principal))
         limit = named.spec.limits.request_body_bytes
+        check_size(message.size, named.spec)
         upload_id, size = message.upload_id, message.offset
         if not upload_id:
             upload_id = ids.upload_id()
@@ -234,13 +236,20 @@ class TaskApi:
             _check_upload_id(upload_id)
             if await self._bodies.size(upload_id) is None:
                 raise NotFound("upload_id: there is no such upload, or a task has taken it.")
-        while True:
-            if len(message.data) > wire.CHUNK_BYTES:
-                raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-            size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit)
-            message = await stream.read()
-            if message is None:
-                return pb.UploadResponse(upload_id=upload_id, size=size)
+        discard = message.discard
+        await stream.accept(((wire.UPLOAD_ID, upload_id),))
+        try:
+            while message is not None:
+                if len(message.data) > wire.CHUNK_BYTES:
+                    raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+                size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit)
+                message = await stream.read()
+        except BaseException:
+            if discard:
+                # Of one that was cancelled, an append may still be under way: the deletion waits for it.
+                await self._bodies.delete(upload_id)
+            raise
+        return pb.UploadResponse(upload_id=upload_id, size=size)
 
     # Query, Cancel.
 

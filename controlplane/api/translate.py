@@ -17,7 +17,7 @@ from controlplane.dispatcher import TaskView
 from controlplane.explain import Decision
 from controlplane.model import EPOCH, MICROSECOND
 from controlplane.slots import AttemptResult, Failure, Headers, Response, Start
-from controlplane.spec import GpuNeed, Limits, Readiness, Registry, Spec
+from controlplane.spec import GpuNeed, Limits, Readiness, Registry, Scale, Spec
 
 _HEADERS = msgspec.json.Decoder(Headers)
 _DEFAULT = Spec(name="", image="", ports=())
@@ -249,6 +249,12 @@ def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:
         repeatable=message.repeatable if message.HasField("repeatable") else _DEFAULT.repeatable,
         writable_paths=tuple(message.writable_paths),
         account=message.account,
+        scale=Scale(
+            message.scale.min_replicas,
+            message.scale.max_replicas,
+            seconds_of(message.scale.idle_time) or _DEFAULT.scale.idle_time_s,
+            seconds_of(message.scale.queue_wait) or _DEFAULT.scale.queue_wait_s,
+        ),
     )
 
 
@@ -286,6 +292,11 @@ def spec(plain: Spec, *, secrets: bool) -> workspace_pb2.WorkspaceSpec:
         writable_paths=plain.writable_paths,
         account=plain.account,
     )
+    if plain.scale.max_replicas:
+        message.scale.min_replicas = plain.scale.min_replicas
+        message.scale.max_replicas = plain.scale.max_replicas
+        message.scale.idle_time.CopyFrom(duration(plain.scale.idle_time_s))
+        message.scale.queue_wait.CopyFrom(duration(plain.scale.queue_wait_s))
     if plain.registry.username or plain.registry.password:
         message.registry.username = plain.registry.username
         message.registry.password = plain.registry.password if secrets else ""

@@ -5,7 +5,7 @@ attempt is never mixed with the bytes of the next: then the watcher is told to b
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
@@ -48,7 +48,23 @@ class Watch:
     async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[pb.WatchResponse]:
         """See task.proto. Unavailable besides: what was read is of an attempt that was lost; begin anew."""
         view = await self._owners.task(request.task_id, request.workspace_id, caller.principal)
-        part, offset = request.part, request.offset
+        promised = sent = 0
+        try:
+            async with aclosing(self._watch(view, request.part, request.offset)) as events:
+                async for event in events:
+                    if event.HasField("head"):
+                        promised = event.head.body.size
+                    sent = max(sent, event.offset + len(event.data))
+                    yield event
+        except BaseException:
+            # Many hang up as soon as they have all that was promised: that cancels nothing.
+            if request.cancel_on_hangup and not 0 < promised <= sent:
+                self._dispatcher.hang_up(view.task_id)
+            raise
+
+    async def _watch(
+        self, view: TaskView, part: "pb.WatchRequest.Part.ValueType", offset: int
+    ) -> AsyncGenerator[pb.WatchResponse, None]:
         if part == pb.WatchRequest.PART_REQUEST:
             async for event in self._request(view.task_id, offset):
                 yield event

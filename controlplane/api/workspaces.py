@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 from ngpu.v1 import workspace_pb2 as pb
 
-from controlplane import explain
+from controlplane import standing
 from controlplane.access import WORKSPACE_PREFIX, Kind, Principal
 from controlplane.api import translate
 from controlplane.api.gate import Caller
@@ -54,6 +54,15 @@ class WorkspaceApi:
         workspace = await self._fleet.scale_workspace(found.uid, request.replicas)
         _log.info("workspace_scaled", workspace=workspace.uid, replicas=request.replicas, by=caller.principal.id)
         return pb.ScaleWorkspaceResponse(workspace=self._message(workspace, caller.principal))
+
+    async def update_workspace(self, request: pb.UpdateWorkspaceRequest, caller: Caller) -> pb.UpdateWorkspaceResponse:
+        """See workspace.proto."""
+        found = self._find(request.workspace, caller.principal)
+        workspace = await self._fleet.replace_workspace(found.uid, translate.spec_of(request.spec))
+        _log.info(
+            "workspace_updated", workspace=workspace.uid, generation=workspace.generation, by=caller.principal.id
+        )
+        return pb.UpdateWorkspaceResponse(workspace=self._message(workspace, caller.principal))
 
     async def delete_workspace(self, request: pb.DeleteWorkspaceRequest, caller: Caller) -> pb.DeleteWorkspaceResponse:
         """See workspace.proto."""
@@ -106,7 +115,8 @@ class WorkspaceApi:
 
     def _message(self, workspace: Workspace, principal: Principal, *, replicas: bool = True) -> pb.Workspace:
         placed = self._fleet.replicas_of(workspace.uid)
-        states = {replica.id: self._fleet.state_of(replica) for replica in placed}
+        stand = [(replica, self._fleet.state_of(replica)) for replica in placed]
+        ready = [replica for replica, state in stand if state.state is ReplicaState.READY]
         message = pb.Workspace(
             # The credential: services know it from whoever may know it.
             id="" if principal.kind is Kind.SERVICE else workspace.id,
@@ -114,10 +124,12 @@ class WorkspaceApi:
             generation=workspace.generation,
             create_time=translate.timestamp(workspace.create_time),
             delete_time=translate.timestamp(workspace.delete_time),
-            ready_replicas=sum(state.state is ReplicaState.READY for state in states.values()),
+            ready_replicas=len(ready),
             queued_tasks=self._dispatcher.queued(workspace.uid),
             running_tasks=self._dispatcher.running(workspace.uid),
-            message=explain.summary(workspace.unplaced) if workspace.unplaced is not None else "",
+            message=standing.words(workspace, stand),
+            wanted_replicas=workspace.wanted,
+            updated_replicas=sum(replica.generation == workspace.generation for replica in ready),
         )
         if replicas:
             message.replicas.extend(self._replica(replica) for replica in placed)

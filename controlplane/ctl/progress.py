@@ -39,19 +39,29 @@ def state_text(state: pb.ReplicaState.ValueType) -> Text:
 
 
 def is_serving(workspace: pb.Workspace) -> bool:
-    """All the replicas wanted are ready."""
-    return workspace.ready_replicas >= workspace.spec.replicas and not workspace.HasField("delete_time")
+    """All the replicas wanted are ready, and of the newest generation."""
+    return workspace.updated_replicas >= workspace.wanted_replicas and not workspace.HasField("delete_time")
 
 
 def count_text(workspace: pb.Workspace) -> str:
     """`1 of 2 replicas ready`."""
-    return f"{workspace.ready_replicas} of {counted(workspace.spec.replicas, 'replica')} ready"
+    text = f"{workspace.ready_replicas} of {counted(workspace.wanted_replicas, 'replica')} ready"
+    former = workspace.ready_replicas - workspace.updated_replicas
+    return f"{text}, {former} of them of an earlier generation" if former else text
 
 
 def await_serving(
-    session: Session, name: str, limit_s: float, *, sleep: Callable[[float], None] = time.sleep
+    session: Session,
+    name: str,
+    limit_s: float,
+    *,
+    generation: int = 0,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> pb.Workspace:
-    """The workspace, once all its replicas are ready. Raises Problem if that is not so within `limit_s`."""
+    """The workspace, once all its replicas are ready, of that generation if one is given.
+
+    Raises Problem if that is not so within `limit_s`, or never will be because the update was taken back.
+    """
     with _view(session.out) as show:
         deadline = time.monotonic() + limit_s
         last = pb.Workspace()
@@ -63,6 +73,8 @@ def await_serving(
                     show(last)
                     if last.HasField("delete_time"):
                         raise Problem(f"The workspace {last.spec.name} has been deleted.")
+                    if last.generation < generation:
+                        raise Problem(last.message or "The update was taken back.")
                     if is_serving(last):
                         return last
             except grpc.RpcError as error:

@@ -1,4 +1,4 @@
-"""`ngpu workspace`: register, look at, scale and delete."""
+"""`ngpu workspace`: register, look at, scale, update and delete."""
 
 import shlex
 import sys
@@ -225,12 +225,16 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
             replica.running_tasks,
             replica.restarts,
             age_text(replica.create_time, now),
-            replica.message,
+            "; ".join(filter(None, (_former(workspace, replica), replica.message))),
         )
         for replica in workspace.replicas
     ]
     columns = ("REPLICA", "NODE", "STATE", "DONE", "TASKS", "RESTARTS", "PLACED", "MESSAGE")
     return Group(head, "", table(*columns, rows=rows, right=("DONE", "TASKS", "RESTARTS")))
+
+
+def _former(workspace: pb.Workspace, replica: pb.Replica) -> str:
+    return "" if replica.generation == workspace.generation else f"of generation {replica.generation}"
 
 
 def _limits(limits: pb.Limits) -> str:
@@ -265,7 +269,7 @@ def _listed(answer: pb.ListWorkspacesResponse, now: datetime, *, ids: bool) -> R
         return cell("There are no workspaces. Make one: ngpu workspace create FILE.toml", "dim")
     rows = []
     for workspace in answer.workspaces:
-        ready = f"{workspace.ready_replicas}/{workspace.spec.replicas}"
+        ready = f"{workspace.ready_replicas}/{workspace.wanted_replicas}"
         row = [
             workspace.spec.name,
             cell(ready, "green" if is_serving(workspace) else "yellow"),
@@ -302,6 +306,37 @@ def scale(
         answer.workspace.CopyFrom(await_serving(session, workspace, limit_s))
     answer.workspace.ClearField("id")
     session.out.answer(answer, lambda: f"{answer.workspace.spec.name}: {count_text(answer.workspace)}.")
+
+
+@app.command()
+@connected
+def update(
+    session: Session,
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The whole description; - reads it from stdin.")],
+    wait: Wait = False,
+    timeout: Limit = "10m",
+) -> None:
+    """Describe a workspace anew: the file replaces all that was said of it before.
+
+    Where that needs other containers, they come up one at a time, and an old one goes only once a new one is ready. If
+    the new ones do not come up, the update is taken back; `show` says why.
+
+    \b
+    Examples:
+      ngpu workspace update img2img.toml --wait
+    """
+    limit_s = seconds(timeout)
+    try:
+        spec = to_spec(load(file, sys.stdin.read() if str(file) == "-" else None))
+    except SpecFault as error:
+        raise Problem(str(error), Exit.USAGE) from error
+    answer = session.call(session.workspaces.UpdateWorkspace, pb.UpdateWorkspaceRequest(workspace=spec.name, spec=spec))
+    if wait:
+        answer.workspace.CopyFrom(await_serving(session, spec.name, limit_s, generation=answer.workspace.generation))
+    answer.workspace.ClearField("id")
+    session.out.answer(answer, lambda: f"{spec.name}: {count_text(answer.workspace)}.")
+    if not wait:
+        session.out.say(f"Updating; follow it with: ngpu workspace show {spec.name} --wait", "dim")
 
 
 @app.command()

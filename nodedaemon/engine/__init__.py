@@ -135,9 +135,9 @@ class CachedImage:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs containers here. `isolation` says in words what it keeps apart.
+    """What runs containers here.
 
-    `limits` what it does not, one sentence each.
+    `isolation` says in words what it keeps apart, `limits` what it does not, one sentence each.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""What a Docker container of ours is made of, with hardened defaults, and how it is read back: the JSON of Docker's
-API. Pure.
+"""What a Docker container of ours is made of, with hardened defaults, and how it is read back. Pure: JSON of
+Docker's API.
 
 Whoever wants to know what a customer's container may do reads `config`.
 """

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import io
 import itertools
+import math
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import docker
 import docker.errors
@@ -178,7 +179,7 @@ class DockerEngine:
         def stop(api: docker.APIClient) -> None:
             for container_id in self._find(api, replica_id):
                 with contextlib.suppress(docker.errors.NotFound):
-                    api.stop(container_id, timeout=int(grace_s))
+                    api.stop(container_id, timeout=math.ceil(grace_s))
             self._remove(api, replica_id)
 
         await self._call(stop, self._slow)
@@ -333,7 +334,10 @@ class DockerEngine:
             auth = {"username": credentials.username, "password": credentials.password} if credentials else {}
 
             def ask(api: docker.APIClient) -> Iterator[dict[str, Any]]:
-                return api.pull(repository, tag or "latest", stream=True, decode=True, auth_config=auth)
+                events: Iterator[dict[str, Any]] = api.pull(
+                    repository, tag or "latest", stream=True, decode=True, auth_config=auth
+                )
+                return events
 
             try:
                 with stream.of(ask) as events:

@@ -94,6 +94,8 @@ class ProcessEngine:
         self._swept = False
         #: By directory name: the reference it was last asked for by.
         self._references: dict[str, str] = {}
+        #: By directory name: when it was changed, and its size then.
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     # The protocol.
 
@@ -135,7 +137,7 @@ class ProcessEngine:
         process = self._there[assignment.replica_id] = _Process(
             Container(
                 replica_id=assignment.replica_id,
-                container_id=str(child.pid),
+                container_id=f"{child.pid}.{restarts}",
                 spec_hash=assignment.spec_hash,
                 restarts=restarts,
                 addresses={declared: ("127.0.0.1", port) for declared, port in ports.items()},
@@ -179,7 +181,7 @@ class ProcessEngine:
         def count() -> list[CachedImage]:
             with contextlib.suppress(FileNotFoundError):
                 return [
-                    CachedImage(self._references.get(directory.name, directory.name), _size(directory))
+                    CachedImage(self._references.get(directory.name, directory.name), self._size(directory))
                     for directory in self._images.iterdir()
                     if directory.is_dir()
                 ]
@@ -226,6 +228,9 @@ class ProcessEngine:
                 start_new_session=True,
                 pass_fds=[its_status],
             )
+        except (OSError, ValueError) as error:
+            # Too long an environment, a NUL in it, no more processes.
+            raise StartFailed(f"the process could not be started: {error}") from error
         finally:
             os.close(its_output)
             os.close(its_status)
@@ -285,6 +290,17 @@ class ProcessEngine:
             )
         return directory
 
+    def _size(self, directory: Path) -> int:
+        """Counted again only when the directory itself has changed: it is asked for with every heartbeat."""
+        changed = directory.stat().st_mtime_ns
+        if self._sizes.get(directory.name, (0, 0))[0] != changed:
+            total = 0
+            for file in itertools.islice(directory.rglob("*"), FILES_COUNTED):
+                with contextlib.suppress(OSError):
+                    total += file.lstat().st_size
+            self._sizes[directory.name] = (changed, total)
+        return self._sizes[directory.name][1]
+
     def _home(self, replica_id: str) -> Path:
         return self._state / replica_id
 
@@ -343,14 +359,6 @@ async def _stream(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]
     loop = asyncio.get_running_loop()
     pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
     return reader, pipe
-
-
-def _size(directory: Path) -> int:
-    total = 0
-    for file in itertools.islice(directory.rglob("*"), FILES_COUNTED):
-        with contextlib.suppress(OSError):
-            total += file.lstat().st_size
-    return total
 
 
 def _has(pid: int, marks: set[str]) -> bool | None:

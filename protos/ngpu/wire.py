@@ -25,6 +25,8 @@ MESSAGE_BYTES: Final = 4 * 1024 * 1024
 AUTHORIZATION: Final = "authorization"
 #: Trailing metadata: a serialised ngpu.v1.Error.
 ERROR: Final = "ngpu-error-bin"
+#: Initial metadata of an Upload that was accepted: what to go on with, should the stream break.
+UPLOAD_ID: Final = "ngpu-upload-id"
 #: Carried from edge to node in logs.
 REQUEST_ID: Final = "x-request-id"
 

@@ -1,316 +1,291 @@
-"""The pass-through measured from caller to container, beside nginx and a bare aiohttp proxy in the same run.
+"""The pass-through from caller to container, beside others that do the same work.
 
-Load by wrk; the container is nginx with its echo module, run by the node as a local process. The full product: bridge,
-control plane and node daemon as three processes, with authentication, selection, durable record and envelope.
+Load by wrk; the container is nginx with its echo module, run by the node as a local process.
 
-W1: 300 B in and out, no work.  W2: 20 ms of work.  W3: 4 MiB in and out.  CPU: of our three processes, user and system.
+  W1: 300 B in and out, no work.  W2: 20 ms of work.  W3: 4 MiB in and out.
+  direct: the container without us.  nginx, aiohttp: a reverse proxy before it.  Ray Serve, LitServe, BentoML: each does
+  the same work itself, in its asynchronous form and else as it comes; up only while it is measured.
+
+CPU is user and system of all processes of a contestant; of ours, of the three.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import platform as machine
-import shutil
-import socket
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from scripts.programs import ROOT, Failed, Platform
+from scripts.bench import loads, product, profile, sheet
+from scripts.bench.loads import HERE, Memory, cpu_s, family, free_port, wrk
+from scripts.bench.sheet import Goal
+from scripts.bench.tools import INSTRUMENTS, Tool
+from scripts.programs import Failed
 
-HERE = ROOT / "scripts" / "bench"
-SMALL_BYTES = 300
-LARGE_BYTES = 4 * 1024 * 1024
-TICK = os.sysconf("SC_CLK_TCK")
+CONCURRENCIES = (1, 4, 16, 64, 256)
+#: Work, path and connections.
+WORKS = (("w1_c64", "w1", 64), ("w1_c1", "w1", 1), ("w2_c200", "w2", 200), ("w3_c8", "w3", 8))
+W2_LIMIT_RPS = 200 / 0.02
 
-NGINX = """
-user root;
-worker_processes {workers};
-pid {home}/nginx.pid;
-error_log {home}/error.log;
-load_module /usr/lib/nginx/modules/ngx_http_echo_module.so;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    client_body_temp_path {home}/b; proxy_temp_path {home}/p; fastcgi_temp_path {home}/f; uwsgi_temp_path {home}/u;
-    scgi_temp_path {home}/s;
-    client_max_body_size 0; client_body_buffer_size 64k; keepalive_requests 10000000; sendfile on; tcp_nopush on;
-    {http}
-}}
-"""
-BACKEND = """
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        root {home};
-        location = /w1 {{ echo_read_request_body; echo -n '{small}'; }}
-        location = /w2 {{ echo_read_request_body; echo_sleep 0.02; echo -n '{small}'; }}
-        location = /w3 {{ error_page 405 =200 /large; }}
-        location = /large {{ }}
-    }}
-"""
-PROXY = """
-    upstream backend {{ server 127.0.0.1:{backend}; keepalive 256; }}
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        location / {{ proxy_pass http://backend; proxy_http_version 1.1; proxy_set_header Connection ""; }}
-    }}
-"""
-#: nginx as a workspace's container: its port comes from the environment.
-RUN = """#!/bin/sh
-set -eu
-home=$(mktemp -d)
-cp large "$home/w3"; cp large "$home/large"
-sed -e "s#@PORT@#$PORT#g" -e "s#@HOME@#$home#g" nginx.conf >"$home/nginx.conf"
-exec nginx -p "$home" -c "$home/nginx.conf" -g 'daemon off;'
-"""
+GOALS = (
+    Goal("W1 c=64 to nginx", "w1_c64_rps", 0.06, 0.10, to="nginx_w1_c64_rps"),
+    Goal("W1 c=64 to the aiohttp proxy", "w1_c64_rps", 0.6, 0.9, to="aiohttp_w1_c64_rps"),
+    Goal("W1 c=64 to Ray Serve", "w1_c64_rps", 8, 15, to="ray_w1_c64_rps"),
+    Goal("W1 c=64 to LitServe", "w1_c64_rps", 3, 6, to="litserve_w1_c64_rps"),
+    Goal("W1 c=64 to BentoML", "w1_c64_rps", 4, 7, to="bentoml_w1_c64_rps"),
+    Goal("W1 c=64 CPU a request, three processes", "w1_c64_cpu_us", 600, 350, most=True, unit="us"),
+    Goal("W1 c=1 p50 to Ray Serve's", "w1_c1_p50_ms", 0.3, 0.2, to="ray_w1_c1_p50_ms", most=True),
+    Goal("W1 c=1 p50 to BentoML's", "w1_c1_p50_ms", None, 0.85, to="bentoml_w1_c1_p50_ms", most=True),
+    Goal("W2 c=200 to the limit of 10,000/s", "w2_of_limit", 0.25, 0.40, unit="x"),
+    Goal("W2 c=200 requests that failed", "w2_c200_errors", 0, most=True),
+    Goal("W3 c=8 to nginx", "w3_c8_rps", 0.14, 0.25, to="nginx_w3_c8_rps"),
+    Goal("small requests (c=4) beside two of 4 MiB, p50", "small_beside_large_p50_ms", 25, 6, most=True, unit="ms"),
+    Goal("memory of the three, idle", "idle_mib", 250, 200, most=True, unit="MiB"),
+)
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@dataclass
+class Contestant:
+    """Who does the work. `key` begins its figures' names; ours have none."""
+
+    key: str
+    name: str
+    url: str
+    #: All its processes, asked anew each time.
+    pids: Callable[[], list[int]]
+    headers: tuple[str, ...] = ()
+
+    def figure(self, name: str) -> str:
+        """The name of a figure of its."""
+        return f"{self.key}_{name}" if self.key else name
 
 
-def nginx_conf(home: str, workers: int, http: str) -> str:
-    """A configuration with everything below `home`."""
-    return NGINX.format(home=home, workers=workers, http=http)
+#: Key, name as people know it, file in peers/, packages.
+PEERS = (
+    ("ray", "Ray Serve", "ray_serve.py", Tool("ray", ("ray[serve]",))),
+    ("litserve", "LitServe", "litserve_api.py", Tool("litserve", ("litserve",))),
+    ("bentoml", "BentoML", "bentoml_service.py", Tool("bentoml", ("bentoml",))),
+)
+PEER_START_LIMIT_S = 90.0
 
 
-def container(images: Path) -> None:
-    """The image directory of the workspace."""
-    image = images / "bench"
-    image.mkdir(parents=True)
-    small = json.dumps({"result": "x" * (SMALL_BYTES - 14)})
-    backend = BACKEND.format(port="@PORT@", home="@HOME@", small=small)
-    (image / "nginx.conf").write_text(nginx_conf("@HOME@", 1, backend))
-    (image / "large").write_bytes(b"x" * LARGE_BYTES)
-    (image / "run.sh").write_text(RUN)
-    (image / "image.toml").write_text(
-        'command = ["/bin/sh", "run.sh"]\n[env]\nPATH = "/usr/sbin:/usr/bin:/sbin:/bin"\n'
-    )
-
-
-def cpu_s(pids: list[int]) -> float:
-    """User and system seconds of processes."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICK
-
-
-def wrk(url: str, body: Path, connections: int, seconds: float, headers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One run of wrk. Gives requests, seconds, p50_ms, p99_ms, max_ms, errors. Raises Failed with what it said."""
-    command = [
-        "wrk",
-        "-t1",
-        f"-c{connections}",
-        f"-d{seconds:g}s",
-        "--timeout",
-        "60s",
-        "-s",
-        str(HERE / "wrk.lua"),
-        url,
-        "--",
-    ]
-    done = subprocess.run([*command, str(body), *headers], capture_output=True, text=True, check=False)
-    try:
-        measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise Failed(f"wrk: {done.stdout}{done.stderr}") from None
-    if measured["errors"]:
-        raise Failed(f"{url}: {measured['errors']} of {measured['requests']} requests failed")
-    measured["rps"] = measured["requests"] / measured["seconds"]
-    return measured
-
-
-class Bench:
+class Chain:
     """Everything that is measured, up and running."""
 
-    def __init__(self, platform: Platform, options: argparse.Namespace) -> None:
-        self.platform = platform
-        self.rounds: int = options.rounds
+    def __init__(self, ours: product.Product, options: argparse.Namespace) -> None:
+        self.ours = ours
         self.seconds: float = options.seconds
-        self.results: dict[str, list[float]] = {}
-        state = platform.state
-        container(state / "images")
-        platform.start_node(
-            "node", "--engine", "process", "--process-images", str(state / "images"), "--stop-containers"
-        )
-        platform.start_bridge()
-        spec = state / "workspace.toml"
-        spec.write_text(
-            'name = "bench"\nimage = "bench"\nports = [8080]\nconcurrency = 512\n[limits]\nqueue_length = 10000\n'
-        )
-        platform.ngpu("workspace", "create", str(spec), "--wait", "--timeout", "60s")
-        self.bearer = f"Authorization: Bearer {platform.ngpu('workspace', 'show', 'bench')['workspace']['id']}"
-        self.small = self._body("small", SMALL_BYTES)
-        self.large = self._body("large", LARGE_BYTES)
-        self.direct = self._backend()
+        self.figures = sheet.Figures()
+        time.sleep(2)
+        self.figures.keep("idle_mib", loads.rss_mib(ours.pids))
+        backend = ours.start_backend()
+        backend_program = ours.platform.programs[-1]
+        nginx_url, nginx = ours.start_nginx(backend)
         port = free_port()
-        home = state / "nginx"
-        home.mkdir()
-        (home / "nginx.conf").write_text(nginx_conf(str(home), 2, PROXY.format(backend=self.direct, port=port)))
-        platform.launch(["nginx", "-p", str(home), "-c", str(home / "nginx.conf"), "-g", "daemon off;"], "nginx")
-        aiohttp = free_port()
-        platform.launch(
-            [sys.executable, str(HERE / "aiohttp_proxy.py"), str(aiohttp), f"http://127.0.0.1:{self.direct}"], "aiohttp"
+        command = [sys.executable, str(HERE / "aiohttp_proxy.py"), str(port), f"http://127.0.0.1:{backend}"]
+        aiohttp = ours.platform.launch(command, "aiohttp")
+        self.direct = Contestant(
+            "direct", "direct", f"http://127.0.0.1:{backend}/", lambda: family(backend_program.pid)
         )
-        self.urls = {
-            "direct": f"http://127.0.0.1:{self.direct}/",
-            "nginx": f"http://127.0.0.1:{port}/",
-            "aiohttp": f"http://127.0.0.1:{aiohttp}/",
-            "ngpu": f"{platform.url}/user/",
-        }
-        for url in self.urls.values():
-            self._await(url)
-        self.pids = [program.pid for program in platform.programs[:3]]
+        self.nginx = Contestant("nginx", "nginx", nginx_url, lambda: family(nginx.pid))
+        self.aiohttp = Contestant("aiohttp", "aiohttp proxy", f"http://127.0.0.1:{port}/", lambda: [aiohttp.pid])
+        self.ngpu = Contestant("", "ngpu", ours.url, lambda: ours.pids, (ours.bearer,))
+        self.raw = Contestant("raw", "ngpu /run", ours.raw_url, lambda: ours.pids, (ours.bearer,))
+        self.steady = [self.direct, self.nginx, self.aiohttp, self.ngpu]
+        if ours.has_raw():
+            self.steady.append(self.raw)
+        for one in self.steady:
+            product.await_answer(one.url + "w1", ours.small, *one.headers)
+        self.load(self.ngpu, "w1", 64, 1)  # warm
+        #: What was seen in order of first appearance, for the tables.
+        self.seen: dict[str, str] = {}
 
-    def _body(self, name: str, size: int) -> Path:
-        path = self.platform.state / f"{name}.json"
-        # A string, as the documents have it: with the envelope it is `size` and some.
-        path.write_text(json.dumps({"btc_address": "", "data": "x" * size}))
-        return path
+    def load(self, one: Contestant, path: str, connections: int, seconds: float | None = None) -> loads.Load:
+        """One measurement."""
+        body = self.ours.large if path == "w3" else self.ours.small
+        return wrk(one.url + path, connections, seconds or self.seconds, *one.headers, body=body)
 
-    def _backend(self) -> int:
-        home = self.platform.state / "backend"
-        shutil.copytree(self.platform.state / "images" / "bench", home)
-        port = free_port()
-        environment = {"PORT": str(port), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR": str(home)}
-        script = f"cd {home} && exec sh run.sh"
-        self.platform.launch(["/bin/sh", "-c", script], "backend", environment)
-        return port
-
-    def _await(self, url: str) -> None:
-        request = urllib.request.Request(url + "w1", self.small.read_bytes(), dict([self.bearer.split(": ", 1)]))  # noqa: S310
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310
-                    if len(response.read()) >= SMALL_BYTES:
-                        return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    def load(self, who: str, path: str, connections: int, seconds: float | None = None) -> dict[str, Any]:
-        """One measurement of one of the four."""
-        body = self.large if path == "w3" else self.small
-        headers = (self.bearer,) if who == "ngpu" else ()
-        return wrk(self.urls[who] + path, body, connections, seconds or self.seconds, headers)
-
-    def keep(self, name: str, value: float) -> None:
-        """One more value of a figure."""
-        self.results.setdefault(name, []).append(value)
-
-    def throughput(self, path: str, connections: int, who: tuple[str, ...]) -> None:
-        """Requests a second of each, alternating; CPU of ours."""
-        for one in who:
-            before = cpu_s(self.pids)
-            measured = self.load(one, path, connections)
-            name = f"{path}_c{connections}"
-            prefix = "" if one == "ngpu" else f"{one}_"
-            self.keep(f"{prefix}{name}_rps", measured["rps"])
-            self.keep(f"{prefix}{name}_p50_ms", measured["p50_ms"])
-            self.keep(f"{prefix}{name}_p99_ms", measured["p99_ms"])
-            if one == "ngpu":
-                self.keep(f"{name}_cpu_us", (cpu_s(self.pids) - before) / measured["requests"] * 1e6)
+    def measure(self, one: Contestant, work: str, path: str, connections: int) -> None:
+        """One work of one contestant."""
+        self.seen[one.key] = one.name
+        pids = one.pids()
+        before = cpu_s(pids)
+        load = self.load(one, path, connections)
+        keep = self.figures.keep
+        keep(one.figure(f"{work}_rps"), load.rps)
+        keep(one.figure(f"{work}_p50_ms"), load.p50_ms)
+        keep(one.figure(f"{work}_p99_ms"), load.p99_ms)
+        keep(one.figure(f"{work}_errors"), load.errors)
+        keep(one.figure(f"{work}_cpu_us"), (cpu_s(pids) - before) / max(1, load.requests) * 1e6)
+        if one is self.ngpu and load.errors == load.requests:
+            raise Failed(f"{one.url}{path}: all {load.errors} requests failed")
+        if one is self.ngpu and work == "w2_c200":
+            keep("w2_of_limit", load.rps / W2_LIMIT_RPS)
 
     def small_beside_large(self) -> None:
         """Latency of small requests while two bodies of 4 MiB are always in flight."""
-        command = ["wrk", "-t1", "-c2", f"-d{self.seconds + 2:g}s", "--timeout", "60s", "-s", str(HERE / "wrk.lua")]
-        command += [self.urls["ngpu"] + "w3", "--", str(self.large), self.bearer]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as large:
+        large = [str(self.ours.large), "0", self.ours.bearer]
+        with loads.running(loads.wrk_command(self.ngpu.url + "w3", 2, self.seconds + 30, large)):
             time.sleep(1)
-            self.keep("small_beside_large_p50_ms", self.load("ngpu", "w1", 4)["p50_ms"])
-            large.terminate()
+            self.figures.keep("small_beside_large_p50_ms", self.load(self.ngpu, "w1", 4).p50_ms)
 
-    def run(self, quick: bool) -> None:
-        """All rounds."""
-        everyone = ("direct", "nginx", "aiohttp", "ngpu")
-        others = ("nginx", "aiohttp", "ngpu") if quick else everyone
-        steps: list[Callable[[], None]] = [
-            lambda: self.throughput("w1", 64, others),
-            lambda: self.throughput("w1", 1, ("ngpu",) if quick else everyone),
-            lambda: self.throughput("w2", 200, ("ngpu",) if quick else everyone),
-            lambda: self.throughput("w3", 8, ("nginx", "ngpu") if quick else everyone),
-            self.small_beside_large,
+    def peer(self, key: str, name: str, script: str, tool: Tool) -> None:
+        """All works of a peer, which is up only for that long."""
+        with self.peer_up(key, name, script, tool) as one:
+            self.load(one, "w1", 16, 1)  # warm
+            for work, path, connections in WORKS:
+                self.measure(one, work, path, connections)
+
+    @contextmanager
+    def peer_up(self, key: str, name: str, script: str, tool: Tool) -> Iterator[Contestant]:
+        """A peer, started and ended."""
+        platform = self.ours.platform
+        home = platform.state / f"peer-{key}"
+        home.mkdir(exist_ok=True)
+        port = free_port()
+        program = platform.launch([tool.python, str(HERE / "peers" / script), str(port), str(home)], key)
+        try:
+            one = Contestant(key, name, f"http://127.0.0.1:{port}/", lambda: family(program.pid))
+            product.await_answer(one.url + "w1", self.ours.small, program=program, limit_s=PEER_START_LIMIT_S)
+            yield one
+        finally:
+            loads.end_family(program)
+            platform.programs.remove(program)
+
+    def steps(self, quick: bool) -> list[tuple[str, Callable[[], None]]]:
+        """What a round consists of. In the quick form of others only what ours is compared with."""
+        alone = {"w1_c64": [self.nginx, self.aiohttp], "w3_c8": [self.nginx]}
+        steps: list[tuple[str, Callable[[], None]]] = [
+            (f"{work} {one.name}", partial(self.measure, one, work, path, connections))
+            for work, path, connections in WORKS
+            for one in ([*alone.get(work, []), self.ngpu] if quick else self.steady)
         ]
-        self.load("ngpu", "w1", 64, 1)  # warm
-        for number in range(self.rounds):
-            for step in steps:
-                print(
-                    f"round {number + 1} of {self.rounds}: {len(self.results)} figures",
-                    end="\r",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                step()
-        print(" " * 40, end="\r", file=sys.stderr)
+        steps.append(("small beside large", self.small_beside_large))
+        return steps
+
+    def curves(self) -> None:
+        """W1 over concurrency."""
+        for connections in CONCURRENCIES:
+            for one in self.steady:
+                self.measure(one, f"w1_c{connections}", "w1", connections)
 
 
-def table(figures: dict[str, float]) -> str:
-    """Requests a second, p50 in ms, side by side."""
-    rows = [
-        f"{'':14}{'direct':>14}{'nginx':>14}{'aiohttp proxy':>16}{'ngpu':>14}{'ngpu/nginx':>13}{'ngpu/aiohttp':>14}"
-    ]
-    for label, name in (
+def works_table(chain: Chain) -> str:
+    """Contestants side by side."""
+    figures = chain.figures
+    columns = (
         ("W1 c=64 req/s", "w1_c64_rps"),
+        ("CPU us/req", "w1_c64_cpu_us"),
+        ("p99 ms", "w1_c64_p99_ms"),
         ("W1 c=1 p50 ms", "w1_c1_p50_ms"),
         ("W2 c=200 req/s", "w2_c200_rps"),
+        ("p99 ms", "w2_c200_p99_ms"),
         ("W3 c=8 req/s", "w3_c8_rps"),
-    ):
-        ours = figures[name]
-        cells = [figures.get(f"{who}{name}") for who in ("direct_", "nginx_", "aiohttp_")]
-        row = f"{label:14}" + "".join(
-            f"{'-' if cell is None else f'{cell:,.2f}':>{width}}"
-            for cell, width in zip(cells, (14, 14, 16), strict=True)
-        )
-        ratios = "".join(
-            f"{'-' if not cell else f'{ours / cell:.3f}':>{width}}"
-            for cell, width in zip(cells[1:], (13, 14), strict=True)
-        )
-        rows.append(f"{row}{ours:>14,.2f}{ratios}")
-    rows.append(f"W1 c=64 CPU of our three processes: {figures['w1_c64_cpu_us']:.0f} us a request")
-    rows.append(f"small requests (c=4) beside two of 4 MiB: p50 {figures['small_beside_large_p50_ms']:.1f} ms")
-    return "\n".join(rows)
+    )
+    rows = []
+    for key, name in chain.seen.items():
+        prefix = f"{key}_" if key else ""
+        failed = sum(int(figures.get(f"{prefix}{work}_errors") or 0) for work, _, _ in WORKS)
+        cells = [sheet.number(figures.get(prefix + figure)) for _, figure in columns]
+        rows.append([f"{name} ({failed} requests failed)" if failed else name, *cells])
+    return sheet.markdown(["", *(title for title, _ in columns)], rows)
+
+
+def curves_table(chain: Chain) -> str:
+    """Throughput and latency over concurrency."""
+    rows = []
+    for key, name in chain.seen.items():
+        figure = f"{key}_w1_c" if key else "w1_c"
+        cells = [(chain.figures[f"{figure}{c}_rps"], chain.figures[f"{figure}{c}_p50_ms"]) for c in CONCURRENCIES]
+        rows.append([name, *(f"{sheet.number(rps)} ({sheet.number(p50_ms)})" for rps, p50_ms in cells)])
+    return sheet.markdown(["W1 req/s (p50 ms)", *(f"c={c}" for c in CONCURRENCIES)], rows)
+
+
+def plot(chain: Chain, target: Path) -> None:
+    """The curves as a PNG."""
+    curves = [
+        {
+            "name": name,
+            "concurrency": CONCURRENCIES,
+            "rps": [chain.figures[f"{prefix}w1_c{c}_rps"] for c in CONCURRENCIES],
+            "p50_ms": [chain.figures[f"{prefix}w1_c{c}_p50_ms"] for c in CONCURRENCIES],
+            "p99_ms": [chain.figures[f"{prefix}w1_c{c}_p99_ms"] for c in CONCURRENCIES],
+        }
+        for key, name in chain.seen.items()
+        for prefix in [f"{key}_" if key else ""]
+    ]
+    command = [INSTRUMENTS.python, str(HERE / "curves.py"), str(target)]
+    done = subprocess.run(command, input=json.dumps(curves), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"{target} was not made: {done.stderr}")
+
+
+def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:
+    """What the options ask for."""
+    wanted = options.peers.split(",") if options.peers else []
+    peers = [] if options.quick or options.plot or options.profile else [peer for peer in PEERS if peer[0] in wanted]
+    for *_, tool in peers:
+        tool.install()
+    if options.plot or options.profile:
+        INSTRUMENTS.install()
+    with product.up(state) as ours:
+        chain = Chain(ours, options)
+        versions = [
+            sheet.tool_version("nginx", "-v").removeprefix("nginx version: "),
+            sheet.tool_version("wrk", "-v").partition(" [")[0],
+            *(tool.versions() for *_, tool in peers),
+        ]
+        print(sheet.where(busy, *versions), f"{options.rounds} rounds of {options.seconds:g} s, medians.\n")
+        if options.profile:
+            programs = {"control plane": ours.pids[0], "node daemon": ours.pids[1], "bridge": ours.pids[2]}
+            command = loads.wrk_command(ours.url + "w1", 64, options.seconds + 20, [str(ours.small), "0", ours.bearer])
+            with loads.running(command):
+                time.sleep(1)
+                print(profile.tables(programs, options.seconds, state))
+        elif options.plot:
+            sheet.rounds(options.rounds, [("curves", chain.curves)])
+            plot(chain, options.plot)
+            print(curves_table(chain))
+        else:
+            steps = chain.steps(options.quick)
+            steps += [(peer[1], partial(chain.peer, *peer)) for peer in peers]
+            with Memory(ours.pids) as memory:
+                sheet.rounds(options.rounds, steps)
+            chain.figures.keep("peak_mib", memory.peak_mib)
+            print(works_table(chain))
+            print()
+            print(sheet.goals_table(GOALS, chain.figures))
+            each = ", ".join(
+                f"{name} {sheet.number(peak)}"
+                for name, peak in zip(("control plane", "node daemon", "bridge"), memory.peaks_mib, strict=True)
+            )
+            print(f"\nMemory of the three: idle {sheet.number(chain.figures['idle_mib'])} MiB, peak "
+                  f"{sheet.number(memory.peak_mib)} MiB ({each}).")  # fmt: skip
+    return chain.figures
 
 
 def main() -> int:
     """Run the benchmark. Gives the exit status."""
-    parser = argparse.ArgumentParser(prog="scripts/bench/chain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="under a minute: one short round")
-    parser.add_argument("--rounds", type=int, help="default 3; with --quick 1")
-    parser.add_argument("--seconds", type=float, help="of each measurement; default 8; with --quick 3")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    options.seconds = options.seconds or (3 if options.quick else 8)
-    state = Path(tempfile.mkdtemp(prefix="ngpu-bench-"))
-    try:
-        with Platform(state) as platform:
-            bench = Bench(platform, options)
-            bench.run(options.quick)
-            figures = {name: statistics.median(values) for name, values in sorted(bench.results.items())}
-    except Failed as error:
-        print(f"chain: {error}\nlogs: {state / 'logs'}", file=sys.stderr)
-        return 1
-    where = f"{os.cpu_count()} cores, Python {machine.python_version()}"
-    print(f"{time.strftime('%Y-%m-%d')}, {where}, {options.rounds} rounds of {options.seconds:g} s, medians")
-    print(table(figures))
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-    with contextlib.suppress(OSError):
-        shutil.rmtree(state)
-    return 0
+    parser = loads.options("chain", __doc__)
+    loads.add_rounds(parser)
+    parser.add_argument(
+        "--peers",
+        default=",".join(key for key, *_ in PEERS),
+        metavar="LIST",
+        help='of the full form; default all: %(default)s; "" for none',
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="instead: W1 over concurrency, as a table and as this PNG"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: the hottest functions of each program during W1 c=64 (py-spy)"
+    )
+    product.add_note(parser)
+    return loads.main("chain", parser, measure)
 
 
 if __name__ == "__main__":

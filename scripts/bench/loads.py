@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from scripts.bench import sheet
-from scripts.programs import ROOT, Failed
+from scripts.programs import ROOT, Failed, Program
 
 HERE = ROOT / "scripts" / "bench"
 MIB = 1024 * 1024
@@ -65,9 +65,7 @@ def run_wrk(command: list[str]) -> dict[str, Any]:
     return measured
 
 
-def wrk(
-    url: str, connections: int, seconds: float, *headers: str, body: Path | None = None, wait_ms: int = 0
-) -> Load:
+def wrk(url: str, connections: int, seconds: float, *headers: str, body: Path | None = None, wait_ms: int = 0) -> Load:
     """One run of wrk: POST `body`, or GET. `wait_ms`: before each request of a connection."""
     arguments = [str(body) if body else "-", str(wait_ms), *headers]
     return Load(**run_wrk(wrk_command(url, connections, seconds, arguments)))
@@ -102,6 +100,24 @@ def family(pid: int) -> list[int]:
     for parent in found:
         found += children.get(parent, [])
     return found
+
+
+def end_family(program: Program) -> None:
+    """Stop a program, then what it started and left behind."""
+    started = {pid: _born(pid) for pid in family(program.pid)}
+    program.stop()
+    for pid, born in started.items():
+        # The number may be another's by now.
+        if born and _born(pid) == born:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _born(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def rss_mib(pids: Sequence[int]) -> float:
@@ -157,28 +173,34 @@ def running(*commands: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     try:
         for command in commands:
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            started.append(process)
         yield started
     finally:
         for process in started:
             process.terminate()
         for process in started:
-            process.communicate()
+            process.wait()
 
 
-def options(name: str, doc: str | None, *, epilog: str = "", seconds: int = 8, rounds: int = 3) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def options(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """What every benchmark has; `main` parses."""
     parser = argparse.ArgumentParser(
         prog=f"scripts/bench/{name}",
         description=doc,
-        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="under a minute: one short round, ours only")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"default {rounds}; with --quick 1")
-    parser.add_argument("--seconds", type=float, metavar="S", help=f"of each measurement; default {seconds}; with --quick 3")
-    parser.set_defaults(full=(rounds, seconds))
     return parser
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int = 3, seconds: float = 8) -> None:
+    """What those have that measure in rounds, with the defaults of the full form."""
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"default {rounds}; with --quick 1")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help=f"of each measurement; default {seconds:g}; with --quick 3"
+    )
+    parser.set_defaults(full=(rounds, seconds))
 
 
 def main(
@@ -191,9 +213,10 @@ def main(
     `measure` prints its tables; it is given the directory, the options and how many cores had other work before.
     """
     chosen = parser.parse_args()
-    rounds, seconds = chosen.full
-    chosen.rounds = chosen.rounds or (1 if chosen.quick else rounds)
-    chosen.seconds = chosen.seconds or (3 if chosen.quick else seconds)
+    if "full" in chosen:
+        rounds, seconds = (1, 3) if chosen.quick else chosen.full
+        chosen.rounds = chosen.rounds or rounds
+        chosen.seconds = chosen.seconds or seconds
     # Ends what was started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     state = Path(tempfile.mkdtemp(prefix="ngpu-bench-"))

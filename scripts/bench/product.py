@@ -53,9 +53,12 @@ BACKEND = """
         root {home};
         location = /w1 {{ echo_read_request_body; echo -n '{small}'; }}
         location = /w2 {{ echo_read_request_body; echo_sleep 0.02; echo -n '{small}'; }}
-        location = /w3 {{ error_page 405 =200 /large; }}
+        # Read what is sent, then redirect: a file is answered to GET only, and error_page makes it one.
+        location = /w3 {{ client_body_buffer_size 8m; echo_read_request_body; echo_exec /post/large; }}
+        location = /w64 {{ client_body_buffer_size 65m; echo_read_request_body; echo_exec /post/huge; }}
+        location = /post/large {{ error_page 405 =200 /large; }}
+        location = /post/huge {{ error_page 405 =200 /huge; }}
         location = /large {{ }}
-        location = /w64 {{ error_page 405 =200 /huge; }}
         location = /huge {{ }}
     }}
 """
@@ -76,7 +79,7 @@ RUN = """#!/bin/sh
 set -eu
 home=$(mktemp -d)
 for file in large huge; do ln "$file" "$home/$file" 2>/dev/null || cp "$file" "$home/$file"; done
-ln -s large "$home/w3"; ln -s huge "$home/w64"
+mkdir "$home/post"; ln -s ../large ../huge "$home/post"
 sed -e "s#@PORT@#$PORT#g" -e "s#@HOME@#$home#g" nginx.conf >"$home/nginx.conf"
 exec nginx -p "$home" -c "$home/nginx.conf" -g 'daemon off;'
 """
@@ -171,12 +174,11 @@ def up(state: Path, *, settings: dict[str, str] | None = None) -> Iterator[Produ
         yield Product(platform)
 
 
-def add_workspace_note(parser: argparse.ArgumentParser) -> None:
+def add_note(parser: argparse.ArgumentParser) -> None:
     """What the help of every benchmark that loads the product says of it."""
-    parser.epilog = (parser.epilog or "") + (
-        "\nThe product: bridge, control plane and node daemon as three processes with authentication, selection, durable "
-        "\nrecord and envelope; its state in a temporary directory that is removed. Figures kept: docs/benchmarks.md."
-    )
+    parser.epilog = """
+The product: bridge, control plane and node daemon as three processes with authentication, selection, durable record and
+envelope; its state in a temporary directory that is removed. Figures that were kept: docs/benchmarks.md."""
 
 
 def post(url: str, body: Path, *headers: str, timeout_s: float = 60.0) -> Any:

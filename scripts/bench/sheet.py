@@ -56,7 +56,7 @@ class Goal:
 
     what: str
     figure: str
-    must: float
+    must: float | None
     reach: float | None = None
     to: str = ""
     most: bool = False
@@ -67,17 +67,19 @@ class Goal:
         return figures.ratio(self.figure, self.to) if self.to else figures.get(self.figure)
 
     def verdict(self, figures: Figures) -> str:
-        """`reached`, `pass` (what must be), `FAIL`; `-` if it was not measured."""
+        """`reached`; `pass`: what must be; `FAIL`: not even that; `-`: not measured."""
         value = self.value(figures)
         if value is None:
             return "-"
 
-        def holds(limit: float) -> bool:
-            return value <= limit if self.most else value >= limit
+        def holds(limit: float | None) -> bool:
+            return limit is None or (value <= limit if self.most else value >= limit)
 
         if not holds(self.must):
             return "**FAIL**"
-        return "pass" if self.reach is None or not holds(self.reach) else "reached"
+        if self.reach is not None and holds(self.reach):
+            return "reached"
+        return "pass" if self.must is not None else "not reached"
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -109,11 +111,11 @@ def goals_table(goals: Iterable[Goal], figures: Figures) -> str:
         if (value := goal.value(figures)) is None:
             continue
         unit = goal.unit or ("x" if goal.to else "")
-        bound = "<= " if goal.most else ""
-        reach = "-" if goal.reach is None else bound + number(goal.reach, unit)
-        rows.append(
-            [goal.what, number(value, unit), bound + number(goal.must, unit), reach, goal.verdict(figures)],
-        )
+        limits = [
+            "-" if limit is None else ("<= " if goal.most else "") + number(limit, unit)
+            for limit in (goal.must, goal.reach)
+        ]
+        rows.append([goal.what, number(value, unit), *limits, goal.verdict(figures)])
     return markdown(["goal", "measured", "must", "to reach", "verdict"], rows)
 
 

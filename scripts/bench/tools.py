@@ -51,8 +51,13 @@ class Tool:
     def versions(self) -> str:
         """`name version` of its packages."""
         names = [package.partition("[")[0] for package in self.packages]
-        script = "import sys; from importlib.metadata import version as v; print(*[f'{n} {v(n)}' for n in sys.argv[1:]], sep=', ')"
-        return _run([self.python, "-c", script, *names]).strip()
+        return _run([self.python, "-c", _VERSIONS, *names]).strip()
+
+
+_VERSIONS = """
+import importlib.metadata, sys
+print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in sys.argv[1:]))
+"""
 
 
 def _run(command: list[str]) -> str:

@@ -37,9 +37,8 @@ def a_replica(state: workspace.ReplicaState.ValueType, **fields: Any) -> workspa
 def a_workspace(*replicas: workspace.Replica, wanted: int = 1, **fields: Any) -> workspace.Workspace:
     spec = workspace.WorkspaceSpec(name="img2img", image="demo", ports=[8080], replicas=wanted, concurrency=1, cpus=1)
     ready = sum(replica.state == workspace.REPLICA_STATE_READY for replica in replicas)
-    return workspace.Workspace(
-        id=ID, spec=spec, create_time=at(), replicas=replicas, ready_replicas=ready, generation=1, **fields
-    )
+    counts = {"ready_replicas": ready, "updated_replicas": ready, "wanted_replicas": wanted, "generation": 1}
+    return workspace.Workspace(id=ID, spec=spec, create_time=at(), replicas=replicas, **{**counts, **fields})
 
 
 def a_task(state: task.TaskState.ValueType, **fields: Any) -> task.Task:

@@ -180,7 +180,9 @@ class FakeNode:
         cause: Cause = Cause.PLATFORM,
     ) -> None:
         """The attempt ends without an answer."""
-        self._end(AttemptResult(attempt_id, delivery, failure=Failure(cause, reason, f"It was {reason}."), gpu_us=10**9))
+        self._end(
+            AttemptResult(attempt_id, delivery, failure=Failure(cause, reason, f"It was {reason}."), gpu_us=10**9)
+        )
 
     def heed_cancels(self) -> None:
         """End what was cancelled."""

@@ -266,6 +266,27 @@ def test_scale(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     ngpu("workspace", "scale", "img2img", "-1", code=2)
 
 
+def test_update(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path) -> None:
+    file = tmp_path / "img2img.toml"
+    file.write_text('name = "img2img"\nimage = "demo:2"\nports = [8080]\n')
+    updating = a_workspace(a_replica(READY, generation=1), generation=2, updated_replicas=0)
+    plane.answers["UpdateWorkspace"] = lambda _: workspace.UpdateWorkspaceResponse(workspace=updating)
+    result = ngpu("workspace", "update", str(file))
+    assert (plane.last().workspace, plane.last().spec.image) == ("img2img", "demo:2")
+    assert "img2img: 1 of 1 replica ready, 1 of them of an earlier generation." in result.stdout
+    assert ID not in ngpu("workspace", "update", str(file), "--json").stdout
+    through = a_workspace(a_replica(READY, generation=2), generation=2)
+    plane.answers["WatchWorkspace"] = [workspace.WatchWorkspaceResponse(workspace=one) for one in (updating, through)]
+    assert "1 of 1 replica ready.\n" in ngpu("workspace", "update", str(file), "--wait").stdout
+    back = a_workspace(a_replica(READY), message="Generation 2 was taken back: it crashed.")
+    plane.answers["WatchWorkspace"] = [workspace.WatchWorkspaceResponse(workspace=one) for one in (updating, back)]
+    assert "Generation 2 was taken back" in ngpu("workspace", "update", str(file), "--wait", code=1).stderr
+    plane.answers["GetWorkspace"] = workspace.GetWorkspaceResponse(workspace=updating)
+    assert "of generation 1" in ngpu("workspace", "show", "img2img").stdout
+    file.write_text("name = 1")
+    ngpu("workspace", "update", str(file), code=2)
+
+
 def test_delete(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["DeleteWorkspace"] = workspace.DeleteWorkspaceResponse()
     assert "Deleted" in ngpu("workspace", "delete", "img2img", "--yes").stdout

@@ -1,6 +1,7 @@
 """The deployer with simulated nodes: what it tells whom, and that whatever it meets, its promises hold."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
 
-from controlplane import explain
+from controlplane import explain, model
 from controlplane.deployer import Assignment, Deployer, hash_of
 from controlplane.errors import NgpuError, NodeRevoked, Unavailable
 from controlplane.fleet import Fleet
@@ -75,9 +76,17 @@ class FakeNode:
         listed = {assignment.replica_id: assignment for assignment in desired}
         self.stopping = {id: self.stopping.get(id, 4) - 1 for id in self.containers if id not in listed}
         ending = {id: self.containers[id] for id, left in self.stopping.items() if left}
-        self.states = {id: ReplicaState.READY if id in self.states else ReplicaState.STARTING for id in listed}
+        for id, one in self.containers.items():
+            assert id not in listed or listed[id].spec_hash == one.spec_hash, "a container was changed under its tasks"
+        self.states = {id: self.next_state(one) for id, one in listed.items()}
         self.states |= dict.fromkeys(ending, ReplicaState.STOPPING)
         self.containers = ending | listed
+
+    def next_state(self, one: Assignment) -> ReplicaState:
+        before = self.states.get(one.replica_id)
+        if one.spec.image.startswith("bad"):
+            return ReplicaState.BACKOFF if before is ReplicaState.STARTING else ReplicaState.STARTING
+        return ReplicaState.STARTING if before is None else ReplicaState.READY
 
     def report(self) -> Report:
         readings = tuple(GpuReading(gpu.id, **self.signs.get(gpu.id, {})) for gpu in self.inventory.gpus)
@@ -156,6 +165,11 @@ class Plant:
         """Ready replicas and where they are."""
         replicas = self.fleet.replicas_of(self.fleet.workspace(key).uid)
         return {one.id: one.node_addr for one in replicas if self.fleet.state_of(one).state is ReplicaState.READY}
+
+    def serving(self, key: str) -> dict[str, str]:
+        """Ready replicas that take tasks, and where they are."""
+        ready = self.ready(key)
+        return {one.id: one.node_addr for one in self.fleet.replicas() if one.id in ready and one.active}
 
 
 SPEC = Spec(name="demo", image="demo:1", ports=(8000,), gpu=GpuNeed("4090", 1), concurrency=2)
@@ -452,6 +466,99 @@ async def test_missing_replicas_are_explained_until_there_is_room(plant: Plant) 
     assert (decision.chosen, decision.refusals) == ("b", {"no GPU of model 4090": 1})
 
 
+async def test_an_update_goes_one_by_one_and_never_serves_with_fewer(plant: Plant) -> None:
+    await plant.node("a", gpus=4)
+    await plant.fleet.create_workspace(replace(SPEC, replicas=3))
+    await plant.settle()
+    await plant.fleet.replace_workspace("demo", replace(SPEC, image="demo:2", replicas=3))
+    for _ in range(40):
+        assert len(plant.serving("demo")) >= 3
+        assert sum(one.active for one in plant.fleet.replicas()) <= 4
+        await plant.settle(1)
+    assert {one.spec.image for one in plant.nodes["a"].containers.values()} == {"demo:2"}
+    assert len(plant.ready("demo")) == 3
+    assert plant.deployer.explain("demo")[0] == "3 of 3 replicas of demo are ready."
+    workspace = plant.fleet.workspace("demo")
+    assert (workspace.generation, workspace.returns_to) == (2, 0)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_an_update_that_does_not_come_up_is_taken_back(plant: Plant, killed: bool) -> None:
+    await plant.node("a", gpus=3)
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    before = plant.ready("demo")
+    await plant.fleet.replace_workspace("demo", replace(SPEC, image="bad:2", replicas=2))
+    await plant.settle(3)
+    summary, _ = plant.deployer.explain("demo")
+    assert "Updating to generation 2: 0 of 2 replicas are ready, 2 of an earlier generation serve until" in summary
+    if killed:
+        plant.start()
+        await plant.fleet.load()
+        plant.connect("a")
+        assert plant.fleet.workspace("demo").spec.image == "bad:2"
+    for _ in range(20):
+        assert plant.serving("demo") == before
+        await plant.settle(1)
+    workspace = plant.fleet.workspace("demo")
+    assert (workspace.generation, workspace.spec.image, workspace.returns_to) == (1, "demo:1", 0)
+    assert plant.ready("demo") == before
+    assert "Generation 2 was taken back: on node a it failed 4 times" in plant.deployer.explain("demo")[0]
+    again = await plant.fleet.replace_workspace("demo", replace(SPEC, image="demo:3", replicas=2))
+    assert again.generation == 3, "a number is not given twice"
+    await plant.settle()
+    assert {one.spec.image for one in plant.nodes["a"].containers.values()} == {"demo:3"}
+    assert plant.fleet.workspace("demo").deployment.fault == ""
+
+
+async def test_what_needs_no_new_container_is_told_to_the_old(plant: Plant) -> None:
+    await plant.node("a")
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    before = plant.ready("demo")
+    version = plant.fleet.node_changes.version("a")
+    changed = replace(SPEC, concurrency=5, limits=Limits(queue_length=7))
+    assert (await plant.fleet.replace_workspace("demo", changed)).generation == 1
+    assert plant.fleet.node_changes.version("a") > version
+    await plant.settle()
+    assert plant.ready("demo") == before
+    assert list(plant.tasks.capacity.values()) == [5]
+
+
+async def test_an_update_replaced_by_another_leads_to_the_last(plant: Plant) -> None:
+    await plant.node("a", gpus=3)
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    for image in ("demo:2", "bad:3", "demo:4"):
+        await plant.fleet.replace_workspace("demo", replace(SPEC, image=image, replicas=2))
+        await plant.settle(2)
+        assert len(plant.serving("demo")) >= 2
+    await plant.settle()
+    assert {one.spec.image for one in plant.nodes["a"].containers.values()} == {"demo:4"}
+
+
+async def test_who_describes_what_was_there_before_gets_it_back(plant: Plant) -> None:
+    await plant.node("a", gpus=3)
+    await plant.fleet.create_workspace(replace(SPEC, replicas=2))
+    await plant.settle()
+    before = plant.ready("demo")
+    await plant.fleet.replace_workspace("demo", replace(SPEC, image="demo:2", replicas=2))
+    await plant.settle(1)
+    assert (await plant.fleet.replace_workspace("demo", replace(SPEC, replicas=2))).generation == 1
+    await plant.settle()
+    assert plant.ready("demo") == before
+
+
+async def test_a_cure_gets_the_place_of_what_it_cures(plant: Plant) -> None:
+    await plant.node("a", gpus=1)
+    await plant.fleet.create_workspace(replace(SPEC, image="bad:1"))
+    await plant.settle()
+    assert plant.ready("demo") == {}
+    await plant.fleet.replace_workspace("demo", SPEC)
+    await plant.settle()
+    assert len(plant.ready("demo")) == 1
+
+
 async def test_a_restart_costs_nothing(plant: Plant) -> None:
     await plant.node("a")
     await plant.node("b")
@@ -538,6 +645,12 @@ class Promises(RuleBasedStateMachine):
     def scale(self, number: int, replicas: int) -> None:
         self.do(self.plant.fleet.scale_workspace(f"ws{number}", replicas))
 
+    @rule(number=st.integers(1, 4), image=st.sampled_from(["x", "y", "z", "bad"]), cpus=st.integers(1, 8))
+    def update(self, number: int, image: str, cpus: int) -> None:
+        with contextlib.suppress(NgpuError):
+            spec = self.plant.fleet.workspace(f"ws{number}").spec
+            self.do(self.plant.fleet.replace_workspace(spec.name, replace(spec, image=image, cpus=float(cpus))))
+
     @rule(number=st.integers(1, 4))
     def delete(self, number: int) -> None:
         self.do(self.plant.fleet.delete_workspace(f"ws{number}"))
@@ -610,11 +723,17 @@ class Promises(RuleBasedStateMachine):
         rows = [row for row in self.plant.rows.replica.values() if row.gone_time is None]
         held = [gpu_id for row in rows for gpu_id in msgspec.json.decode(row.gpu_ids_json)]
         assert len(held) == len(set(held))
+        for addr, node in self.plant.nodes.items():
+            used_cpus = sum(self.spec_of(row).cpus for row in rows if row.node_addr == addr)
+            assert used_cpus <= node.inventory.cpus
         for node in self.plant.nodes.values():
             if not self.plant.rows.node or self.plant.rows.node[node.addr].revoke_time is not None:
                 continue
             used = [gpu_id for one in node.containers.values() for gpu_id in one.gpu_ids]
             assert len(used) == len(set(used))
+
+    def spec_of(self, row: model.Replica) -> Spec:
+        return self.plant.fleet.workspace(row.workspace_uid).spec_at(row.generation)
 
     def teardown(self) -> None:
         plant = self.plant
@@ -636,8 +755,8 @@ class Promises(RuleBasedStateMachine):
         for workspace in plant.fleet.workspaces(deleted=True):
             replicas = plant.fleet.replicas_of(workspace.uid)
             assert all(one.active for one in replicas)
-            missing = workspace.wanted - len(replicas)
-            assert missing >= 0
+            assert len(replicas) <= workspace.wanted
+            missing = workspace.wanted - sum(one.generation == workspace.generation for one in replicas)
             assert bool(missing) is (workspace.unplaced is not None and not workspace.deleted)
         assert {one.id for one in plant.fleet.replicas()} == {
             id for node in plant.fleet.nodes() for id in plant.nodes[node.addr].containers
@@ -669,6 +788,7 @@ def test_storms(seed: int) -> None:
         (12, lambda: storm.connect(name(), rebooted=chance.random() < 0.3)),
         (8, lambda: storm.afflict(name(), chance.randrange(3), chance.choice(["", "", "lost", "xid"]))),
         (8, lambda: storm.work(chance.randrange(10), chance.choice([0, 0, 1]))),
+        (6, lambda: storm.update(chance.randint(1, 4), chance.choice(["x", "y", "bad"]), chance.randint(1, 8))),
         (8, lambda: storm.scale(chance.randint(1, 4), chance.randint(0, 4))),
         (2, lambda: storm.create(chance.randint(1, 3), chance.randint(0, 2)) if storm.count < 4 else None),
         (2, storm.kill_and_start),
@@ -679,3 +799,30 @@ def test_storms(seed: int) -> None:
         happen()
         storm.no_gpu_is_held_twice()
     storm.teardown()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_updates_alone_never_cost_a_serving_replica(plant: Plant, seed: int) -> None:
+    """Good and bad ones in any order, reports that cross, restarts of ours, writes that fail."""
+    chance = random.Random(seed)
+    for name in NAMES:
+        await plant.node(name, gpus=2)
+    await plant.fleet.create_workspace(replace(SPEC, replicas=4))
+    await plant.settle()
+    for turn in range(200):
+        if turn % 20 == 0:
+            image = chance.choice(["demo:1", "demo:2", "demo:3", "bad:1"])
+            with contextlib.suppress(NgpuError):
+                await plant.fleet.replace_workspace("demo", replace(SPEC, image=image, replicas=4))
+        plant.pass_s(2)
+        for name in chance.sample(NAMES, 2):
+            plant.beat(name, late=chance.random() < 0.3)
+        plant.rows.fail_in = chance.choice([None, None, 0, 1])
+        with contextlib.suppress(NgpuError):
+            await plant.deployer.step()
+        plant.rows.fail_in = None
+        assert len(plant.serving("demo")) >= 4
+    await plant.settle(60)
+    workspace = plant.fleet.workspace("demo")
+    assert not workspace.spec.image.startswith("bad")
+    assert {one.generation for one in plant.fleet.replicas()} == {workspace.generation}

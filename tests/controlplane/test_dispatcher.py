@@ -1,4 +1,4 @@
-"""What the dispatcher promises in a world where nothing breaks: started, answered, queued in order, limited, cancelled."""
+"""What the dispatcher promises where nothing breaks: tasks start, are answered, wait, are limited and cancelled."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -407,6 +407,21 @@ async def test_end_that_cannot_be_written_is_neither_told_nor_forgotten(world: W
     assert node.acked == ["t1.1"]
 
 
+async def test_end_that_was_written_though_the_database_said_otherwise_is_one_end(world: World) -> None:
+    node = world.node("n1", r1=1)
+    future = world.submit()
+    await world.settle()
+    world.flaky.unsure = True
+    node.answer("t1.1", b"once")
+    await world.settle()
+    assert not future.done()
+    await world.advance(REWRITE_S)
+    view = await future
+    assert view.response is not None
+    assert view.response.body == b"once"
+    assert len(await world.store.attempts("t1")) == 1
+
+
 async def test_start_that_cannot_be_written_waits_for_the_database(world: World) -> None:
     await world.submit(wait_s=0)
     world.flaky.down = True
@@ -416,6 +431,19 @@ async def test_start_that_cannot_be_written_waits_for_the_database(world: World)
     world.flaky.down = False
     await world.advance(REWRITE_S)
     assert node.given == ["t1.1"]
+
+
+async def test_caller_whom_we_leave_has_not_hung_up(world: World) -> None:
+    node = world.node("n1", r1=1)
+    future = world.submit(cancel_on_hangup=True)
+    await world.settle()
+    await world.dispatcher.stop()
+    future.cancel()  # its stream is closed
+    await world.settle()
+    assert node.cancelled == []
+    assert await world.state("t1") is State.RUNNING
+    with pytest.raises(Unavailable):
+        await future
 
 
 async def test_stop_refuses_new_tasks_and_answers_who_waits(world: World) -> None:

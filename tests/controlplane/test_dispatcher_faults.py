@@ -1,4 +1,4 @@
-"""What the dispatcher promises when attempts fail, nodes vanish and come back, and the control plane itself is killed."""
+"""What the dispatcher promises when attempts fail, nodes vanish and come back, and the control plane is killed."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

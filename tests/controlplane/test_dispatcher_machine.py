@@ -3,184 +3,148 @@
 import asyncio
 import tempfile
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from controlplane.dispatcher import TaskView
 from controlplane.errors import NgpuError
 from controlplane.model import ENDED, Cause, Delivery, State
-from tests.controlplane.fakes_dispatch import World, a_world, migrated
+from tests.controlplane.fakes_dispatch import WS, World, a_world, migrated
 
-NODES = ("n1", "n2", "n3")
-KEYS = st.sampled_from([None, None, None, "k1", "k2"])
+#: Node -> its replicas of the workspace and their capacity.
+NODES = {"n1": {"r1": 1}, "n2": {"r2": 2}, "n3": {"r3": 1, "r4": 1}}
 ENDS = [
-    ("answer", Delivery.ANSWERED, Cause.CUSTOMER),
+    None,
+    None,
     ("CONNECTION_CLOSED", Delivery.SENT, Cause.PLATFORM),
     ("CONTAINER_EXITED", Delivery.SENT_PARTLY, Cause.CUSTOMER),
     ("CONNECT_FAILED", Delivery.NOT_SENT, Cause.PLATFORM),
     ("RUN_TIME_LIMIT", Delivery.ANSWERED, Cause.CUSTOMER),
 ]
-TEMPLATE = tempfile.TemporaryDirectory(prefix="ngpu-test-")
+WHICH = st.integers(0, 99)
+
+Step = tuple[Any, ...]
 
 
-class Control(RuleBasedStateMachine):
-    """Callers, nodes and a control plane that are hit by everything. FakeNode asserts that no replica gets too much."""
+def step(name: str, *arguments: "st.SearchStrategy[Any]") -> "st.SearchStrategy[Step]":
+    return st.tuples(st.just(name), *arguments)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.runner = asyncio.Runner()
-        self.directory = tempfile.TemporaryDirectory(prefix="ngpu-test-")
+
+submits = step("submit", st.booleans(), st.sampled_from([0.0, 20.0]), st.sampled_from([None, None, "k"]), st.booleans())
+ends = step("attempt_ends", WHICH, st.sampled_from(ENDS))
+passes = step("time_passes", st.sampled_from([0.0, 0.1, 1.0, 11.0, 130.0]))
+nodes = step(
+    "node_does", st.sampled_from(list(NODES)), st.sampled_from(["break", "disconnect", "heed", "report", "lost"])
+)
+comes = step("node_does", st.sampled_from(list(NODES)), st.just("connect"))
+cancels = step("cancel", WHICH)
+hangs_up = step("hang_up", WHICH)
+suffers = step("suffer", st.sampled_from(["down", "unsure", "kill"]))
+STEPS = st.lists(
+    st.one_of(submits, submits, ends, ends, passes, passes, nodes, comes, cancels, hangs_up, suffers),
+    min_size=40,
+    max_size=80,
+)
+
+
+class Walk:
+    """Callers, nodes and a control plane, hit by everything. FakeNode asserts that no replica gets too much."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        world.fleet.add_workspace(WS, queue_length=12)
+        for addr, replicas in NODES.items():
+            world.node(addr, **replicas)
         self.futures: list[asyncio.Future[TaskView]] = []
         self.cancels: list[asyncio.Task[TaskView]] = []
         self.ends: dict[str, State] = {}
         self.once: set[str] = set()
 
-    def run(self, step: Any) -> Any:
-        async def taken() -> Any:
-            return await step if asyncio.iscoroutine(step) else step()
-
-        return self.runner.run(taken())
-
-    @initialize()
-    def begin(self) -> None:
-        template = Path(TEMPLATE.name) / "ngpu.db"
-        if not template.exists():
-            migrated(Path(TEMPLATE.name))
-        self.context = a_world(template, Path(self.directory.name))
-        self.world: World = self.run(self.context.__aenter__())
-        self.world.fleet.add_workspace("w-1", queue_length=8)
-        for number, addr in enumerate(NODES, 1):
-            self.run(lambda addr=addr, number=number: self.world.node(addr, **{f"r{number}": number}))
-
-    # Few rules, each with many ways: hypothesis picks rules evenly, and most steps should be work.
-
-    @rule(tasks=st.lists(st.tuples(st.booleans(), st.booleans(), KEYS, st.booleans()), min_size=1, max_size=4))
-    def submit(self, tasks: list[tuple[bool, bool, str | None, bool]]) -> None:
-        self.run(lambda: [self._submit(*task) for task in tasks])
-
-    def _submit(self, repeatable: bool, waits: bool, key: str | None, hangs_up: bool) -> None:
+    async def submit(self, repeatable: bool, wait_s: float, key: str | None, cancel_on_hangup: bool) -> None:
         new = self.world.new(repeatable=repeatable, idempotency_key=key, request_hash=b"h" if key else None)
         if not repeatable:
             self.once.add(new.task_id)
         with suppress(NgpuError):
-            wait_s = 20.0 if waits else 0.0
-            self.futures.append(self.world.submit(new, wait_s=wait_s, cancel_on_hangup=hangs_up))
+            self.futures.append(self.world.submit(new, wait_s=wait_s, cancel_on_hangup=cancel_on_hangup))
 
-    @rule(ends=st.lists(st.tuples(st.integers(0, 99), st.sampled_from(ENDS)), min_size=1, max_size=3))
-    def attempts_end(self, ends: list[tuple[int, tuple[str, Delivery, Cause]]]) -> None:
-        for which, (reason, delivery, cause) in ends:
-            running = [(node, attempt_id) for node in self.world.nodes.values() for attempt_id in sorted(node.running)]
-            if not running:
-                return
-            node, attempt_id = running[which % len(running)]
-            if reason == "answer":
-                self.run(partial(node.answer, attempt_id))
-                continue
-            if delivery is Delivery.NOT_SENT:
-                node.unsent.add(attempt_id)
-            self.run(partial(node.fail, attempt_id, reason, delivery=delivery, cause=cause))
+    async def attempt_ends(self, which: int, failure: tuple[str, Delivery, Cause] | None) -> None:
+        running = [(node, attempt_id) for node in self.world.nodes.values() for attempt_id in node.running]
+        if not running:
+            return
+        node, attempt_id = running[which % len(running)]
+        if failure is None:
+            node.answer(attempt_id)
+            return
+        reason, delivery, cause = failure
+        if delivery is Delivery.NOT_SENT:
+            node.unsent.add(attempt_id)
+        node.fail(attempt_id, reason, delivery=delivery, cause=cause)
 
-    @rule(seconds=st.sampled_from([0.0, 0.1, 1.0, 11.0, 130.0]))
-    def time_passes(self, seconds: float) -> None:
-        async def step() -> None:
-            await self.world.advance(seconds)
-            # Late reads: nothing else here waits for them.
-            await self.world.store.task("none")
-            await asyncio.sleep(0)
-
-        self.run(step())
+    async def time_passes(self, seconds: float) -> None:
+        await self.world.advance(seconds)
+        # Late reads: nothing else here waits for them.
+        await self.world.store.task("none")
+        await asyncio.sleep(0)
         self.world.flaky.down = False
 
-    @rule(index=st.integers(0, 2), what=st.sampled_from(["break", "disconnect", "connect", "connect", "heed", "report", "lose"]))
-    def node_does(self, index: int, what: str) -> None:
-        node = self.world.nodes[NODES[index]]
+    async def node_does(self, addr: str, what: str) -> None:
+        node = self.world.nodes[addr]
         if what == "connect":
-            self.run(node.connect)
+            node.connect()
         elif what == "heed":
-            self.run(node.heed_cancels)
+            node.heed_cancels()
         elif what == "report":
-            self.run(lambda: self.world.dispatcher.held(node.addr, [*node.running, *node.ended]))
-        elif what == "lose":
-            self.run(lambda: self.world.dispatcher.node_lost(node.addr))
+            self.world.dispatcher.held(addr, [*node.running, *node.ended])
+        elif what == "lost":
+            self.world.dispatcher.node_lost(addr)
+        elif node.link is not None and what == "break":
+            node.break_link()
         elif node.link is not None:
-            self.run(node.break_link if what == "break" else node.disconnect)
+            node.disconnect()
 
-    @rule(which=st.integers(0, 99), hangs_up=st.booleans())
-    def caller_gives_up(self, which: int, hangs_up: bool) -> None:
-        async def step() -> None:
-            if hangs_up and self.futures:
-                self.futures.pop(which % len(self.futures)).cancel()
-            elif self.world.numbers:
-                task_id = f"t{1 + which % self.world.numbers}"
-                self.cancels.append(asyncio.create_task(self.world.dispatcher.cancel(task_id)))
+    async def cancel(self, which: int) -> None:
+        if self.world.numbers:
+            task_id = f"t{1 + which % self.world.numbers}"
+            self.cancels.append(asyncio.create_task(self.world.dispatcher.cancel(task_id)))
             await asyncio.sleep(0)
 
-        self.run(step())
+    async def hang_up(self, which: int) -> None:
+        if self.futures:
+            self.futures.pop(which % len(self.futures)).cancel()
 
-    @rule(what=st.sampled_from(["down", "unsure", "kill"]))
-    def control_plane_suffers(self, what: str) -> None:
-        flaky = self.world.flaky
+    async def suffer(self, what: str) -> None:
+        self.world.flaky.down |= what == "down"  # until time passes
+        self.world.flaky.unsure |= what == "unsure"
         if what == "kill":
-            self.run(self._kill())
-        elif what == "unsure":
-            flaky.unsure = True
-        else:
-            flaky.down = True  # until time passes
+            # Those who waited see their connections break.
+            for future in [*self.futures, *self.cancels]:
+                future.cancel()
+            self.futures, self.cancels = [], []
+            await self.world.restart()
 
-    async def _kill(self) -> None:
-        # Those who waited have seen their connections break.
-        for future in [*self.futures, *self.cancels]:
-            future.cancel()
-        self.futures.clear()
-        self.cancels.clear()
-        await self.world.restart()
-
-    @precondition(lambda self: hasattr(self, "world"))
-    @invariant()
-    def an_end_is_for_ever(self) -> None:
+    async def check(self) -> None:
         for number in range(1, self.world.numbers + 1):
-            row = self.run(self.world.store.task(f"t{number}"))
+            row = await self.world.store.task(f"t{number}")
             if row is None:
-                assert f"t{number}" not in self.ends
+                assert f"t{number}" not in self.ends, "a task that had ended is gone"
             elif row.state in ENDED:
-                assert self.ends.setdefault(row.id, row.state) is row.state
-
-    @precondition(lambda self: hasattr(self, "world"))
-    @invariant()
-    def what_may_not_be_repeated_reaches_a_container_once(self) -> None:
+                assert self.ends.setdefault(row.id, row.state) is row.state, "an end is for ever"
+        given = [attempt for node in self.world.nodes.values() for attempt in node.given if attempt not in node.unsent]
         for task_id in self.once:
-            sent = [
-                attempt_id
-                for node in self.world.nodes.values()
-                for attempt_id in node.given
-                if attempt_id.startswith(f"{task_id}.") and attempt_id not in node.unsent
-            ]
-            assert len(sent) <= 1
+            assert sum(attempt.startswith(f"{task_id}.") for attempt in given) <= 1, "it may not be repeated"
 
-    def teardown(self) -> None:
-        if not hasattr(self, "world"):
-            return
-        try:
-            self.run(self._everything_ends())
-        finally:
-            self.run(self.context.__aexit__(None, None, None))
-            self.runner.close()
-            self.directory.cleanup()
-
-    async def _everything_ends(self) -> None:
-        """All is well again: then everything comes to an end."""
+    async def all_is_well_again(self) -> None:
+        """Then everything comes to its end, and everybody gets an answer."""
         world = self.world
         world.flaky.down = world.flaky.unsure = False
         for node in world.nodes.values():
             node.connect()
-        for _ in range(200):
-            await world.advance(31.0)
+        for _ in range(100):
+            await self.time_passes(31.0)
             for node in world.nodes.values():
                 node.heed_cancels()
                 for attempt_id in list(node.running):
@@ -188,23 +152,37 @@ class Control(RuleBasedStateMachine):
             await world.settle()
             if not world.dispatcher.open_tasks:
                 break
-        assert world.dispatcher.open_tasks == 0
         for answered in await asyncio.gather(*self.futures, *self.cancels, return_exceptions=True):
             assert isinstance(answered, TaskView | NgpuError)
         for node in world.nodes.values():
             assert not node.running
             assert not node.ended
-            for replica_id in node.capacity:
-                assert world.dispatcher.running_on(replica_id) == 0
-        async for page in world.store.open_tasks():
-            assert page == []
+            assert all(world.dispatcher.running_on(replica_id) == 0 for replica_id in node.capacity)
+        assert world.dispatcher.open_tasks == world.dispatcher.queued(WS) == 0
+        assert [page async for page in world.store.open_tasks()] == []
 
 
-Control.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated(tmp_path_factory.mktemp("template"))
 
 
 @pytest.mark.timeout(300)
-class TestControl(Control.TestCase):  # type: ignore[misc, valid-type, name-defined]
-    """Run it."""
+def test_every_task_ends_once_and_every_caller_gets_an_answer(template: Path) -> None:
+    async def walk(steps: list[Step]) -> None:
+        with tempfile.TemporaryDirectory(prefix="ngpu-test-") as directory:
+            async with a_world(template, Path(directory)) as world:
+                control = Walk(world)
+                for name, *arguments in steps:
+                    await getattr(control, name)(*arguments)
+                    if name == "time_passes":
+                        await control.check()
+                await control.all_is_well_again()
+                await control.check()
+
+    @settings(max_examples=50, deadline=None)
+    @given(STEPS)
+    def control_plane(steps: list[Step]) -> None:
+        asyncio.run(walk(steps))
+
+    control_plane()

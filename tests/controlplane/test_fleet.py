@@ -12,6 +12,7 @@ from controlplane import explain
 from controlplane.errors import Conflict, InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unavailable
 from controlplane.explain import Candidate
 from controlplane.fleet import SEEN_S, Fleet, Replica, Rows, Workspace
+from controlplane.generations import VERSIONS
 from controlplane.health import Grade
 from controlplane.migrations import migrate
 from controlplane.model import Availability, Role, Token
@@ -120,6 +121,49 @@ async def test_scaling_changes_only_the_number(fleet: Fleet) -> None:
         await fleet.scale_workspace("demo", 1001)
     with pytest.raises(NotFound):
         await fleet.scale_workspace("other", 1)
+
+
+async def test_what_an_update_may_not_change(fleet: Fleet) -> None:
+    await fleet.create_workspace(SPEC)
+    await fleet.publish_route("img2img", "demo", port=SPEC.ports[0])
+    with pytest.raises(InvalidArgument, match=r"name: .*'demo'.*; ports: the route 'img2img' leads to"):
+        await fleet.replace_workspace("demo", replace(SPEC, name="other", ports=(81,)))
+    with pytest.raises(InvalidArgument, match="image"):
+        await fleet.replace_workspace("demo", replace(SPEC, image=""))
+    with pytest.raises(NotFound):
+        await fleet.replace_workspace("other", SPEC)
+
+
+async def test_generations_that_replicas_are_of_are_kept_and_no_others(
+    fleet: Fleet, rows: FakeRows, time: Time
+) -> None:
+    made = await fleet.create_workspace(SPEC)
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    for number in range(1, VERSIONS + 2):
+        replica = Replica(f"r-{number}", made.uid, ADDR, number, (), time.now)
+        if number <= VERSIONS:
+            await fleet.add_replicas([replica])
+            await fleet.replace_workspace("demo", replace(SPEC, image=f"demo:{number + 1}"))
+    await fleet.add_replicas([replica])
+    with pytest.raises(Conflict, match="earlier descriptions"):
+        await fleet.replace_workspace("demo", replace(SPEC, image="one:too-many"))
+    again = opened(rows, time)
+    await again.load()
+    workspace = again.workspace("demo")
+    assert workspace.generation == VERSIONS + 1
+    assert [workspace.spec_at(number).image for number in (1, 2, 9)] == [SPEC.image, "demo:2", "demo:9"]
+    gone = [replace(one, gone_time=time.now) for one in again.replicas() if one.generation < 5]
+    await again.update_replicas(gone)
+    workspace = await again.replace_workspace("demo", replace(SPEC, image="demo:10"))
+    assert [version.generation for version in workspace.deployment.versions] == [5, 6, 7, 8, 9]
+
+
+async def test_a_verdict_on_what_is_not_current_any_more_changes_nothing(fleet: Fleet) -> None:
+    made = await fleet.create_workspace(SPEC)
+    second = await fleet.replace_workspace("demo", replace(SPEC, image="demo:2"))
+    await fleet.keep_good(made.uid, 1)
+    await fleet.take_back(made.uid, 1, 7, "it crashed")
+    assert fleet.workspace("demo") == second
 
 
 async def test_a_deleted_workspace_wants_nothing_and_cannot_be_scaled(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from controlplane.census import Node, Replica, Workspace
+from controlplane.census import Deployment, Node, Replica, Version, Workspace
 from controlplane.explain import Decision
 from controlplane.grade import Grade, Health
 from controlplane.model import Availability
@@ -17,7 +17,9 @@ from controlplane.rollout import (
     MASS_HOLD_S,
     PLACEMENTS_AT_ONCE,
     Action,
+    Good,
     Place,
+    TakeBack,
     Unplaced,
     Update,
     World,
@@ -26,6 +28,7 @@ from controlplane.rollout import (
     view_of,
 )
 from controlplane.spec import GIB, GpuNeed, Spec
+from controlplane.trail import Trail
 
 NOW = datetime(2024, 4, 15, 14, 30, 9, tzinfo=UTC)
 NOW_S = 5000.0
@@ -35,7 +38,7 @@ BROKEN = Health(Grade.QUARANTINED, "lost", evacuate=True)
 def workspace(number: int = 1, *, replicas: int = 1, gpus: int = 1, **values: Any) -> Workspace:
     spec = Spec(name=f"ws{number}", image="x", ports=(80,), replicas=replicas, gpu=GpuNeed(count=gpus))
     made = Workspace(f"w-{number}", str(number) * 24, spec, 1, NOW - timedelta(days=1, seconds=-number))
-    return replace(made, **values)
+    return replace(made, **{"deployment": Deployment(good=1), **values})
 
 
 def node(name: str, *, gpus: int = 2, said: dict[str, ReplicaState] | None = None, **values: Any) -> Node:
@@ -72,11 +75,15 @@ def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
         now_s=NOW_S,
         workspaces=list(workspaces.values()),
         nodes=nodes,
-        views={one.addr: view_of(one, on[one.addr], lambda uid: workspaces[uid].spec, NOW) for one in nodes.values()},
+        views={one.addr: view_of(one, on[one.addr], lambda replica: spec_of(workspaces, replica), NOW) for one in nodes.values()},
         replicas=replicas,
         new_id=lambda: f"r-{next(numbers)}",
         **values,
     )
+
+
+def spec_of(workspaces: dict[str, Workspace], replica: Replica) -> Spec:
+    return workspaces[replica.workspace_uid].spec_at(replica.generation)
 
 
 def in_words(actions: tuple[Action, ...]) -> list[str]:
@@ -89,6 +96,10 @@ def in_words(actions: tuple[Action, ...]) -> list[str]:
             case Update(one, _):
                 step = "gone" if one.gone_time else "stop" if one.stop_time else "drain"
                 words.append(f"{step} {one.id}")
+            case Good(uid, generation):
+                words.append(f"good {uid} {generation}")
+            case TakeBack(uid, generation, good, _):
+                words.append(f"back {uid} {generation} {good}")
             case Unplaced(uid, decision):
                 words.append(f"{'unplaced' if decision else 'placed'} {uid}")
     return words
@@ -97,6 +108,16 @@ def in_words(actions: tuple[Action, ...]) -> list[str]:
 READY, PULLING = ReplicaState.READY, ReplicaState.PULLING
 DRAINING = Availability.DRAINING
 EARLIER = NOW - timedelta(minutes=1)
+
+
+#: Two replicas of a generation that serves, and the first of the next.
+NEW = workspace(
+    replicas=2,
+    generation=2,
+    deployment=Deployment((Version(1, Spec("ws1", "old", (80,), gpu=GpuNeed(count=1))),), good=1, last=2),
+)
+OLD = (replica(1, "a"), replica(2, "a", 1))
+FIRST = replica(3, "a", 2, generation=2)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +381,103 @@ EARLIER = NOW - timedelta(minutes=1)
             {},
             ["stop r-1", "place w-1 a1"],
             id="a contained memory error: the container starts anew",
+        ),
+        # Updates.
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": READY}), *OLD],
+            {},
+            ["place w-1 a2"],
+            id="an update begins with one more",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": READY, "r-3": PULLING}), *OLD, FIRST],
+            {},
+            [],
+            id="what serves is kept until the new one does",
+        ),
+        pytest.param(
+            [
+                NEW,
+                node("a", gpus=3, said={"r-1": READY, "r-2": READY, "r-3": PULLING}),
+                *OLD,
+                replace(FIRST, create_time=NOW - timedelta(days=9)),
+            ],
+            {},
+            [],
+            id="however long that takes",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": READY, "r-3": READY}), *OLD, FIRST],
+            {"running": {"r-2": 1}},
+            ["drain r-1"],
+            id="then one of the old goes",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": PULLING, "r-3": PULLING}), *OLD, FIRST],
+            {},
+            ["drain r-2"],
+            id="one that does not serve need not wait",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-2": READY, "r-3": READY}), OLD[1], FIRST],
+            {},
+            ["place w-1 a0"],
+            id="and so on",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-3": READY, "r-4": READY}), FIRST, replica(4, "a", generation=2)],
+            {},
+            ["good w-1 2"],
+            id="until all are new",
+        ),
+        pytest.param(
+            [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": READY, "r-3": ReplicaState.BACKOFF}), *OLD, FIRST],
+            {"trails": {"r-3": Trail(ReplicaState.BACKOFF, 0, NOW_S, failures=9)}},
+            ["back w-1 2 1"],
+            id="what does not come up is taken back",
+        ),
+        pytest.param(
+            [
+                replace(NEW, deployment=replace(NEW.deployment, good=0)),
+                node("a", gpus=3, said={"r-3": ReplicaState.BACKOFF}),
+                *OLD,
+                FIRST,
+            ],
+            {"trails": {"r-3": Trail(ReplicaState.BACKOFF, 0, NOW_S, failures=9)}},
+            ["drain r-2"],
+            id="not to what has never served",
+        ),
+        pytest.param(
+            [NEW, node("a", said={"r-1": READY, "r-2": READY}), *OLD],
+            {},
+            ["unplaced w-1"],
+            id="without room for one more the old go on serving",
+        ),
+        pytest.param(
+            [
+                replace(NEW, unplaced=Decision(NOW - timedelta(days=1), "x", refusals={"no": 1})),
+                node("a", said={"r-1": READY, "r-2": READY}),
+                *OLD,
+            ],
+            {},
+            ["unplaced w-1"],
+            id="for as long as it takes",
+        ),
+        pytest.param(
+            [
+                replace(NEW, spec=replace(NEW.spec, replicas=1)),
+                node("a", gpus=4, said={"r-1": READY, "r-2": READY, "r-3": PULLING, "r-4": PULLING}),
+                *(*OLD, FIRST, replica(4, "a", 3, generation=2)),
+            ],
+            {},
+            ["drain r-4", "drain r-2"],
+            id="scaled down in mid-update: what serves stays",
+        ),
+        pytest.param(
+            [NEW, node("a", said={"r-1": READY, "r-2": ReplicaState.BACKOFF}), *OLD],
+            {},
+            ["unplaced w-1", "drain r-2"],
+            id="what does not serve makes room",
         ),
         # Orphans.
         pytest.param(

@@ -453,7 +453,11 @@ class FakeControlPlane(
         raise AssertionError(f"the bridge has no business calling this with {request!r}")
 
     Schedule = Query = Cancel = _uncalled
-    CreateWorkspace = ListWorkspaces = ScaleWorkspace = DeleteWorkspace = WatchWorkspace = _uncalled
+
+    def Connect(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        raise AssertionError("the bridge has no business calling this")
+
+    CreateWorkspace = UpdateWorkspace = ListWorkspaces = ScaleWorkspace = DeleteWorkspace = WatchWorkspace = _uncalled
     PublishRoute = ListRoutes = DeleteRoute = _uncalled
 
     async def _admit(self, context: Any, method: str = "") -> None:

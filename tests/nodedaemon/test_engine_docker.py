@@ -82,6 +82,7 @@ class Node:
         self.network = f"ngpu-t{self.suffix}"
         self.state_dir = state_dir
         self.engines: list[DockerEngine] = []
+        self.images: list[str] = []
         self._count = 0
 
     def engine(self, **options: Any) -> DockerEngine:
@@ -99,6 +100,9 @@ class Node:
             await engine.close()
         for container in self.api.containers(all=True, filters={"label": f"ngpu.node={self.addr}"}):
             self.api.remove_container(container["Id"], force=True, v=True)
+        for image in self.images:
+            with contextlib.suppress(docker.errors.NotFound):
+                self.api.remove_image(image, force=True)
         with contextlib.suppress(docker.errors.NotFound):
             self.api.remove_network(self.network)
         for rule in rules(f"{self.network}0"):
@@ -427,21 +431,17 @@ def registry_tools() -> None:
 
 
 @pytest.fixture
-def big(node: Node, registry_tools: None) -> Iterator[Callable[[str, bool], str]]:
+def big(node: Node, registry_tools: None) -> Callable[..., str]:
     """Makes an image that is in a registry and not in the cache."""
-    made: list[str] = []
 
     def make(address: str, credentials: bool = False, name: str = "private/big:1") -> str:
         local = images.variant(node.api, f"big{node.suffix}", extra_bytes=20 * MIB)
         reference = images.push(node.api, local, address, name, credentials=credentials)
         node.api.remove_image(local)
-        made.append(reference)
+        node.images.append(reference)
         return reference
 
-    yield make
-    for reference in made:
-        with contextlib.suppress(docker.errors.NotFound):
-            node.api.remove_image(reference, force=True)
+    return make
 
 
 async def test_a_pull_tells_its_progress(engine: DockerEngine, big: Callable[[str], str]) -> None:

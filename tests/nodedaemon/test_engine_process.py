@@ -110,7 +110,9 @@ async def test_a_process_runs_in_its_directory_with_a_small_environment(
     assert engine.owns(about["pid"]) is True
     assert engine.owns(os.getpid()) is False
     assert engine.owns(2**22 + 1) is None
-    assert "GET /about" in await engine.logs("r-1", lines=5)
+    async with asyncio.timeout(10):
+        while "GET /about" not in await engine.logs("r-1", lines=5):
+            await asyncio.sleep(0.02)
 
 
 async def test_limits_are_set(engine: ProcessEngine, home: Path) -> None:
@@ -145,6 +147,8 @@ async def test_limits_are_set(engine: ProcessEngine, home: Path) -> None:
         ("a/b", "command = [", (), StartFailed, "image.toml cannot be read"),
         ("a/b", "", ("no-such-program",), StartFailed, "'no-such-program' is not in the image"),
         ("a/b", "", ("./image.toml",), StartFailed, "Permission denied"),
+        ("a/b", "", ("x\0y",), StartFailed, "could not be started: embedded null byte"),
+        pytest.param("a/b", "", ("x" * 3_000_000,), StartFailed, "Argument list too long", id="too long"),
     ],
 )
 async def test_what_cannot_be_started_says_why(
@@ -255,7 +259,8 @@ async def test_replicas_on_processes_from_start_to_crash_to_restart_to_stop(engi
     await get(Container("r-1", "", "", addresses={8080: address}), "/exit?code=7")
     await until(State.BACKOFF)
     assert "exited with code 7" in replicas.reports()[0].message
-    assert "GET /exit?code=7" in replicas.reports()[0].message
+    while "its last lines:\nGET /about\nGET /exit?code=7" not in replicas.reports()[0].message:
+        await replicas.changed(replicas.version)
     await until(State.READY)
     assert replicas.reports()[0].restarts == 1
     replicas.apply([])

@@ -158,7 +158,7 @@ async def test_a_container_that_ended_while_the_daemon_was_away_backs_off_with_i
     await node.restart()
     await node.apply(A)
     assert node.report().state is State.BACKOFF
-    assert "tried again after 8 s: the container exited with code 3" in node.report().message
+    assert "next start after 8 s: the container exited with code 3" in node.report().message
     await node.time.advance(8)
     assert (node.report().state, node.report().restarts) == (State.READY, 4)
 
@@ -197,7 +197,7 @@ async def test_a_container_that_exits_is_restarted_with_backoff(node: Node) -> N
         report = node.report()
         assert report.state is State.BACKOFF
         assert report.message == (
-            f"tried again after {2 ** (failures - 1)} s: "
+            f"next start after {2 ** (failures - 1)} s: "
             "the container exited with code 3 after 2 s; its last lines:\nno model"
         )
         assert node.daemon.address("r-a", 8080) is None
@@ -216,7 +216,7 @@ async def test_backoff_begins_anew_after_ten_minutes_of_health(node: Node) -> No
         await settle()
         message = node.report().message
         await node.time.advance(BACKOFF_LIMIT_S)
-    assert message.startswith("tried again after 1 s")
+    assert message.startswith("next start after 1 s")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ async def test_one_that_is_never_ready_is_given_up_and_tried_again(
     assert node.report().state is State.STARTING
     await node.time.advance(2)
     assert node.report().state is State.BACKOFF
-    assert node.report().message == f"tried again after 1 s: {words}"
+    assert node.report().message == f"next start after 1 s: {words}"
     assert node.engine.stopped == ["r-a"]
     assert node.exits == []
     await node.time.advance(1)
@@ -293,7 +293,7 @@ async def test_an_image_that_is_missing_is_looked_for_again(node: Node) -> None:
     assert "There is no such image" in node.report().message
     assert node.report().restarts == 0
     await node.time.advance(1)
-    assert node.report().message.startswith("tried again after 2 s")
+    assert node.report().message.startswith("next start after 2 s")
 
 
 async def test_one_that_fails_does_not_hurt_the_others(node: Node) -> None:

@@ -1,5 +1,6 @@
 """No open door: every method, every kind of caller; and what a caller is told when something is wrong."""
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from controlplane.access import Access, Kind
 from controlplane.api.gate import ROLES, Caller, Gate, ip_of
 from controlplane.api.server import SERVICES, Server
 from controlplane.errors import Unavailable
-from tests.wire.house import DEADLINE_S, RICH, Client, House, error_of, refused, request
+from tests.wire.house import DEADLINE_S, RICH, Client, House, error_of, house, refused, request
 from tests.wire.node import Node
 
 METHODS = {method.full_name: method for service in SERVICES for method in service.methods}
@@ -130,6 +131,23 @@ async def test_revoked_token_is_refused_at_once_also_on_streams_that_are_open(th
         await batch.read()
     with refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"):
         await there.operator.fleet.RevokeToken(fleet_pb2.RevokeTokenRequest(id="t-0"), metadata=there.operator.auth)
+
+
+async def test_operator_who_has_locked_himself_out_gets_in_after_a_restart(tmp_path: Path) -> None:
+    async with house(tmp_path) as there:
+        listing = await there.operator.fleet.ListTokens(fleet_pb2.ListTokensRequest(), metadata=there.operator.auth)
+        old = there.operator.credential
+        for token in sorted(listing.tokens, key=lambda token: token.role == fleet_pb2.ROLE_OPERATOR):
+            await there.operator.fleet.RevokeToken(
+                fleet_pb2.RevokeTokenRequest(id=token.id), metadata=there.operator.auth
+            )
+    async with house(tmp_path) as there:
+        assert there.operator.credential != old
+        listing = await there.operator.fleet.ListTokens(fleet_pb2.ListTokensRequest(), metadata=there.operator.auth)
+        # What an operator has taken away from others stays taken away.
+        assert len(listing.tokens) == 3
+        with refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", "revoked"):
+            await there.bridge.tasks.Query(pb.QueryRequest(task_id="x"), metadata=there.bridge.auth)
 
 
 async def test_health_is_open_and_says_no_while_stopping(there: House) -> None:

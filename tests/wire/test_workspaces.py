@@ -126,6 +126,36 @@ async def test_workspace_grows_shrinks_and_is_watched(there: House, node: Node) 
     watching.cancel()
 
 
+async def test_update_replaces_one_replica_after_another(there: House, node: Node) -> None:
+    made = await there.operator.workspace(image="echo:1", replicas=2)
+    await there.operator.ready("echo", 2)
+    spec = pb.WorkspaceSpec()
+    spec.CopyFrom(made.spec)
+    spec.image = "echo:2"
+
+    async def update(**changes: Any) -> pb.Workspace:
+        message = pb.UpdateWorkspaceRequest(workspace="echo", spec=spec)
+        message.spec.MergeFrom(pb.WorkspaceSpec(**changes))
+        answer = await there.operator.workspaces.UpdateWorkspace(message, metadata=there.operator.auth)
+        return answer.workspace  # type: ignore[no-any-return]
+
+    assert (await update()).generation == 2
+    watching = there.operator.workspaces.WatchWorkspace(
+        pb.WatchWorkspaceRequest(workspace="echo"), metadata=there.operator.auth, timeout=DEADLINE_S
+    )
+    while (shown := (await watching.read()).workspace).updated_replicas < 2 or len(shown.replicas) > 2:
+        assert shown.ready_replicas >= 2
+    watching.cancel()
+    assert {one.spec.image for one in node.assignments} == {"echo:2"}
+    assert {replica.generation for replica in shown.replicas} == {2}
+    with refused(*INVALID, "keeps its name"):
+        await update(name="other")
+    with refused(*NOT_FOUND):
+        await there.operator.workspaces.UpdateWorkspace(
+            pb.UpdateWorkspaceRequest(workspace="none", spec=spec), metadata=there.operator.auth
+        )
+
+
 async def test_missing_replicas_are_explained(there: House, node: Node) -> None:
     await there.operator.workspace(gpu=pb.GpuNeed(model="H100", count=1))
     watching = there.operator.workspaces.WatchWorkspace(

@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("create_time", sa.BigInteger(), nullable=False),
         sa.Column("delete_time", sa.BigInteger(), nullable=True),
         sa.Column("unplaced_json", sa.LargeBinary(), nullable=True),
+        sa.Column("deployment_json", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("uid"),
         sa.UniqueConstraint("id"),
     )
@@ -103,6 +104,7 @@ def upgrade() -> None:
         sa.Column("user_ip", sa.String(), nullable=False),
         sa.Column("origin_url", sa.String(), nullable=False),
         sa.Column("operation", sa.String(), nullable=False),
+        sa.Column("streamed", sa.Boolean(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("replica_id", sa.String(), nullable=False),
         sa.Column("node_addr", sa.String(), nullable=False),

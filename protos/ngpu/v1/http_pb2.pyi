@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class Header(_message.Message):
     """A header field. Names are case-insensitive; order and repetition are kept. Hop-by-hop fields (RFC 9110, 7.6.1),
-    `Host`, `Content-Length`, `Authorization` and fields that begin with `X-NGPU-` never travel.
+    `Host`, `Content-Length`, `Authorization` and fields that begin with `X-NGPU-` never travel. Two exceptions: `Upgrade` travels in
+    a `streamed` GET that asks the container to change to WebSocket, and in the 101 that grants it; `Content-Length` in a response
+    that has no body to tell its length by (to HEAD, or a 304).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -63,7 +65,7 @@ class Body(_message.Message):
     """The name of an uploaded body (TaskService.Upload), instead of `inline`. Only in requests to the control plane."""
     size: _builtins.int
     """Length in bytes. Larger than the length of `inline`: the rest is to be read with TaskService.Watch (callers) or
-    NodeService.Fetch (nodes).
+    NodeService.Fetch (nodes). In the head of a response that is still coming: what its Content-Length promises, 0 if it has none.
     """
     is_utf8: _builtins.bool
     """True if the whole body is valid UTF-8, as checked by the node while it read it. Only in responses."""
@@ -131,7 +133,7 @@ class HttpResponse(_message.Message):
     HEADERS_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     status: _builtins.int
-    """The status code, 200 to 599."""
+    """The status code, 200 to 599; or 101, after which the connection is no longer HTTP (see TaskService.Connect)."""
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Header]: ...
     @_builtins.property

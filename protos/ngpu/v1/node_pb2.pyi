@@ -847,7 +847,7 @@ class DeliverRequest(_message.Message):
     """The body ends with `data`."""
     @_builtins.property
     def head(self) -> _http_pb2.HttpResponse:
-        """Body without `inline`."""
+        """Body without `inline`; its `size` is what Content-Length promises, 0 if there is none."""
 
     def __init__(
         self,
@@ -890,3 +890,55 @@ class DeliverResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeliverResponse: _TypeAlias = DeliverResponse  # noqa: Y015
+
+@_typing.final
+class TunnelRequest(_message.Message):
+    """Bytes of the container. The first message names the attempt and has the head; the others carry data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    attempt_id: _builtins.str
+    data: _builtins.bytes
+    """At most 256 KiB."""
+    @_builtins.property
+    def head(self) -> _http_pb2.HttpResponse:
+        """Status 101."""
+
+    def __init__(
+        self,
+        *,
+        attempt_id: _builtins.str = ...,
+        head: _http_pb2.HttpResponse | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "data", b"data", "head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TunnelRequest: _TypeAlias = TunnelRequest  # noqa: Y015
+
+@_typing.final
+class TunnelResponse(_message.Message):
+    """Bytes for the container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TunnelResponse: _TypeAlias = TunnelResponse  # noqa: Y015

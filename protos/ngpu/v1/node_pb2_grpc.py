@@ -72,6 +72,11 @@ class NodeServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_node__pb2.DeliverRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_node__pb2.DeliverResponse.FromString,
                 _registered_method=True)
+        self.Tunnel = channel.stream_stream(
+                '/ngpu.v1.NodeService/Tunnel',
+                request_serializer=ngpu_dot_v1_dot_node__pb2.TunnelRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_node__pb2.TunnelResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer(object):
@@ -146,6 +151,18 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tunnel(self, request_iterator, context):
+        """A connection to a container that has changed its protocol (101), both ways as bytes; on the same channel as bodies.
+
+        Nothing is said until the task's caller has taken the connection (TaskService.Connect); a caller who does not come within 10 seconds
+        is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
+        Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
+        Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +200,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Deliver,
                     request_deserializer=ngpu_dot_v1_dot_node__pb2.DeliverRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_node__pb2.DeliverResponse.SerializeToString,
+            ),
+            'Tunnel': grpc.stream_stream_rpc_method_handler(
+                    servicer.Tunnel,
+                    request_deserializer=ngpu_dot_v1_dot_node__pb2.TunnelRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_node__pb2.TunnelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -377,6 +399,33 @@ class NodeService(object):
             '/ngpu.v1.NodeService/Deliver',
             ngpu_dot_v1_dot_node__pb2.DeliverRequest.SerializeToString,
             ngpu_dot_v1_dot_node__pb2.DeliverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tunnel(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ngpu.v1.NodeService/Tunnel',
+            ngpu_dot_v1_dot_node__pb2.TunnelRequest.SerializeToString,
+            ngpu_dot_v1_dot_node__pb2.TunnelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,14 @@ class NodeServiceStub:
     an empty `inline`.
     Errors: NOT_FOUND (attempt unknown or given up), RESOURCE_EXHAUSTED with reason TOO_LARGE (the node closes the container's response).
     """
+    Tunnel: _grpc.StreamStreamMultiCallable[_node_pb2.TunnelRequest, _node_pb2.TunnelResponse]
+    """A connection to a container that has changed its protocol (101), both ways as bytes; on the same channel as bodies.
+
+    Nothing is said until the task's caller has taken the connection (TaskService.Connect); a caller who does not come within 10 seconds
+    is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
+    Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
+    Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -118,6 +126,14 @@ class NodeServiceAsyncStub(NodeServiceStub):
     whenever it has written more, and last when all is on disk. Then the node sends the attempt's Result on Execute, with the body's size and
     an empty `inline`.
     Errors: NOT_FOUND (attempt unknown or given up), RESOURCE_EXHAUSTED with reason TOO_LARGE (the node closes the container's response).
+    """
+    Tunnel: _aio.StreamStreamMultiCallable[_node_pb2.TunnelRequest, _node_pb2.TunnelResponse]  # type: ignore[assignment]
+    """A connection to a container that has changed its protocol (101), both ways as bytes; on the same channel as bodies.
+
+    Nothing is said until the task's caller has taken the connection (TaskService.Connect); a caller who does not come within 10 seconds
+    is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
+    Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
+    Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
     """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -203,6 +219,20 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         whenever it has written more, and last when all is on disk. Then the node sends the attempt's Result on Execute, with the body's size and
         an empty `inline`.
         Errors: NOT_FOUND (attempt unknown or given up), RESOURCE_EXHAUSTED with reason TOO_LARGE (the node closes the container's response).
+        """
+
+    @_abc_1.abstractmethod
+    def Tunnel(
+        self,
+        request_iterator: _MaybeAsyncIterator[_node_pb2.TunnelRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.TunnelResponse], _abc.AsyncIterator[_node_pb2.TunnelResponse]]:
+        """A connection to a container that has changed its protocol (101), both ways as bytes; on the same channel as bodies.
+
+        Nothing is said until the task's caller has taken the connection (TaskService.Connect); a caller who does not come within 10 seconds
+        is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
+        Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
+        Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -230,6 +230,7 @@ class ScheduleRequest(_message.Message):
     ORIGIN_FIELD_NUMBER: _builtins.int
     MAX_INLINE_BYTES_FIELD_NUMBER: _builtins.int
     REPEATABLE_FIELD_NUMBER: _builtins.int
+    STREAMED_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace, by its id. May be empty with a workspace's own token, or with `route`."""
     route: _builtins.str
@@ -246,6 +247,11 @@ class ScheduleRequest(_message.Message):
     """Cut response bodies longer than this from the answer, to be read with Watch. 0 is the default and most: 1 MiB; in Batch 64 KiB."""
     repeatable: _builtins.bool
     """May an attempt that reached the container be run again when its node is lost? Unset: as the workspace says (default true)."""
+    streamed: _builtins.bool
+    """Pass the response on as it comes. The answer may then come before the task's end: as soon as the container has begun a response that
+    is long or takes its time, `task` is RUNNING and `response` has its head; go on with Watch from offset 0 (after a 101: Connect).
+    Its bodies are kept only up to a size that the operator sets.
+    """
     @_builtins.property
     def request(self) -> _http_pb2.HttpRequest: ...
     @_builtins.property
@@ -268,10 +274,11 @@ class ScheduleRequest(_message.Message):
         origin: Global___Origin | None = ...,
         max_inline_bytes: _builtins.int = ...,
         repeatable: _builtins.bool | None = ...,
+        streamed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "origin", b"origin", "repeatable", b"repeatable", "request", b"request", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "repeatable", b"repeatable", "request", b"request", "route", b"route", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "repeatable", b"repeatable", "request", b"request", "route", b"route", "streamed", b"streamed", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repeatable: _TypeAlias = _typing.Literal["repeatable"]  # noqa: Y015
     _WhichOneofArgType__repeatable: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable"]  # noqa: Y015
@@ -291,7 +298,7 @@ class ScheduleResponse(_message.Message):
     def task(self) -> Global___Task: ...
     @_builtins.property
     def response(self) -> _http_pb2.HttpResponse:
-        """Set when COMPLETED."""
+        """Set when COMPLETED; with `streamed` also while RUNNING, once the container has begun to answer."""
 
     def __init__(
         self,
@@ -443,6 +450,8 @@ class UploadRequest(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     ROUTE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    DISCARD_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     """First message only: an upload to go on with; empty makes a new one."""
     offset: _builtins.int
@@ -453,6 +462,10 @@ class UploadRequest(_message.Message):
     """First message only: the workspace it is for, whose limit on bodies holds. May be empty with a workspace's own token."""
     route: _builtins.str
     """First message only: the published route it is for, instead of `workspace_id`."""
+    size: _builtins.int
+    """First message only: how long it will be; 0: not known. More than the workspace takes is refused at once."""
+    discard: _builtins.bool
+    """First message only: delete what is stored if the stream breaks, since nobody will go on with it."""
     def __init__(
         self,
         *,
@@ -461,10 +474,12 @@ class UploadRequest(_message.Message):
         data: _builtins.bytes = ...,
         workspace_id: _builtins.str = ...,
         route: _builtins.str = ...,
+        size: _builtins.int = ...,
+        discard: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset", "route", b"route", "upload_id", b"upload_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "discard", b"discard", "offset", b"offset", "route", b"route", "size", b"size", "upload_id", b"upload_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -831,11 +846,14 @@ class WatchRequest(_message.Message):
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    CANCEL_ON_HANGUP_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     workspace_id: _builtins.str
     part: Global___WatchRequest.Part.ValueType
     offset: _builtins.int
     """Begin with this byte of the body."""
+    cancel_on_hangup: _builtins.bool
+    """The watcher is the one the task is for: cancel it if the stream breaks before all of the response has been sent."""
     def __init__(
         self,
         *,
@@ -843,10 +861,11 @@ class WatchRequest(_message.Message):
         workspace_id: _builtins.str = ...,
         part: Global___WatchRequest.Part.ValueType = ...,
         offset: _builtins.int = ...,
+        cancel_on_hangup: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "part", b"part", "task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_on_hangup", b"cancel_on_hangup", "offset", b"offset", "part", b"part", "task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -934,3 +953,52 @@ class CancelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+
+@_typing.final
+class ConnectRequest(_message.Message):
+    """Bytes for the container. The first message names the task and has no data."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    workspace_id: _builtins.str
+    data: _builtins.bytes
+    """At most 256 KiB."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        workspace_id: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
+
+@_typing.final
+class ConnectResponse(_message.Message):
+    """Bytes of the container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015

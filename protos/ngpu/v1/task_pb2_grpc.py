@@ -77,6 +77,11 @@ class TaskServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_task__pb2.WatchRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_task__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.Connect = channel.stream_stream(
+                '/ngpu.v1.TaskService/Connect',
+                request_serializer=ngpu_dot_v1_dot_task__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_task__pb2.ConnectResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/ngpu.v1.TaskService/Cancel',
                 request_serializer=ngpu_dot_v1_dot_task__pb2.CancelRequest.SerializeToString,
@@ -125,8 +130,10 @@ class TaskServiceServicer(object):
     def Upload(self, request_iterator, context):
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
-        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. Returns when the
-        client half-closes and the bytes are on disk. An upload no Schedule has used within an hour is deleted.
+        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
+        initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
+        need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+        Schedule has used within an hour is deleted.
         Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
         the message says which it is; go on from there).
         """
@@ -165,6 +172,19 @@ class TaskServiceServicer(object):
         most 256 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
         The reader sets the pace; a slow one holds back nobody else.
         Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Connect(self, request_iterator, context):
+        """The connection to a container that has answered a `streamed` task with 101: bytes both ways, as they are, until one side closes.
+
+        The first message names the task; call it at once after the answer of Schedule that had the 101, the node waits for 10 seconds. Each
+        direction has HTTP/2's own back-pressure. Nothing is kept on disk and nothing can be taken up again: when the stream ends, for
+        whatever reason, the container's connection is closed and the task is over. A side that closes has its bytes delivered first; there
+        is no half-closed state. The task's run time is the limit of its duration.
+        Errors: NOT_FOUND (no such task, or it has no connection to be taken).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,6 +236,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=ngpu_dot_v1_dot_task__pb2.WatchRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_task__pb2.WatchResponse.SerializeToString,
+            ),
+            'Connect': grpc.stream_stream_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=ngpu_dot_v1_dot_task__pb2.ConnectRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_task__pb2.ConnectResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -420,6 +445,33 @@ class TaskService(object):
             '/ngpu.v1.TaskService/Watch',
             ngpu_dot_v1_dot_task__pb2.WatchRequest.SerializeToString,
             ngpu_dot_v1_dot_task__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Connect(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ngpu.v1.TaskService/Connect',
+            ngpu_dot_v1_dot_task__pb2.ConnectRequest.SerializeToString,
+            ngpu_dot_v1_dot_task__pb2.ConnectResponse.FromString,
             options,
             channel_credentials,
             insecure,

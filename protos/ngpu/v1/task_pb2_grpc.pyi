@@ -63,8 +63,10 @@ class TaskServiceStub:
     Upload: _grpc.StreamUnaryMultiCallable[_task_pb2.UploadRequest, _task_pb2.UploadResponse]
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
-    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. Returns when the
-    client half-closes and the bytes are on disk. An upload no Schedule has used within an hour is deleted.
+    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
+    initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
+    need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+    Schedule has used within an hour is deleted.
     Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
     the message says which it is; go on from there).
     """
@@ -87,6 +89,15 @@ class TaskServiceStub:
     most 256 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
     The reader sets the pace; a slow one holds back nobody else.
     Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
+    """
+    Connect: _grpc.StreamStreamMultiCallable[_task_pb2.ConnectRequest, _task_pb2.ConnectResponse]
+    """The connection to a container that has answered a `streamed` task with 101: bytes both ways, as they are, until one side closes.
+
+    The first message names the task; call it at once after the answer of Schedule that had the 101, the node waits for 10 seconds. Each
+    direction has HTTP/2's own back-pressure. Nothing is kept on disk and nothing can be taken up again: when the stream ends, for
+    whatever reason, the container's connection is closed and the task is over. A side that closes has its bytes delivered first; there
+    is no half-closed state. The task's run time is the limit of its duration.
+    Errors: NOT_FOUND (no such task, or it has no connection to be taken).
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_task_pb2.CancelRequest, _task_pb2.CancelResponse]
     """End a task that has not ended. A queued one never starts; of a running one the container's request is closed.
@@ -129,8 +140,10 @@ class TaskServiceAsyncStub(TaskServiceStub):
     Upload: _aio.StreamUnaryMultiCallable[_task_pb2.UploadRequest, _task_pb2.UploadResponse]  # type: ignore[assignment]
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
-    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. Returns when the
-    client half-closes and the bytes are on disk. An upload no Schedule has used within an hour is deleted.
+    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
+    initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
+    need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+    Schedule has used within an hour is deleted.
     Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
     the message says which it is; go on from there).
     """
@@ -153,6 +166,15 @@ class TaskServiceAsyncStub(TaskServiceStub):
     most 256 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
     The reader sets the pace; a slow one holds back nobody else.
     Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
+    """
+    Connect: _aio.StreamStreamMultiCallable[_task_pb2.ConnectRequest, _task_pb2.ConnectResponse]  # type: ignore[assignment]
+    """The connection to a container that has answered a `streamed` task with 101: bytes both ways, as they are, until one side closes.
+
+    The first message names the task; call it at once after the answer of Schedule that had the 101, the node waits for 10 seconds. Each
+    direction has HTTP/2's own back-pressure. Nothing is kept on disk and nothing can be taken up again: when the stream ends, for
+    whatever reason, the container's connection is closed and the task is over. A side that closes has its bytes delivered first; there
+    is no half-closed state. The task's run time is the limit of its duration.
+    Errors: NOT_FOUND (no such task, or it has no connection to be taken).
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_task_pb2.CancelRequest, _task_pb2.CancelResponse]  # type: ignore[assignment]
     """End a task that has not ended. A queued one never starts; of a running one the container's request is closed.
@@ -210,8 +232,10 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_pb2.UploadResponse, _abc.Awaitable[_task_pb2.UploadResponse]]:
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
-        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. Returns when the
-        client half-closes and the bytes are on disk. An upload no Schedule has used within an hour is deleted.
+        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
+        initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
+        need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+        Schedule has used within an hour is deleted.
         Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
         the message says which it is; go on from there).
         """
@@ -258,6 +282,21 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         most 256 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
         The reader sets the pace; a slow one holds back nobody else.
         Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
+        """
+
+    @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request_iterator: _MaybeAsyncIterator[_task_pb2.ConnectRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_task_pb2.ConnectResponse], _abc.AsyncIterator[_task_pb2.ConnectResponse]]:
+        """The connection to a container that has answered a `streamed` task with 101: bytes both ways, as they are, until one side closes.
+
+        The first message names the task; call it at once after the answer of Schedule that had the 101, the node waits for 10 seconds. Each
+        direction has HTTP/2's own back-pressure. Nothing is kept on disk and nothing can be taken up again: when the stream ends, for
+        whatever reason, the container's connection is closed and the task is over. A side that closes has its bytes delivered first; there
+        is no half-closed state. The task's run time is the limit of its duration.
+        Errors: NOT_FOUND (no such task, or it has no connection to be taken).
         """
 
     @_abc_1.abstractmethod

@@ -100,12 +100,13 @@ class WorkspaceSpec(_message.Message):
     REPEATABLE_FIELD_NUMBER: _builtins.int
     WRITABLE_PATHS_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique among living workspaces: 1 to 63 of a-z, 0-9, "-", beginning with a letter."""
     image: _builtins.str
     """Image reference as for `docker pull`."""
     replicas: _builtins.int
-    """How many. 0 is allowed: registered, not running."""
+    """How many, unless `scale` is set. 0 is allowed: registered, not running."""
     concurrency: _builtins.int
     """Tasks one replica may run at once. Default 1."""
     cpus: _builtins.float
@@ -144,6 +145,10 @@ class WorkspaceSpec(_message.Message):
     def writable_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Directories, absolute, that the container may write to (each a tmpfs); /tmp always is."""
 
+    @_builtins.property
+    def scale(self) -> Global___Scale:
+        """Unset: there are always `replicas`."""
+
     def __init__(
         self,
         *,
@@ -164,16 +169,56 @@ class WorkspaceSpec(_message.Message):
         repeatable: _builtins.bool | None = ...,
         writable_paths: _abc.Iterable[_builtins.str] | None = ...,
         account: _builtins.str = ...,
+        scale: Global___Scale | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "gpu", b"gpu", "limits", b"limits", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "gpu", b"gpu", "limits", b"limits", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "account", b"account", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "image", b"image", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "shm_bytes", b"shm_bytes", "writable_paths", b"writable_paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "account", b"account", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "image", b"image", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "scale", b"scale", "shm_bytes", b"shm_bytes", "writable_paths", b"writable_paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repeatable: _TypeAlias = _typing.Literal["repeatable"]  # noqa: Y015
     _WhichOneofArgType__repeatable: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repeatable) -> _WhichOneofReturnType__repeatable | None: ...
 
 Global___WorkspaceSpec: _TypeAlias = WorkspaceSpec  # noqa: Y015
+
+@_typing.final
+class Scale(_message.Message):
+    """Between which numbers replicas follow the load: more when tasks wait or nearly all slots are in use, fewer when fewer were enough for
+    five minutes, none after the idle time. `replicas` is where that begins.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    IDLE_TIME_FIELD_NUMBER: _builtins.int
+    QUEUE_WAIT_FIELD_NUMBER: _builtins.int
+    min_replicas: _builtins.int
+    """0: none while nobody calls; the next call waits until one is up, for at most `limits.queue_time`."""
+    max_replicas: _builtins.int
+    @_builtins.property
+    def idle_time(self) -> _duration_pb2.Duration:
+        """Without a task for so long there are none, if `min_replicas` is 0; default 15 minutes."""
+
+    @_builtins.property
+    def queue_wait(self) -> _duration_pb2.Duration:
+        """How long a task may wait before there should be more; default 10 seconds."""
+
+    def __init__(
+        self,
+        *,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
+        idle_time: _duration_pb2.Duration | None = ...,
+        queue_wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_time", b"idle_time", "queue_wait", b"queue_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_time", b"idle_time", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "queue_wait", b"queue_wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scale: _TypeAlias = Scale  # noqa: Y015
 
 @_typing.final
 class GpuNeed(_message.Message):
@@ -329,6 +374,8 @@ class Workspace(_message.Message):
     QUEUED_TASKS_FIELD_NUMBER: _builtins.int
     RUNNING_TASKS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
+    UPDATED_REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """24 decimal digits; the credential of the workspace. Only shown to operators and to itself."""
     generation: _builtins.int
@@ -337,7 +384,11 @@ class Workspace(_message.Message):
     queued_tasks: _builtins.int
     running_tasks: _builtins.int
     message: _builtins.str
-    """Why fewer replicas run than wanted, in words; empty if none are missing."""
+    """Why fewer replicas run than wanted, how far an update is, why one was taken back, in words; empty: all is as it should be."""
+    wanted_replicas: _builtins.int
+    """How many replicas there should be now."""
+    updated_replicas: _builtins.int
+    """Replicas of this generation that are ready; of others as well in `ready_replicas`."""
     @_builtins.property
     def spec(self) -> Global___WorkspaceSpec: ...
     @_builtins.property
@@ -361,10 +412,12 @@ class Workspace(_message.Message):
         queued_tasks: _builtins.int = ...,
         running_tasks: _builtins.int = ...,
         message: _builtins.str = ...,
+        wanted_replicas: _builtins.int = ...,
+        updated_replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "generation", b"generation", "id", b"id", "message", b"message", "queued_tasks", b"queued_tasks", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "running_tasks", b"running_tasks", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "generation", b"generation", "id", b"id", "message", b"message", "queued_tasks", b"queued_tasks", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "running_tasks", b"running_tasks", "spec", b"spec", "updated_replicas", b"updated_replicas", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,6 +696,56 @@ class ScaleWorkspaceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScaleWorkspaceResponse: _TypeAlias = ScaleWorkspaceResponse  # noqa: Y015
+
+@_typing.final
+class UpdateWorkspaceRequest(_message.Message):
+    """What it shall be from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    workspace: _builtins.str
+    """Id or name."""
+    @_builtins.property
+    def spec(self) -> Global___WorkspaceSpec:
+        """`name` must be the workspace's."""
+
+    def __init__(
+        self,
+        *,
+        workspace: _builtins.str = ...,
+        spec: Global___WorkspaceSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWorkspaceRequest: _TypeAlias = UpdateWorkspaceRequest  # noqa: Y015
+
+@_typing.final
+class UpdateWorkspaceResponse(_message.Message):
+    """The workspace as it is now wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workspace(self) -> Global___Workspace: ...
+    def __init__(
+        self,
+        *,
+        workspace: Global___Workspace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["workspace", b"workspace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWorkspaceResponse: _TypeAlias = UpdateWorkspaceResponse  # noqa: Y015
 
 @_typing.final
 class DeleteWorkspaceRequest(_message.Message):

@@ -59,6 +59,11 @@ class WorkspaceServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceResponse.FromString,
                 _registered_method=True)
+        self.UpdateWorkspace = channel.unary_unary(
+                '/ngpu.v1.WorkspaceService/UpdateWorkspace',
+                request_serializer=ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceResponse.FromString,
+                _registered_method=True)
         self.DeleteWorkspace = channel.unary_unary(
                 '/ngpu.v1.WorkspaceService/DeleteWorkspace',
                 request_serializer=ngpu_dot_v1_dot_workspace__pb2.DeleteWorkspaceRequest.SerializeToString,
@@ -119,7 +124,23 @@ class WorkspaceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ScaleWorkspace(self, request, context):
-        """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Errors: NOT_FOUND, INVALID_ARGUMENT.
+        """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
+        is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWorkspace(self, request, context):
+        """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
+
+        Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
+        memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+        only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
+        within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
+        replaces one that is under way.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (every fault of the spec at once; another name; a port that a route leads to is missing),
+        ALREADY_EXISTS (replicas of too many earlier descriptions are still there: try again later).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,6 +206,11 @@ def add_WorkspaceServiceServicer_to_server(servicer, server):
                     servicer.ScaleWorkspace,
                     request_deserializer=ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceResponse.SerializeToString,
+            ),
+            'UpdateWorkspace': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWorkspace,
+                    request_deserializer=ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceResponse.SerializeToString,
             ),
             'DeleteWorkspace': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteWorkspace,
@@ -325,6 +351,33 @@ class WorkspaceService(object):
             '/ngpu.v1.WorkspaceService/ScaleWorkspace',
             ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceRequest.SerializeToString,
             ngpu_dot_v1_dot_workspace__pb2.ScaleWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.WorkspaceService/UpdateWorkspace',
+            ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceRequest.SerializeToString,
+            ngpu_dot_v1_dot_workspace__pb2.UpdateWorkspaceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,7 +49,20 @@ class WorkspaceServiceStub:
     ListWorkspaces: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.ListWorkspacesRequest, _workspace_pb2.ListWorkspacesResponse]
     """All workspaces, by name, without replicas."""
     ScaleWorkspace: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.ScaleWorkspaceRequest, _workspace_pb2.ScaleWorkspaceResponse]
-    """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Errors: NOT_FOUND, INVALID_ARGUMENT."""
+    """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
+    is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
+    """
+    UpdateWorkspace: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.UpdateWorkspaceRequest, _workspace_pb2.UpdateWorkspaceResponse]
+    """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
+
+    Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
+    memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+    only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
+    within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
+    replaces one that is under way.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (every fault of the spec at once; another name; a port that a route leads to is missing),
+    ALREADY_EXISTS (replicas of too many earlier descriptions are still there: try again later).
+    """
     DeleteWorkspace: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.DeleteWorkspaceRequest, _workspace_pb2.DeleteWorkspaceResponse]
     """Stop its replicas and refuse its tasks from now on; queued tasks fail with WORKSPACE_DELETED, running ones finish. Tasks stay
     readable for their retention. Idempotent. Errors: NOT_FOUND.
@@ -88,7 +101,20 @@ class WorkspaceServiceAsyncStub(WorkspaceServiceStub):
     ListWorkspaces: _aio.UnaryUnaryMultiCallable[_workspace_pb2.ListWorkspacesRequest, _workspace_pb2.ListWorkspacesResponse]  # type: ignore[assignment]
     """All workspaces, by name, without replicas."""
     ScaleWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_pb2.ScaleWorkspaceRequest, _workspace_pb2.ScaleWorkspaceResponse]  # type: ignore[assignment]
-    """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Errors: NOT_FOUND, INVALID_ARGUMENT."""
+    """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
+    is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
+    """
+    UpdateWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_pb2.UpdateWorkspaceRequest, _workspace_pb2.UpdateWorkspaceResponse]  # type: ignore[assignment]
+    """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
+
+    Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
+    memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+    only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
+    within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
+    replaces one that is under way.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (every fault of the spec at once; another name; a port that a route leads to is missing),
+    ALREADY_EXISTS (replicas of too many earlier descriptions are still there: try again later).
+    """
     DeleteWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_pb2.DeleteWorkspaceRequest, _workspace_pb2.DeleteWorkspaceResponse]  # type: ignore[assignment]
     """Stop its replicas and refuse its tasks from now on; queued tasks fail with WORKSPACE_DELETED, running ones finish. Tasks stay
     readable for their retention. Idempotent. Errors: NOT_FOUND.
@@ -148,7 +174,26 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workspace_pb2.ScaleWorkspaceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workspace_pb2.ScaleWorkspaceResponse, _abc.Awaitable[_workspace_pb2.ScaleWorkspaceResponse]]:
-        """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Errors: NOT_FOUND, INVALID_ARGUMENT."""
+        """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
+        is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateWorkspace(
+        self,
+        request: _workspace_pb2.UpdateWorkspaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workspace_pb2.UpdateWorkspaceResponse, _abc.Awaitable[_workspace_pb2.UpdateWorkspaceResponse]]:
+        """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
+
+        Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
+        memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+        only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
+        within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
+        replaces one that is under way.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (every fault of the spec at once; another name; a port that a route leads to is missing),
+        ALREADY_EXISTS (replicas of too many earlier descriptions are still there: try again later).
+        """
 
     @_abc_1.abstractmethod
     def DeleteWorkspace(

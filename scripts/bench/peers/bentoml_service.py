@@ -14,7 +14,7 @@ SMALL = json.dumps({"result": "x" * 286})
 LARGE = "x" * (4 * 1024 * 1024)
 
 
-@bentoml.service(workers=1, traffic={"timeout": 60, "max_concurrency": 512}, logging={"access": {"enabled": False}})
+@bentoml.service(workers=1, traffic={"timeout": 60, "max_concurrency": 512})
 class Work:
     """/w1, /w2, /w3 as in product.py; the fields of a body are the arguments, as BentoML has it."""
 
@@ -35,8 +35,8 @@ class Work:
 def main() -> None:
     here = Path(__file__)
     os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": sys.argv[2]}
-    command = [sys.executable, "-m", "bentoml", "serve", f"{here.stem}:Work", "--host", "127.0.0.1", "--port", sys.argv[1]]
-    os.execv(sys.executable, [*command, "--working-dir", str(here.parent)])  # noqa: S606
+    command = [sys.executable, "-m", "bentoml", "serve", f"{here.stem}:Work", "--working-dir", str(here.parent)]
+    os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", sys.argv[1]])  # noqa: S606
 
 
 if __name__ == "__main__":

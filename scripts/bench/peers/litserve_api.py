@@ -41,9 +41,7 @@ class Work(litserve.LitAPI):
 def main() -> None:
     works = [Work("/w1", SMALL), Work("/w2", SMALL, 0.02), Work("/w3", LARGE)]
     server = litserve.LitServer(works, accelerator="cpu", max_payload_size=64 * 1024 * 1024, timeout=60)
-    server.run(
-        host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, access_log=False, log_level="warning"
-    )
+    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False)
 
 
 if __name__ == "__main__":

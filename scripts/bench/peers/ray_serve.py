@@ -1,6 +1,6 @@
 """The bench workspace's work as a Ray Serve deployment: python ray_serve.py PORT DIRECTORY."""
 
-# mypy: disable-error-code="import-not-found,untyped-decorator"
+# mypy: disable-error-code="attr-defined,import-not-found,untyped-decorator"
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ SMALL = json.dumps({"result": "x" * 286}).encode()
 LARGE = b"x" * (4 * 1024 * 1024)
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=512, logging_config={"enable_access_log": False})
+@serve.deployment(num_replicas=1, max_ongoing_requests=512)
 class Work:
     """/w1, /w2, /w3 as in product.py."""
 
@@ -34,7 +34,7 @@ def main() -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ray.init(include_dashboard=False, _temp_dir=directory, log_to_driver=False, logging_level="warning")
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Work.bind())
     while not ended.wait(1):
         pass

@@ -1,0 +1,251 @@
+"""W4: durable asynchronous tasks, beside job queues that do the same work.
+
+Ours: submitted to the REST API, then asked after with wait=; every answer after fsync. The container answers 300 B to
+300 B. `ngpu (gRPC)` is the same through one Batch stream of the gRPC API. Celery, Dramatiq and arq give 300 B back from
+a worker process, with Redis for queue and results as it comes, which is without fsync; `Celery, fsync` has Redis write
+and sync each change (appendfsync always). Each is called by its own Python client and up only while it is measured.
+
+  c=64: tasks a second, submitted, done, stored and read, with 64 under way.
+  paced: 50 tasks a second; from before the submit to its answer, and to the result in the caller's hands.
+  query: queryTask of an ended task.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.bench import loads, product, sheet
+from scripts.bench.loads import HERE, cpu_s, free_port, wrk
+from scripts.bench.sheet import Goal
+from scripts.bench.tools import Tool
+from scripts.programs import Failed, Platform
+
+CALLERS = 64
+QUERY_PATH = "/user/queryTask?taskID="
+REDIS_START_LIMIT_S = 10.0
+WORKER_START_LIMIT_S = 30.0
+
+GOALS = (
+    Goal("W4 c=64 to Celery", "w4_c64_tps", 4, 8, to="celery_w4_c64_tps"),
+    Goal("W4 c=64 to Dramatiq", "w4_c64_tps", 2, 3.5, to="dramatiq_w4_c64_tps"),
+    Goal("W4 c=64 to arq", "w4_c64_tps", 2, 3.5, to="arq_w4_c64_tps"),
+    Goal("paced, submit to result p50, to Celery's", "w4_paced_result_p50_ms", 1.4, 0.95,
+         to="celery_w4_paced_result_p50_ms", most=True),
+    Goal("paced, submit to result p50, to arq's", "w4_paced_result_p50_ms", None, 0.6,
+         to="arq_w4_paced_result_p50_ms", most=True),
+    Goal("query c=1 p50", "query_p50_ms", 2, 1, most=True, unit="ms"),
+    Goal("query c=64", "query_c64_rps", 2500, 5000, unit="/s"),
+)  # fmt: skip
+
+
+class Peer(NamedTuple):
+    """`key` begins its figures' names; `worker`: program and arguments in its virtualenv."""
+
+    key: str
+    name: str
+    tool: Tool
+    script: str
+    worker: tuple[str, ...]
+    redis: tuple[str, ...] = ()
+
+
+CELERY = Tool("celery", ("celery[redis]",))
+CELERY_WORKER = ("celery", "-A", "celery_tasks", "worker", "--loglevel", "WARNING", "--without-gossip")
+PEERS = (
+    Peer("celery", "Celery", CELERY, "celery_tasks.py", CELERY_WORKER),
+    Peer("celery_fsync", "Celery, fsync", CELERY, "celery_tasks.py", CELERY_WORKER,
+         ("--appendonly", "yes", "--appendfsync", "always")),
+    Peer("dramatiq", "Dramatiq", Tool("dramatiq", ("dramatiq[redis]",)), "dramatiq_tasks.py",
+         ("dramatiq", "dramatiq_tasks")),
+    Peer("arq", "arq", Tool("arq", ("arq",)), "arq_tasks.py", ("arq", "arq_tasks.WorkerSettings")),
+)  # fmt: skip
+
+
+class Durable:
+    """What is measured."""
+
+    def __init__(self, ours: product.Product, options: argparse.Namespace) -> None:
+        self.ours = ours
+        self.seconds: float = options.seconds
+        self.figures = sheet.Figures()
+        self.seen: dict[str, str] = {}
+        self.ended = ours.ended_task()
+
+    # Ours.
+
+    def closed(self) -> None:
+        """W4 c=64 over REST, and its CPU."""
+        self.seen.setdefault("", "ngpu")
+        query = "/user/queryTask?wait=30&taskID="
+        arguments = [str(self.ours.small), "/user/schedulingTask?paramUrl=w1&paramPort=8080", query, self.ours.bearer]
+        before = cpu_s(self.ours.pids)
+        command = loads.wrk_command(self.ours.platform.url, CALLERS, self.seconds, arguments, "durable.lua")
+        measured = loads.run_wrk(command)
+        if measured["errors"] or not measured["ended"]:
+            raise Failed(f"durable tasks over REST: {measured}")
+        self.figures.keep("w4_c64_tps", measured["ended"] / measured["seconds"])
+        self.figures.keep("w4_c64_cpu_us", (cpu_s(self.ours.pids) - before) / measured["ended"] * 1e6)
+
+    def closed_grpc(self) -> None:
+        """The same through the Batch stream."""
+        self.seen.setdefault("grpc", "ngpu (gRPC)")
+        self.figures.keep("grpc_w4_c64_tps", self._called("batch", self.ours.platform.server)["tps"])
+
+    def paced(self) -> None:
+        """50 a second over REST."""
+        self._keep_paced("", self._called("rest", self.ours.platform.url))
+
+    def query(self) -> None:
+        """queryTask of an ended task."""
+        url = self.ours.platform.url + QUERY_PATH + self.ended
+        for connections in (1, CALLERS):
+            load = wrk(url, connections, self.seconds, self.ours.bearer)
+            if load.errors:
+                raise Failed(f"{load.errors} of {load.requests} queries failed")
+            if connections == 1:
+                self.figures.keep("query_p50_ms", load.p50_ms)
+            else:
+                self.figures.keep("query_c64_rps", load.rps)
+
+    def _called(self, form: str, target: str) -> dict[str, float]:
+        settings = {
+            "target": target,
+            "bearer": self.ours.bearer_id,
+            "body_file": str(self.ours.small),
+            "seconds": self.seconds,
+        }
+        return _said([sys.executable, "-m", "scripts.bench.callers", form, json.dumps(settings)])
+
+    def _keep_paced(self, prefix: str, measured: dict[str, float]) -> None:
+        for name, value in measured.items():
+            self.figures.keep(f"{prefix}w4_paced_{name}", value)
+
+    # Theirs.
+
+    def peer(self, peer: Peer) -> None:
+        """Both loads of a peer."""
+        self.seen.setdefault(peer.key, peer.name)
+        platform = self.ours.platform
+        with _redis(platform, peer.redis) as url, _worker(platform, peer, url) as environment:
+            script = [peer.tool.python, str(HERE / "peers" / peer.script)]
+            # The first is answered once the worker is up; it also warms both sides.
+            _said([*script, "paced", "1"], environment, WORKER_START_LIMIT_S)
+            self.figures.keep(
+                f"{peer.key}_w4_c64_tps", _said([*script, "closed", f"{self.seconds}"], environment)["tps"]
+            )
+            self._keep_paced(f"{peer.key}_", _said([*script, "paced", f"{self.seconds}"], environment))
+
+
+def _said(command: list[str], environment: dict[str, str] | None = None, more_s: float = 120.0) -> dict[str, float]:
+    """The JSON that a caller prints last."""
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=more_s + 60
+        )
+        measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command)}: no end in sight") from None
+    except (ValueError, IndexError):
+        raise Failed(f"{' '.join(command)}: {done.stdout}{done.stderr[-2000:]}") from None
+    return measured
+
+
+@contextmanager
+def _redis(platform: Platform, arguments: tuple[str, ...]) -> Iterator[str]:
+    """A Redis server with an empty directory of its own. Gives its URL."""
+    port = free_port()
+    home = platform.state / f"redis-{port}"
+    home.mkdir()
+    program = platform.launch(
+        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(home), *arguments], f"redis-{port}"
+    )
+    try:
+        deadline = time.monotonic() + REDIS_START_LIMIT_S
+        while b"Ready to accept" not in program.log.read_bytes():
+            if time.monotonic() > deadline:
+                raise Failed(f"Redis does not start; see {program.log}")
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        program.stop()
+        platform.programs.remove(program)
+
+
+@contextmanager
+def _worker(platform: Platform, peer: Peer, url: str) -> Iterator[dict[str, str]]:
+    """A peer's worker. Gives the environment of its callers."""
+    environment = platform.environment | {"REDIS_URL": url, "PYTHONPATH": str(HERE / "peers")}
+    name, *arguments = peer.worker
+    program = platform.launch([peer.tool.program(name), *arguments], peer.key, environment)
+    try:
+        yield environment
+    finally:
+        loads.end_family(program)
+        platform.programs.remove(program)
+
+
+def table(durable: Durable) -> str:
+    """Side by side."""
+    columns = (
+        ("c=64 tasks/s", "w4_c64_tps"),
+        ("paced: submit p50 ms", "w4_paced_submit_p50_ms"),
+        ("result p50 ms", "w4_paced_result_p50_ms"),
+        ("result p99 ms", "w4_paced_result_p99_ms"),
+    )
+    rows = []
+    for key, name in durable.seen.items():
+        prefix = f"{key}_" if key else ""
+        rows.append([name, *(sheet.number(durable.figures.get(prefix + figure)) for _, figure in columns)])
+    return sheet.markdown(["W4", *(title for title, _ in columns)], rows)
+
+
+def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:
+    """All of it."""
+    peers = () if options.quick else [peer for peer in PEERS if peer.key in options.peers.split(",")]
+    for peer in peers:
+        peer.tool.install()
+    with product.up(state) as ours:
+        durable = Durable(ours, options)
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("c=64", durable.closed),
+            ("c=64 over gRPC", durable.closed_grpc),
+            ("paced", durable.paced),
+            ("query", durable.query),
+            *((peer.name, partial(durable.peer, peer)) for peer in peers),
+        ]
+        sheet.rounds(options.rounds, steps)
+        figures = durable.figures
+    versions = sorted({peer.tool.versions() for peer in peers})
+    if peers:
+        versions.append("Redis " + sheet.tool_version("redis-server", "--version").partition("v=")[2].split()[0])
+    print(sheet.where(busy, *versions), f"{options.rounds} rounds of {options.seconds:g} s, medians.\n")
+    print(table(durable))
+    print()
+    print(sheet.goals_table(GOALS, figures))
+    print(f"\nCPU of our three processes: {sheet.number(figures['w4_c64_cpu_us'])} us a task, submit and query.")
+    return figures
+
+
+def main() -> int:
+    """Run the benchmark. Gives the exit status."""
+    parser = loads.options("durable", __doc__)
+    loads.add_rounds(parser)
+    parser.add_argument(
+        "--peers",
+        default=",".join(peer.key for peer in PEERS),
+        metavar="LIST",
+        help='of the full form; default all: %(default)s; "" for none',
+    )
+    product.add_note(parser)
+    return loads.main("durable", parser, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""300 B of work as an arq function with Redis for queue and results; REDIS_URL says where. Run: see pace.py.
+
+arq looks for work and for results every half second by default, which would be all that is measured: here every 5 ms.
+"""
+
+# mypy: disable-error-code="import-not-found,misc,no-any-return"
+
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any, ClassVar
+
+import pace
+from arq import create_pool
+from arq.connections import RedisSettings
+
+SETTINGS = RedisSettings.from_dsn(os.environ["REDIS_URL"])
+POLL_S = 0.005
+
+
+async def work(_context: dict[str, Any], data: str) -> str:
+    """What came, back."""
+    return data
+
+
+class WorkerSettings:
+    """Of the worker."""
+
+    functions: ClassVar = [work]
+    redis_settings = SETTINGS
+    poll_delay = POLL_S
+    max_jobs = pace.OUTSTANDING
+
+
+async def closed(seconds: float) -> dict[str, float]:
+    """As pace.closed."""
+    redis = await create_pool(SETTINGS)
+    began, done = 0.0, 0
+    warm = time.perf_counter() + pace.WARM_S
+    end = warm + seconds
+
+    async def call() -> None:
+        nonlocal began, done
+        while time.perf_counter() < end:
+            job = await redis.enqueue_job("work", pace.PAYLOAD)
+            await job.result(timeout=60, poll_delay=POLL_S)
+            now = time.perf_counter()
+            began = began or (now if now > warm else 0.0)
+            done += now > warm
+
+    await asyncio.gather(*(call() for _ in range(pace.OUTSTANDING)))
+    return {"tps": done / (time.perf_counter() - began)}
+
+
+async def paced(seconds: float) -> dict[str, float]:
+    """As pace.paced."""
+    redis = await create_pool(SETTINGS)
+    submits: list[float] = []
+    results: list[float] = []
+
+    async def call() -> None:
+        began = time.perf_counter()
+        job = await redis.enqueue_job("work", pace.PAYLOAD)
+        submits.append(time.perf_counter() - began)
+        await job.result(timeout=60, poll_delay=POLL_S)
+        results.append(time.perf_counter() - began)
+
+    due = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for number in range(int(pace.PER_S * seconds)):
+            group.create_task(call(), name=f"call {number}")
+            due += 1 / pace.PER_S
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    return pace.latencies(submits, results)
+
+
+if __name__ == "__main__":
+    load = {"closed": closed, "paced": paced}[sys.argv[1]]
+    print(json.dumps(asyncio.run(load(float(sys.argv[2])))))

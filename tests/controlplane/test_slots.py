@@ -1,0 +1,127 @@
+"""What is free follows from what nodes say they hold, and from nothing else."""
+
+from controlplane.slots import Replica, Slots, Start
+
+NOW = 1000.0
+
+
+class Nowhere:
+    """A link to nothing."""
+
+    def start(self, start: Start) -> None: ...
+    def cancel(self, attempt_id: str) -> None: ...
+    def ack(self, attempt_id: str) -> None: ...
+
+
+def ready(slots: Slots, replica_id: str, node_addr: str, capacity: int, uid: str = "w-1") -> Replica:
+    replica = slots.known(replica_id, uid, node_addr, NOW)
+    replica.capacity = capacity
+    return replica
+
+
+def test_free_is_capacity_less_what_is_in_flight() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    replica = ready(slots, "r1", "n1", 2)
+    slots.take("t1.1", replica, NOW)
+    assert replica.free == 1
+    assert slots.release("t1.1", "n1") == ("w-1",)
+    assert slots.release("t1.1", "n1") == ()
+    assert replica.free == 2
+
+
+def test_nothing_is_free_on_a_node_that_is_not_connected() -> None:
+    slots = Slots()
+    link = Nowhere()
+    slots.connect("n1", link, "", (), NOW)
+    replica = ready(slots, "r1", "n1", 2)
+    assert slots.disconnect("n1", link, NOW)
+    assert replica.free == 0
+    assert slots.link("n1") is None
+
+
+def test_end_of_an_older_link_changes_nothing() -> None:
+    slots = Slots()
+    older, newer = Nowhere(), Nowhere()
+    slots.connect("n1", older, "", (), NOW)
+    slots.connect("n1", newer, "", (), NOW)
+    assert not slots.disconnect("n1", older, NOW)
+    assert slots.link("n1") is newer
+
+
+def test_node_restates_what_is_in_flight_when_it_connects() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    replica = ready(slots, "r1", "n1", 3)
+    slots.take("t1.1", replica, NOW)
+    slots.take("t2.1", replica, NOW)
+    slots.reserve("t3.1", replica)
+    slots.connect("n1", Nowhere(), "", {"t2.1"}, NOW)
+    # The node cannot know of what it has not been given yet.
+    assert set(replica.in_flight) == {"t2.1", "t3.1"}
+
+
+def test_unknown_attempt_costs_each_replica_of_its_node_a_slot_until_it_is_over() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", {"t9.1"}, NOW)
+    first, second = ready(slots, "r1", "n1", 1), ready(slots, "r2", "n1", 2, "w-2")
+    assert (first.free, second.free) == (0, 1)
+    assert slots.release("t9.1", "n1") == {"w-1", "w-2"}
+    assert (first.free, second.free) == (1, 2)
+
+
+def test_only_its_own_node_ends_an_attempt() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    replica = ready(slots, "r1", "n1", 1)
+    slots.take("t1.1", replica, NOW)
+    assert slots.release("t1.1", "n2") == ()
+    assert replica.free == 0
+
+
+def test_heartbeat_shows_what_is_missing_for_long_only() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", {"t9.1"}, NOW)
+    replica = ready(slots, "r1", "n1", 9)
+    slots.take("old", replica, NOW)
+    slots.take("held", replica, NOW)
+    slots.take("young", replica, NOW + 20)
+    slots.reserve("reserved", replica)
+    assert slots.missing("n1", {"held"}, NOW + 10) == ["t9.1", "old"]
+    assert slots.missing("n2", set(), NOW + 10) == []
+
+
+def test_replica_that_is_gone_leaves_nothing_behind() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    replica = ready(slots, "r1", "n1", 1)
+    slots.take("t1.1", replica, NOW)
+    assert slots.remove("r1") == ["t1.1"]
+    assert slots.remove("r1") == []
+    assert slots.replica("r1") is None
+    assert not slots.pool("w-1").replicas
+    assert slots.release("t1.1", "n1") == ()
+
+
+def test_most_are_silent_means_more_than_are_there_and_more_than_one() -> None:
+    slots = Slots()
+    links = {addr: Nowhere() for addr in ("n1", "n2", "n3", "n4", "n5")}
+    for addr, link in links.items():
+        slots.connect(addr, link, "", (), NOW)
+    gone = []
+    for addr, link in links.items():
+        slots.disconnect(addr, link, NOW)
+        gone.append(slots.most_are_silent(NOW + 1, 120.0))
+    assert gone == [False, False, True, True, True]
+    assert not slots.most_are_silent(NOW + 120, 120.0)
+
+
+def test_paces_are_averages_of_replica_and_workspace() -> None:
+    slots = Slots()
+    fast, slow = ready(slots, "r1", "n1", 1), ready(slots, "r2", "n1", 1)
+    slots.observe(fast, 1.0, NOW)
+    slots.observe(slow, 5.0, NOW)
+    slow.failures = 2
+    slots.observe(slow, 10.0, NOW + 1)
+    assert (fast.pace_s, slow.pace_s, slow.pace_time, slow.failures) == (1.0, 6.0, NOW + 1, 0)
+    assert 1.0 < slots.pool("w-1").mean_s < 1.5
