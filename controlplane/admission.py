@@ -89,13 +89,13 @@ def admit_replicas(replicas: int, scale: Scale) -> None:
     faults = _range("replicas", replicas, 0, REPLICAS)
     if scale.max_replicas and not scale.min_replicas <= replicas <= scale.max_replicas:
         faults.append(
-            f"replicas: they follow the load between {scale.min_replicas} and {scale.max_replicas}: update the workspace"
+            f"replicas: they follow the load between {scale.min_replicas} and {scale.max_replicas}: update that instead"
         )
     _refuse(faults)
 
 
 def admit_update(before: Spec, spec: Spec, routes: Mapping[str, int]) -> None:
-    """Raises InvalidArgument with every reason why this cannot take the place of that. `routes`: their ports by name."""
+    """Raises InvalidArgument with every reason why one cannot become the other. `routes`: their ports by name."""
     faults = [] if spec.name == before.name else [f"name: a workspace keeps its name, {before.name!r}"]
     faults += [
         f"ports: the route {name!r} leads to {port}: move or delete it first"

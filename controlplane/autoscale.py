@@ -27,8 +27,8 @@ FIRST_STEP: Final = 4
 class Load(msgspec.Struct, frozen=True):
     """How a workspace is used now.
 
-    `queued`, `running`: tasks. `oldest_s`: how long the first of the queue has waited. `ready`: replicas that take tasks.
-    `mean_s`: average seconds of its tasks; 0: not known.
+    `queued`, `running`: tasks. `oldest_s`: how long the first of the queue has waited. `ready`: replicas that take
+    tasks. `mean_s`: average seconds of its tasks; 0: not known.
     """
 
     queued: int = 0
@@ -58,7 +58,7 @@ def begun(now_s: float) -> Course:
 
 
 def scaled(
-    rules: Scale, concurrency: int, target: int, load: Load, course: Course, now_s: float
+    rules: Scale, concurrency: int, target: int, load: Load, course: Course, *, now_s: float
 ) -> tuple[int, Course, str]:
     """How many replicas from now on, `target` until now; what to remember; and why, in words (empty: no change)."""
     weight = min(1.0, (now_s - course.now_s) / USE_S)

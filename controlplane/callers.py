@@ -11,9 +11,10 @@ from typing import Final, Protocol
 
 from msgspec import structs
 
-from controlplane import routing
+from controlplane import routing, standing
 from controlplane.census import Replica as PlacedReplica
 from controlplane.census import Workspace
+from controlplane.errors import NotFound
 from controlplane.model import State
 from controlplane.queues import Queue, Queues
 from controlplane.report import ReplicaReport
@@ -149,8 +150,16 @@ class Callers:
             uid = queue.workspace_uid
             reports = [self._fleet.state_of(replica) for replica in self._fleet.replicas_of(uid)]
             queue.waiting_for = routing.waiting_for(self._slots.pool(uid).replicas.values(), reports)
+            if not reports and (absence := self._absence(uid)):
+                queue.waiting_for += f": {absence}"
             queue.waiting_for_until = now + WORDS_S
         return queue.waiting_for
+
+    def _absence(self, workspace_uid: str) -> str:
+        try:
+            return standing.absence(self._fleet.workspace(workspace_uid))
+        except NotFound:
+            return ""
 
 
 def answer(waiters: Iterable[Waiter], view: TaskView) -> None:

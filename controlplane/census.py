@@ -25,12 +25,20 @@ class Version(msgspec.Struct, frozen=True):
     spec: Spec
 
 
+class Move(msgspec.Struct, frozen=True):
+    """A replica was taken from a node on which it did not come up."""
+
+    time: datetime
+    node_addr: str
+
+
 class Deployment(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is remembered of how a workspace came to be as it is.
 
     `versions`: other generations that replicas are of, or that may be returned to. `good`: the generation that served
     last, the current one once it does; 0: none has. `fault`: why the last update was taken back, in words. `last`: the
     highest generation ever given. `target`: how many replicas the load calls for, where they follow it.
+    `moves`: the last ones.
     """
 
     versions: tuple[Version, ...] = ()
@@ -38,6 +46,7 @@ class Deployment(msgspec.Struct, frozen=True, omit_defaults=True):
     fault: str = ""
     last: int = 1
     target: int = 0
+    moves: tuple[Move, ...] = ()
 
 
 class Workspace(msgspec.Struct, frozen=True):

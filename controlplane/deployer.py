@@ -17,13 +17,15 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from controlplane import explain, generations, ids, rollout, standing
+from controlplane import explain, generations, ids, rollout, room, standing
+from controlplane.autoscale import Load
 from controlplane.errors import NgpuError
 from controlplane.explain import Decision
 from controlplane.fleet import Fleet, Node, Replica
 from controlplane.placement import DEFAULT_POLICY, NodeView, Policy
 from controlplane.report import ReplicaState, Report
-from controlplane.rollout import Action, Good, Place, TakeBack, Unplaced, Update, World
+from controlplane.rollout import Action, Good, Moved, Place, TakeBack, Unplaced, Update, World
+from controlplane.scaler import Scaler
 from controlplane.spec import Spec
 
 _log = structlog.get_logger(__name__)
@@ -60,6 +62,9 @@ class Tasks(Protocol):
     def running_on(self, replica_id: str) -> int:
         """Attempts the replica has in flight: a drained one is stopped at 0."""
 
+    def load(self, workspace_uid: str) -> Load:
+        """How a workspace is used; see scaler."""
+
 
 class Assignment(msgspec.Struct, frozen=True):
     """A replica that should run on a node (node.proto). `spec_hash`: same hash, same container."""
@@ -94,6 +99,7 @@ class Deployer:
         self._clock = clock
         self._monotonic = monotonic
         self._random = random
+        self.scaler = Scaler(fleet, tasks, monotonic=monotonic)
         self._sessions: dict[str, int] = {}
         self._turn = 0
         #: Nodes that the dispatcher was told not to wait for.
@@ -177,8 +183,14 @@ class Deployer:
     # The loop.
 
     async def run(self) -> None:
-        """Plan and apply, woken by news and at latest every PLAN_EVERY_S, until cancelled; once nodes can reach us."""
+        """Plan and apply, and let numbers follow the load, until cancelled; once nodes can reach us."""
         self._fleet.listen()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._plan(), name="deployer-plan")
+            group.create_task(self.scaler.run(), name="deployer-scaler")
+
+    async def _plan(self) -> None:
+        """Woken by news, and at latest every PLAN_EVERY_S."""
         planned_s = -PLAN_EVERY_S
         while True:
             if self._monotonic() - planned_s >= PLAN_EVERY_S or self._is_due():
@@ -239,7 +251,7 @@ class Deployer:
             replicas=fleet.replicas(),
             new_id=lambda: ids.replica_id(self._random),
             running=self._tasks.running_on,
-            trails=fleet.trails(),
+            failing=fleet.failing,
             image_bytes=fleet.image_bytes,
             turn=self._turn,
             lost_after_s=self._lost_after_s,
@@ -250,11 +262,15 @@ class Deployer:
         replicas = self._fleet.replicas_on(node.addr)
         seen = self._views.get(node.addr)
         if seen is None or seen[0] is not node or seen[1] is not replicas:
-            view = rollout.view_of(node, replicas, self._spec_of, time=self._clock())
+            view = room.view_of(node, replicas, self._spec_of, time=self._clock())
             seen = self._views[node.addr] = node, replicas, view
         return seen[2]
 
     async def _apply(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Moved):
+                await self._fleet.keep_move(action.workspace_uid, action.move)
+                _log.warning("replica_moved", replica=action.replica_id, node=action.move.node_addr, reason=action.why)
         updates = [action for action in actions if isinstance(action, Update)]
         if updates:
             await self._fleet.update_replicas([update.replica for update in updates])
@@ -331,7 +347,7 @@ class Deployer:
             summary += f", {count} {state.name.lower()}"
         summary += "; it was deleted." if of.deleted else "."
         decisions = [explain.decode(replica.explanation) for replica in replicas]
-        if words := standing.words(of, stand):
+        if words := standing.words(of, stand, self._fleet.failing):
             summary += f" {words}"
         if of.unplaced is not None:
             decisions.append(of.unplaced)

@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from controlplane.autoscale import Load
 from controlplane.callers import Fleet, refuse
 from controlplane.errors import NotFound, Unavailable
 from controlplane.failures import (
@@ -197,6 +198,18 @@ class Dispatcher:
     def running(self, workspace_uid: str) -> int:
         """Attempts that the workspace's replicas have in flight."""
         return sum(len(replica.in_flight) for replica in self._slots.pool(workspace_uid).replicas.values())
+
+    def load(self, workspace_uid: str) -> Load:
+        """How the workspace is used now: by this its number of replicas is found."""
+        queue, pool = self._life.queues.of(workspace_uid), self._slots.pool(workspace_uid)
+        first = next(iter(queue), None)
+        return Load(
+            queued=len(queue),
+            running=self.running(workspace_uid),
+            oldest_s=0.0 if first is None else self._monotonic() - first.accepted_at,
+            ready=sum(1 for replica in pool.replicas.values() if replica.capacity),
+            mean_s=pool.mean_s,
+        )
 
     def running_on(self, replica_id: str) -> int:
         """Attempts that run there or may, given-up ones included: a drained replica may stop at 0."""

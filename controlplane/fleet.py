@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 from msgspec.structs import replace
 
 from controlplane import admission, census, generations, health, ids, model
-from controlplane.census import Deployment, Node, Replica, Route, Workspace
+from controlplane.census import Deployment, Move, Node, Replica, Route, Workspace
 from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated, Unavailable
 from controlplane.explain import Decision
 from controlplane.model import Availability
@@ -38,6 +38,8 @@ SAVED_AT_ONCE: Final = 500
 NODES: Final = 100_000
 ROUTES: Final = 100_000
 NODE_NAME_LENGTH: Final = 63
+#: Moves of replicas remembered of one workspace: more than `rollout` allows within its window.
+MOVES_KEPT: Final = 8
 
 
 class Rows(Protocol):
@@ -186,6 +188,13 @@ class Fleet(Picture):
         workspace = self.workspace(uid)
         if workspace.generation == generation:
             await self._update_workspace(generations.taken_back(workspace, good, fault, self._generations(uid)))
+
+    @_change
+    async def keep_move(self, uid: str, move: Move) -> None:
+        """A replica is taken from a node on which it did not come up."""
+        workspace = self.workspace(uid)
+        moves = (*workspace.deployment.moves, move)[-MOVES_KEPT:]
+        await self._update_workspace(replace(workspace, deployment=replace(workspace.deployment, moves=moves)))
 
     def _generations(self, uid: str) -> frozenset[int]:
         """Those that replicas are of."""

@@ -4,8 +4,8 @@ For each shape of the demand, weighted by its frequency, all that is free and th
 everything if it does not fit at all, else the GPUs with too little free. Growth of F is what a placement costs others.
 
 F is a sum over GPUs, except for what requests for several GPUs could use, which depends on how many are wholly free;
-and the node's cores matter only by which shapes they are enough for. So both sums are tables, filled as needed, and a
-node's F is a few look-ups: nothing is recomputed that did not change.
+and a node's cores matter only by which shapes they are enough for. So both sums are tables, filled as needed, and so is
+F itself: nothing is computed anew that did not change.
 """
 
 from bisect import bisect_left, bisect_right
@@ -38,20 +38,25 @@ class Fragmentation:
         self._total = sum(histogram.values())
         #: The numbers of cores that make a difference, and so the columns of the tables.
         self._steps = sorted({shape.cpus for shape in histogram})
+        self._known: dict[tuple[int, tuple[Lot, ...]], float] = {}
         self._usable_lots: dict[Lot, Sequence[float]] = {}
         self._usable_wholes: dict[tuple[Lot, ...], Sequence[float]] = {}
 
-    def of(self, lots: Sequence[Lot], cpus: float) -> float:
-        """F of a node with these GPUs and free cores, in GPUs."""
+    def of(self, lots: tuple[Lot, ...], cpus: float) -> float:
+        """F of a node with these GPUs (in order) and free cores, in GPUs."""
         step = bisect_right(self._steps, cpus + CPU_ROUNDING)
-        usable = 0.0
-        free = 0
-        for lot in lots:
-            free += lot[2]
-            usable += self._usable(lot)[step]
+        known = self._known.get((step, lots))
+        return self._learn(step, lots) if known is None else known
+
+    def _learn(self, step: int, lots: tuple[Lot, ...]) -> float:
+        if len(self._known) >= ROWS:
+            self._known.clear()
+        free = sum([lot[2] for lot in lots])
+        usable = sum([self._usable(lot)[step] for lot in lots])
         if self._several:
-            usable += self._usable_whole(lots)[step]
-        return (self._total * free - usable) / WHOLE
+            usable += self._usable_whole(tuple([lot for lot in lots if lot[2] == WHOLE]))[step]
+        found = self._known[step, lots] = (self._total * free - usable) / WHOLE
+        return found
 
     def _usable(self, lot: Lot) -> Sequence[float]:
         """Thousandths of the GPU that requests for one or a share of one could use, weighted; by step of cores."""
@@ -68,9 +73,8 @@ class Fragmentation:
             row = self._usable_lots[lot] = self._row(self._usable_lots, weights)
         return row
 
-    def _usable_whole(self, lots: Sequence[Lot]) -> Sequence[float]:
+    def _usable_whole(self, wholes: tuple[Lot, ...]) -> Sequence[float]:
         """The same for requests for several GPUs: it depends on how many there are."""
-        wholes = tuple(sorted([lot for lot in lots if lot[2] == WHOLE]))
         row = self._usable_wholes.get(wholes)
         if row is None:
             weights = ((shape, weight * self._number(shape, wholes)) for shape, weight in self._several)

@@ -256,6 +256,9 @@ class Lifecycle:
         )
         if verdict is None and self._is_gone(task.workspace_uid):
             verdict = DELETED
+        if task.streamed and attempt.head is not None:
+            # Its caller has the beginning of that answer: no other can take its place.
+            verdict = verdict or failure
         if verdict is not None:
             self._finish(task, delivery, verdict, result, failure)
             return

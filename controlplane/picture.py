@@ -6,7 +6,7 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -125,9 +125,10 @@ class Picture:
         stall = trail.stall(self._trails.get(replica.id), self._monotonic())
         return replace(said, message=f"{said.message}: {stall}") if stall else said
 
-    def trails(self) -> Mapping[str, Trail]:
-        """How replicas have fared, by id, as far as their nodes have told since our start."""
-        return self._trails
+    def failing(self, replica: Replica) -> str:
+        """Why it will not come up by itself, in words; empty: it is ready, or may become so."""
+        spec = self._workspaces[replica.workspace_uid].spec_at(replica.generation)
+        return trail.failure(self._trails.get(replica.id), spec.readiness.start_limit_s, self._monotonic())
 
     def image_bytes(self, reference: str) -> int | None:
         """The size of an image by normalised reference, if a node has told of it."""

@@ -7,16 +7,15 @@ for a large fleet by looking only at what changed.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
 from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
+from controlplane.cards import Card, Fit, fits, lots_of, model_matches
 from controlplane.demand import Shape
 from controlplane.explain import Candidate, Decision, decide
 from controlplane.fragmentation import CPU_ROUNDING, WHOLE, Fragmentation, Lot
@@ -26,6 +25,9 @@ from controlplane.spec import GIB, GpuNeed
 
 #: Most replicas on one node: all of them go into one message.
 REPLICAS: Final = 100
+#: What a large node has, by which leftovers are measured.
+LARGE_CPUS: Final = 128
+LARGE_GPUS: Final = 8
 
 
 class GpuView(msgspec.Struct, frozen=True):
@@ -43,9 +45,9 @@ class GpuView(msgspec.Struct, frozen=True):
     shared: int = 0
 
     @property
-    def free_share(self) -> int:
-        """Thousandths that nobody holds."""
-        return WHOLE - self.shared if self.free else 0
+    def card(self) -> Card:
+        """What it is, whichever it is."""
+        return self.grade, self.memory_bytes, self.model, WHOLE - self.shared if self.free else 0
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -74,17 +76,17 @@ class NodeView(msgspec.Struct, frozen=True):
     replicas: int = 0
     here: Mapping[str, int] = {}
 
-    def lots(self) -> list[Lot]:
-        """Its GPUs, as far as they are of use to anybody."""
-        return [(gpu.model, gpu.memory_bytes, gpu.free_share) for gpu in self.gpus if gpu.grade < Grade.QUARANTINED]
+    def cards(self) -> tuple[Card, ...]:
+        """Its GPUs, whichever they are, in order."""
+        return tuple(sorted([gpu.card for gpu in self.gpus]))
 
 
 class Need(msgspec.Struct, frozen=True):
     """What one replica needs.
 
     `image`: a normalised reference; `directory`: what stands for it with the process engine; `image_bytes`: its size if
-    any node knows it. `share`: with `gpu.count` 1, so many thousandths of a GPU and of its memory; 0: all of it.
-    `replicas`: how many the workspace wants in all.
+    any node knows it. `replicas`: how many the workspace wants in all. `share`: with `gpu.count` 1, so many thousandths
+    of a GPU and of its memory; 0: all of it.
     """
 
     workspace_uid: str
@@ -113,8 +115,8 @@ class Policy(msgspec.Struct, frozen=True):
 
     fragmentation: float = 1.0
     leftover: float = 0.05
+    #: Price of the last GPU of a model, and how steeply it rises to that.
     scarcity: float = 0.6
-    #: How steeply the price of a GPU rises as the last of its model are taken.
     scarcity_base: float = 100.0
     image: float = 0.02
     image_per_gib: float = 0.004
@@ -135,22 +137,8 @@ class Market(msgspec.Struct, frozen=True):
     """What a cost depends on beside request and node: the weights, the demand, and the price of a GPU by model."""
 
     policy: Policy
-    fragmentation: Fragmentation
+    demand: Fragmentation
     prices: Mapping[str, float]
-
-
-@lru_cache(maxsize=4096)
-def model_matches(wanted: str, model: str) -> bool:
-    """Has the model's name all words of `wanted`? "NVIDIA GeForce RTX 4090" has "rtx 4090"; "RTX 40900" has not.
-
-    `|` stands between alternatives: "4090|A100".
-    """
-    words = _words_of(model)
-    return any(_words_of(alternative) <= words for alternative in wanted.split("|"))
-
-
-def _words_of(text: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 #: Nothing is known of the requests to come.
@@ -188,24 +176,14 @@ def is_open(_need: Need, node: NodeView, _policy: Policy) -> str:
     return "cordoned" if node.availability is Availability.CORDONED else "draining"
 
 
-def is_tidy(_need: Need, node: NodeView, _policy: Policy) -> str:
-    """Nothing runs there that holds GPUs and memory we do not know of."""
-    return "still stops containers that were given up" if node.orphans else ""
-
-
-def has_room(_need: Need, node: NodeView, _policy: Policy) -> str:
-    """It does not have the most it may have."""
-    return "" if node.replicas < REPLICAS else f"has {REPLICAS} replicas, which is the most"
-
-
 def has_engine(_need: Need, node: NodeView, _policy: Policy) -> str:
     """There is an engine."""
     return "" if node.engine else "no container engine"
 
 
 def has_gpus(need: Need, node: NodeView, _policy: Policy) -> str:
-    """Enough of its GPUs pass each of GPU_FILTERS."""
-    return _gpus_left(need, node)[1]
+    """Enough of its GPUs pass each of cards.FILTERS."""
+    return fits(need.gpu, need.gpu_share, node.cards())[1]
 
 
 def has_cpus(need: Need, node: NodeView, _policy: Policy) -> str:
@@ -216,6 +194,16 @@ def has_cpus(need: Need, node: NodeView, _policy: Policy) -> str:
 def has_memory(need: Need, node: NodeView, _policy: Policy) -> str:
     """Enough memory is not promised yet."""
     return "" if node.memory_free_bytes >= need.memory_bytes else "too little free memory"
+
+
+def is_tidy(_need: Need, node: NodeView, _policy: Policy) -> str:
+    """Nothing runs there that holds GPUs and memory we do not know of."""
+    return "still stops containers that were given up" if node.orphans else ""
+
+
+def has_room(_need: Need, node: NodeView, _policy: Policy) -> str:
+    """It does not have the most it may have."""
+    return "" if node.replicas < REPLICAS else f"has {REPLICAS} replicas, which is the most"
 
 
 def has_directory(need: Need, node: NodeView, _policy: Policy) -> str:
@@ -233,20 +221,9 @@ def has_disk(need: Need, node: NodeView, policy: Policy) -> str:
     )
 
 
-#: What a GPU must be, each after the one before, and what is missing if too few are.
-GPU_FILTERS: Final[tuple[tuple[Callable[[Need, GpuView], bool], str], ...]] = (
-    (lambda need, gpu: model_matches(need.gpu.model, gpu.model), "GPU"),
-    (
-        lambda need, gpu: gpu.memory_bytes * need.gpu_share >= need.gpu.min_memory_bytes * WHOLE,
-        "GPU with enough memory",
-    ),
-    (lambda _, gpu: gpu.grade < Grade.QUARANTINED, "healthy GPU"),
-    (lambda need, gpu: gpu.free_share >= need.gpu_share, "free healthy GPU"),
-)
-
-#: Of the node alone, cheap ones first ...
+#: Of the node alone, cheap ones first, ...
 NODE_FILTERS: Final[tuple[Filter, ...]] = (is_connected, is_open, has_engine)
-#: ... of what the replica needs of it, those that say the most first ...
+#: ... of what the replica needs of it, those that say the most first, ...
 SHAPE_FILTERS: Final[tuple[Filter, ...]] = (has_gpus, has_cpus, has_memory, is_tidy, has_room)
 #: ... and of its image.
 IMAGE_FILTERS: Final[tuple[Filter, ...]] = (has_directory, has_disk)
@@ -256,44 +233,47 @@ CROWDED: Final = "has half of the workspace's replicas already"
 
 # -- Costs, in GPUs: what else could have been had for it; lower is better.
 
-Cost = Callable[[Need, NodeView, Sequence[GpuView], Market], float]
+Cost = Callable[[Need, NodeView, Fit, Market], float]
 
 
-def fragmentation(need: Need, node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
+def fragmentation(need: Need, node: NodeView, fit: Fit, market: Market) -> float:
     """GPUs of the node that become useless to the requests that come."""
-    lots, after = node.lots(), _taken(need, node, gpus).lots()
-    growth = market.fragmentation.of(after, node.cpus_free - need.cpus) - market.fragmentation.of(lots, node.cpus_free)
+    demand = market.demand
+    growth = demand.of(fit.after, node.cpus_free - need.cpus) - demand.of(fit.before, node.cpus_free)
     return market.policy.fragmentation * growth
 
 
-def leftover(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
-    """What the node would have left: full nodes are filled up, so that whole ones stay for large requests."""
-    cpus = (node.cpus_free - need.cpus) / node.cpus if node.cpus else 0.0
-    free = sum([gpu.free_share for gpu in node.gpus]) - need.gpu.count * need.gpu_share
-    return market.policy.leftover * (max(cpus, 0.0) + (free / WHOLE / len(node.gpus) if node.gpus else 0.0)) / 2
+def leftover(need: Need, node: NodeView, fit: Fit, market: Market) -> float:
+    """What the node would have left: full nodes are filled up, so that whole ones stay for large requests.
+
+    Measured by a large node, not by this one: what is left of a small one is little.
+    """
+    cpus = (node.cpus_free - need.cpus) / LARGE_CPUS
+    return market.policy.leftover * (cpus + fit.free_after / WHOLE / LARGE_GPUS) / 2
 
 
-def scarcity(need: Need, _node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
-    """Price of the GPUs: the fewer of a model are left, the more those who must have that one will miss it."""
-    return gpu_price(need, market, [gpu.model for gpu in gpus])
-
-
-def image(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
-    """The image must be pulled."""
-    return 0.0 if has_image(need, node) else pull_cost(need, market.policy)
-
-
-def degraded(_need: Need, _node: NodeView, gpus: Sequence[GpuView], market: Market) -> float:
+def degraded(_need: Need, _node: NodeView, fit: Fit, market: Market) -> float:
     """Share of the GPUs that are not quite well."""
-    return market.policy.degraded * sum(gpu.grade is Grade.DEGRADED for gpu in gpus) / len(gpus) if gpus else 0.0
+    unwell = sum([card[0] is Grade.DEGRADED for card in fit.taken])
+    return market.policy.degraded * unwell / len(fit.taken) if unwell else 0.0
 
 
-def unreliable(_need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
+def unreliable(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
     """It has failed us before."""
     return unreliable_cost(node, market.policy)
 
 
-def crowded(need: Need, node: NodeView, _gpus: Sequence[GpuView], market: Market) -> float:
+def scarcity(need: Need, _node: NodeView, fit: Fit, market: Market) -> float:
+    """Price of the GPUs: the fewer of a model are left, the more those who must have that one will miss it."""
+    return gpu_price(need, market, fit.models)
+
+
+def image(need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
+    """The image must be pulled."""
+    return 0.0 if has_image(need, node) else pull_cost(need, market.policy)
+
+
+def crowded(need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
     """Replicas of this workspace that would go down with it."""
     return market.policy.crowded * node.here.get(need.workspace_uid, 0)
 
@@ -333,7 +313,7 @@ def place(
     if not decision.chosen:
         return Refusals(decision)
     chosen = next(node for node in fitting if node.addr == decision.chosen)
-    return Placement(chosen.addr, tuple(gpu.id for gpu in chosen_gpus(need, chosen, market)), decision)
+    return Placement(chosen.addr, gpu_ids(need, chosen, market), decision)
 
 
 def refusal(need: Need, node: NodeView, policy: Policy, filters: Iterable[Filter]) -> str:
@@ -346,39 +326,41 @@ def refusal(need: Need, node: NodeView, policy: Policy, filters: Iterable[Filter
 
 def rated(need: Need, node: NodeView, market: Market) -> Candidate:
     """A node that passes all filters, with each part of its cost."""
-    parts = cost_parts(need, node, chosen_gpus(need, node, market), market, COSTS)
+    parts = cost_parts(need, node, best_fit(need, node, _ways(need, node), market), market, COSTS)
     return Candidate(node.addr, node.name, parts=parts, cost=round(sum(parts.values()), 6))
 
 
-def cost_parts(
-    need: Need, node: NodeView, gpus: Sequence[GpuView], market: Market, costs: Iterable[Cost]
-) -> dict[str, float]:
+def cost_parts(need: Need, node: NodeView, fit: Fit, market: Market, costs: Iterable[Cost]) -> dict[str, float]:
     """By name; rounded, so that equal nodes cost the same whatever the order of sums."""
-    return {cost.__name__: round(cost(need, node, gpus, market), 6) for cost in costs}
+    return {cost.__name__: round(cost(need, node, fit, market), 6) for cost in costs}
 
 
-def chosen_gpus(need: Need, node: NodeView, market: Market) -> Sequence[GpuView]:
-    """The best, then for a share where least is lost and least left; then the smallest that will do, then the first.
+def best_fit(need: Need, node: NodeView, ways: Sequence[Fit], market: Market) -> Fit:
+    """Of the ways to give it GPUs of the node: the best GPU, then where least is lost, then where least is left."""
+    if len(ways) == 1:
+        return ways[0]
+    cpus = node.cpus_free - need.cpus
 
-    The node must pass the filters.
-    """
-    gpus, _ = _gpus_left(need, node)
-    if need.share:
-        cpus = node.cpus_free - need.cpus
-        unlike: dict[tuple[Grade, Lot], GpuView] = {}
-        for gpu in sorted(gpus, key=lambda gpu: (gpu.index, gpu.id)):
-            unlike.setdefault((gpu.grade, (gpu.model, gpu.memory_bytes, gpu.free_share)), gpu)
-        if len(unlike) > 1:
-            lost = {
-                gpu.id: round(market.fragmentation.of(_taken(need, node, [gpu]).lots(), cpus), 6)
-                for gpu in unlike.values()
-            }
-            best = min(
-                unlike.values(), key=lambda gpu: (gpu.grade, lost[gpu.id], gpu.free_share, gpu.memory_bytes, gpu.index)
-            )
-            return [best]
-        return list(unlike.values())
-    return sorted(gpus, key=lambda gpu: (gpu.grade, gpu.memory_bytes, gpu.index, gpu.id))[: need.gpu.count]
+    def rank(fit: Fit) -> tuple[object, ...]:
+        grade, memory_bytes, model, free = fit.taken[0]
+        return grade, round(market.demand.of(fit.after, cpus), 6), free, memory_bytes, model
+
+    return min(ways, key=rank)
+
+
+def gpu_ids(need: Need, node: NodeView, market: Market) -> tuple[str, ...]:
+    """The GPUs that the replica would get; the node must pass the filters."""
+    gpus = sorted(node.gpus, key=lambda gpu: (gpu.index, gpu.id))
+    ids: list[str] = []
+    for card in best_fit(need, node, _ways(need, node), market).taken:
+        gpu = next(gpu for gpu in gpus if gpu.card == card)
+        gpus.remove(gpu)
+        ids.append(gpu.id)
+    return tuple(ids)
+
+
+def _ways(need: Need, node: NodeView) -> Sequence[Fit]:
+    return fits(need.gpu, need.gpu_share, node.cards())[0]
 
 
 def prices(nodes: Iterable[NodeView], policy: Policy) -> dict[str, float]:
@@ -394,7 +376,7 @@ def prices(nodes: Iterable[NodeView], policy: Policy) -> dict[str, float]:
 
 def offered(node: NodeView) -> Sequence[Lot]:
     """The GPUs that it has for replicas, taken or not."""
-    return node.lots() if node.connected and node.availability is Availability.OPEN else ()
+    return lots_of(node.cards()) if node.connected and node.availability is Availability.OPEN else ()
 
 
 def price(utilisation: float, policy: Policy) -> float:
@@ -409,7 +391,7 @@ def gpu_price(need: Need, market: Market, models: Iterable[str]) -> float:
 
 
 def unreliable_cost(node: NodeView, policy: Policy) -> float:
-    """In thousandths: days go by and it need not change for each minute of them."""
+    """In thousandths: days go by, and it need not change with each minute of them."""
     return round(policy.unreliable * min(3.0, (node.failures + 0.2) / (node.uptime_days / 10 + 1)), 3)
 
 
@@ -427,7 +409,8 @@ def has_image(need: Need, node: NodeView) -> bool:
 def with_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeView:
     """The node with one more replica."""
     return replace(
-        _taken(need, node, [gpu for gpu in node.gpus if gpu.id in gpu_ids]),
+        node,
+        gpus=tuple(_taken(gpu, need.share) if gpu.id in gpu_ids else gpu for gpu in node.gpus),
         cpus_free=node.cpus_free - need.cpus,
         memory_free_bytes=node.memory_free_bytes - need.memory_bytes,
         replicas=node.replicas + 1,
@@ -435,18 +418,8 @@ def with_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeVi
     )
 
 
-def _taken(need: Need, node: NodeView, gpus: Sequence[GpuView]) -> NodeView:
-    """The node without these GPUs, or these shares of them."""
-    if not gpus:
-        return node
-    ids = {gpu.id for gpu in gpus}
-    after = tuple(
-        (replace(gpu, shared=gpu.shared + need.share) if need.share else replace(gpu, free=False))
-        if gpu.id in ids
-        else gpu
-        for gpu in node.gpus
-    )
-    return replace(node, gpus=after)
+def _taken(gpu: GpuView, share: int) -> GpuView:
+    return replace(gpu, shared=gpu.shared + share) if share else replace(gpu, free=False)
 
 
 def _spread(need: Need, nodes: list[NodeView]) -> tuple[list[NodeView], list[NodeView]]:
@@ -461,24 +434,3 @@ def _spread(need: Need, nodes: list[NodeView]) -> tuple[list[NodeView], list[Nod
 def is_crowded(need: Need, here: int) -> bool:
     """Are so many at least half of the workspace's replicas?"""
     return need.replicas > 1 and here >= max(1, need.replicas // 2)
-
-
-def _gpus_left(need: Need, node: NodeView) -> tuple[Sequence[GpuView], str]:
-    """The GPUs that pass all of GPU_FILTERS and "", or (), and why too few do."""
-    if not need.gpu.count:
-        return (), ""
-    gpus: Sequence[GpuView] = node.gpus
-    for passes, kind in GPU_FILTERS:
-        gpus = [gpu for gpu in gpus if passes(need, gpu)]
-        if len(gpus) < need.gpu.count:
-            return (), _too_few(need, kind)
-    return gpus, ""
-
-
-def _too_few(need: Need, kind: str) -> str:
-    """E.g. `fewer than 2 free healthy GPUs of model 4090`."""
-    if need.share:
-        kind = kind.replace("free healthy GPU", f"healthy GPU with {need.share}/{WHOLE} free")
-    count = need.gpu.count
-    many = f"no {kind}" if count == 1 else f"fewer than {count} {kind.replace('GPU', 'GPUs', 1)}"
-    return f"{many} of model {need.gpu.model.replace('|', ' or ')}" if need.gpu.model else many

@@ -24,8 +24,6 @@ class Ranking:
     """Verdicts on slots. One slot has one verdict: the last."""
 
     def __init__(self) -> None:
-        #: Touches of nodes that were heeded; of the owner's, who counts them.
-        self.heeded = 0
         self._verdicts = bytearray()
         self._groups: dict[Models, list[Row]] = {}
         #: By slot, of those that are accepted.

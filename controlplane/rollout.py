@@ -9,10 +9,11 @@ the next steps only; each is one write, and after any of them, or none, the next
   one more than wanted at most. Where there is no room for a replacement it is drained nevertheless.
 * An update goes the same way, one replica after another, but what serves is kept until the new one does, however long
   that takes; and where the new one does not come up, the update is taken back.
+* What does not come up where it is is tried elsewhere, a few times.
 * More than half of the nodes silent at once means that we are cut off, not they: then nobody is given up for a while.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final
@@ -20,16 +21,13 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from controlplane import explain, placement
-from controlplane.census import Node, Replica, Workspace
+from controlplane import placement
+from controlplane.census import Move, Node, Replica, Workspace
 from controlplane.explain import Decision
-from controlplane.grade import Grade, Health
-from controlplane.image import comparable, directory
 from controlplane.model import Availability
-from controlplane.placement import GpuView, Need, NodeView, Policy
+from controlplane.placement import NodeView, Policy
 from controlplane.report import ReplicaState
-from controlplane.spec import Spec
-from controlplane.trail import Trail, failure
+from controlplane.room import MISSING, Room
 
 #: Placements tried in one plan: each costs milliseconds on a large fleet, and the dispatcher runs beside us.
 PLACEMENTS_AT_ONCE: Final = 8
@@ -39,6 +37,11 @@ GONE_REPORTS: Final = 2
 MASS_NODES: Final = 3
 #: ... for so long.
 MASS_HOLD_S: Final = 120.0
+#: A replica that does not come up is tried on another node, at most so many of a workspace within this time. Until it
+#: is over, its replicas rather go elsewhere.
+MOVES: Final = 3
+MOVES_AT_ONCE: Final = 2
+MOVES_WITHIN_S: Final = 3600.0
 #: How long what must leave waits for room elsewhere: nodes may be about to come back.
 ROOM_WAIT_S: Final = 15.0
 #: How old an explanation of missing replicas may get while its reasons stay the same and only numbers change.
@@ -48,10 +51,10 @@ EXPLANATION_S: Final = 60.0
 class World(msgspec.Struct, frozen=True):
     """All that a plan is made of.
 
-    `views`: the nodes as placement sees them, `view_of` each. `replicas`: all not known to be gone, oldest first.
-    `running`: how many attempts a replica has in flight.
-    `trails`: how replicas have fared, by id. `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
-    take turns. `now_s`: monotonic.
+    `views`: the nodes as placement sees them. `replicas`: all not known to be gone, oldest first. `running`: how many
+    attempts a replica has in flight. `failing`: why a replica will not come up by itself. `image_bytes`: an image's
+    size by normalised reference. `turn`: counts plans, so that workspaces that find no room take turns. `now_s`:
+    monotonic.
     """
 
     time: datetime
@@ -62,7 +65,7 @@ class World(msgspec.Struct, frozen=True):
     replicas: Sequence[Replica]
     new_id: Callable[[], str]
     running: Callable[[str], int] = lambda _: 0
-    trails: Mapping[str, Trail] = {}
+    failing: Callable[[Replica], str] = lambda _: ""
     image_bytes: Callable[[str], int | None] = lambda _: None
     turn: int = 0
     lost_after_s: float = 15.0
@@ -105,7 +108,16 @@ class TakeBack(msgspec.Struct, frozen=True):
     fault: str
 
 
-Action = Place | Update | Unplaced | Good | TakeBack
+class Moved(msgspec.Struct, frozen=True):
+    """A replica does not come up where it is, and another takes its place elsewhere."""
+
+    workspace_uid: str
+    replica_id: str
+    move: Move
+    why: str
+
+
+Action = Place | Update | Unplaced | Good | TakeBack | Moved
 
 
 def plan(world: World) -> tuple[Action, ...]:
@@ -120,11 +132,13 @@ def plan(world: World) -> tuple[Action, ...]:
         elif replica.active:
             active[replica.workspace_uid].append(replica)
     short: list[_Shortage] = []
+    returning: set[str] = set()
     for workspace in world.workspaces:
         verdict = _judged(workspace, active[workspace.uid], world)
         if verdict is not None:
             actions.append(verdict)
         if isinstance(verdict, TakeBack):
+            returning.add(workspace.uid)
             continue
         drains, shortage = _balanced(workspace, active[workspace.uid], world)
         actions.extend(drains)
@@ -132,7 +146,22 @@ def plan(world: World) -> tuple[Action, ...]:
             short.append(shortage)
         elif workspace.unplaced is not None:
             actions.append(Unplaced(workspace.uid, None))
-    actions.extend(_placed(short, world, lost))
+    views = {
+        addr: replace(view, connected=False) if addr in lost else view
+        for addr, view in world.views.items()
+        if not world.nodes[addr].revoked
+    }
+    room = Room(views, time=world.time, image_bytes=world.image_bytes, policy=world.policy)
+    actions.extend(_placed(short, world, room))
+    ending = {action.replica.id for action in actions if isinstance(action, Update)}
+    settled = [
+        (workspace, replica)
+        for workspace in world.workspaces
+        if workspace.uid not in returning
+        for replica in active[workspace.uid]
+        if replica.generation == workspace.generation and replica.id not in ending
+    ]
+    actions.extend(_moved(settled, world, room))
     return tuple(actions)
 
 
@@ -171,16 +200,18 @@ def _judged(workspace: Workspace, active: Sequence[Replica], world: World) -> Go
     if workspace.deleted or workspace.deployment.good == workspace.generation:
         return None
     current = [replica for replica in active if replica.generation == workspace.generation]
-    if any(_ready(replica, world) for replica in current):
-        return Good(workspace.uid, workspace.generation) if len(current) == len(active) else None
+    ready = any(_ready(replica, world) for replica in current)
+    if ready and len(current) == len(active):
+        return Good(workspace.uid, workspace.generation)
+    # What runs elsewhere may be moved there.
+    if ready and _moves_left(workspace, world):
+        return None
     serving = [one.generation for one in active if one.generation != workspace.generation and _ready(one, world)]
     good = workspace.returns_to or max(serving, default=0)
     if not good:
         return None
-    limit_s = workspace.spec.readiness.start_limit_s
     for replica in current:
-        why = failure(world.trails.get(replica.id), limit_s, world.now_s)
-        if why:
+        if why := world.failing(replica):
             name = world.nodes[replica.node_addr].name
             return TakeBack(workspace.uid, workspace.generation, good, f"on node {name} {why}")
     return None
@@ -255,10 +286,7 @@ def _leaves(replica: Replica, node: Node) -> bool:
         return True
     # A GPU that is not even known is missing since before our start.
     known = node.report is not None
-    return known and any(node.health.get(gpu_id, _MISSING).evacuate for gpu_id in replica.gpu_ids)
-
-
-_MISSING: Final = Health(Grade.QUARANTINED, "missing from the node's inventory", evacuate=True)
+    return known and any(node.health.get(gpu_id, MISSING).evacuate for gpu_id in replica.gpu_ids)
 
 
 def _ready(replica: Replica, world: World) -> bool:
@@ -282,50 +310,58 @@ def _drained(replicas: Iterable[Replica], world: World, reason: str) -> list[Upd
     return [Update(replace(replica, drain_time=world.time), reason) for replica in replicas]
 
 
-def _placed(short: Sequence[_Shortage], world: World, lost: frozenset[str]) -> Iterable[Action]:
+def _placed(short: Sequence[_Shortage], world: World, room: Room) -> Iterable[Action]:
     """Places for what is missing: one replica of each workspace in turn, each against what those before it left."""
     waiting = deque(_in_turn([shortage for shortage in short if shortage.places], world.turn))
-    if not waiting:
-        return
-    views = {
-        addr: replace(view, connected=False) if addr in lost else view
-        for addr, view in world.views.items()
-        if not world.nodes[addr].revoked
-    }
     for _ in range(PLACEMENTS_AT_ONCE):
         if not waiting:
             return
         shortage = waiting.popleft()
         workspace = shortage.workspace
-        need = need_of(workspace, world.image_bytes)
-        replica_id = world.new_id()
-        found = placement.place(
-            need, views.values(), time=world.time, subject=f"replica {replica_id}", policy=world.policy
-        )
-        if isinstance(found, placement.Refusals):
-            decision = replace(found.decision, subject=f"replica of {workspace.name}")
-            if _is_news(decision, workspace.unplaced):
-                yield Unplaced(workspace.uid, decision)
+        found = room.find(workspace, world.new_id(), without=_left(workspace, world))
+        if isinstance(found, Decision):
+            found = room.find(workspace, world.new_id())
+        if isinstance(found, Decision):
+            if _is_news(found, workspace.unplaced):
+                yield Unplaced(workspace.uid, found)
             if _waited(workspace, world):
                 yield from _drained(shortage.leaving, world, _LEAVES)
             # What does not serve must not take the room of what may: the update may be its cure.
             yield from _drained(shortage.idle[:1], world, f"generation {workspace.generation} needs its place")
             continue
-        views[found.node_addr] = _taken(views[found.node_addr], need, found.gpu_ids)
-        yield Place(
-            Replica(
-                id=replica_id,
-                workspace_uid=workspace.uid,
-                node_addr=found.node_addr,
-                generation=workspace.generation,
-                gpu_ids=found.gpu_ids,
-                create_time=world.time,
-                explanation=explain.encode(found.decision),
-            )
-        )
+        yield Place(found)
         shortage.places -= 1
         if shortage.places:
             waiting.append(shortage)
+
+
+def _moved(staying: Sequence[tuple[Workspace, Replica]], world: World, room: Room) -> Iterable[Action]:
+    """Another place for replicas that do not come up where they are; where there is none, they go on trying there."""
+    failing = [(workspace, replica) for workspace, replica in staying if world.failing(replica)]
+    first = world.turn * MOVES_AT_ONCE % len(failing) if failing else 0
+    for workspace, replica in [*failing[first:], *failing[:first]][:MOVES_AT_ONCE]:
+        if not _moves_left(workspace, world):
+            continue
+        here = world.nodes[replica.node_addr]
+        found = room.find(workspace, world.new_id(), without={*_left(workspace, world), here.addr})
+        if isinstance(found, Decision):
+            continue
+        why = world.failing(replica)
+        yield Moved(workspace.uid, replica.id, Move(world.time, here.addr), why)
+        stopped = replace(replica, stop_time=world.time, stop_report=here.reports)
+        yield Update(stopped, f"it does not come up there: {why}")
+        yield Place(found)
+
+
+def _left(workspace: Workspace, world: World) -> frozenset[str]:
+    """Nodes on which replicas of it did not come up lately."""
+    since = world.time - timedelta(seconds=MOVES_WITHIN_S)
+    return frozenset(move.node_addr for move in workspace.deployment.moves if move.time > since)
+
+
+def _moves_left(workspace: Workspace, world: World) -> bool:
+    since = world.time - timedelta(seconds=MOVES_WITHIN_S)
+    return sum(move.time > since for move in workspace.deployment.moves) < MOVES
 
 
 def _in_turn(short: Sequence[_Shortage], turn: int) -> list[_Shortage]:
@@ -347,72 +383,3 @@ def _is_news(decision: Decision, before: Decision | None) -> bool:
     if before is None or before.refusals.keys() != decision.refusals.keys():
         return True
     return before.refusals != decision.refusals and (decision.time - before.time).total_seconds() >= EXPLANATION_S
-
-
-def need_of(workspace: Workspace, image_bytes: Callable[[str], int | None]) -> Need:
-    """What one replica of the workspace needs."""
-    spec = workspace.spec
-    image = comparable(spec.image)
-    return Need(
-        workspace_uid=workspace.uid,
-        image=image,
-        directory=directory(spec.image),
-        gpu=spec.gpu,
-        cpus=spec.cpus,
-        memory_bytes=spec.memory_bytes,
-        replicas=workspace.wanted,
-        image_bytes=image_bytes(image),
-    )
-
-
-def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica], Spec], time: datetime) -> NodeView:
-    """The node as placement sees it: what it has, less what the rows of its replicas hold.
-
-    `spec_of`: what a replica is made of.
-    """
-    specs = [spec_of(replica) for replica in replicas]
-    held = {gpu_id for replica in replicas for gpu_id in replica.gpu_ids}
-    rows = {replica.id for replica in replicas}
-    slots = sum(said.capacity for said in node.said.values())
-    tasks = len(node.report.attempt_ids) if node.report else 0
-    return NodeView(
-        addr=node.addr,
-        name=node.name,
-        connected=node.connected and node.report is not None,
-        availability=node.availability,
-        engine=node.inventory.engine,
-        gpus=tuple(
-            GpuView(
-                id=gpu.id,
-                model=gpu.model,
-                memory_bytes=gpu.memory_bytes,
-                index=gpu.index,
-                grade=node.health.get(gpu.id, _MISSING).grade,
-                free=gpu.id not in held,
-            )
-            for gpu in node.inventory.gpus
-        ),
-        cpus=node.inventory.cpus,
-        cpus_free=node.inventory.cpus - sum(spec.cpus for spec in specs),
-        memory_free_bytes=node.inventory.memory_bytes - sum(spec.memory_bytes for spec in specs),
-        disk_free_bytes=node.inventory.disk_free_bytes,
-        images=node.images,
-        load=min(1.0, tasks / slots) if slots else 0.0,
-        failures=node.failures,
-        uptime_days=(time - node.enroll_time).total_seconds() / 86_400,
-        replicas=len(replicas),
-        orphans=sum(replica_id not in rows for replica_id in node.said),
-        here=Counter(replica.workspace_uid for replica in replicas if replica.active),
-    )
-
-
-def _taken(view: NodeView, need: Need, gpu_ids: Sequence[str]) -> NodeView:
-    """The node with one more replica."""
-    return replace(
-        view,
-        gpus=tuple(replace(gpu, free=False) if gpu.id in gpu_ids else gpu for gpu in view.gpus),
-        cpus_free=view.cpus_free - need.cpus,
-        memory_free_bytes=view.memory_free_bytes - need.memory_bytes,
-        replicas=view.replicas + 1,
-        here={**view.here, need.workspace_uid: view.here.get(need.workspace_uid, 0) + 1},
-    )

@@ -58,7 +58,7 @@ class Scaler:
             spec, course = workspace.spec, self._courses[workspace.uid]
             load = self._tasks.load(workspace.uid)
             target, course, why = autoscale.scaled(
-                spec.scale, spec.concurrency, workspace.deployment.target, load, course, now_s
+                spec.scale, spec.concurrency, workspace.deployment.target, load, course, now_s=now_s
             )
             if target != workspace.deployment.target:
                 await self._fleet.follow_load(workspace.uid, target)

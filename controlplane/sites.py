@@ -18,6 +18,7 @@ from heapq import nsmallest
 from itertools import chain, islice
 from typing import Final
 
+from controlplane.cards import Card, Fit, fits, model_matches
 from controlplane.demand import Demand, Shape, difference
 from controlplane.explain import ACCEPTED_KEPT, REFUSED_KEPT, Candidate, Decision
 from controlplane.fragmentation import WHOLE, Fragmentation
@@ -37,13 +38,13 @@ from controlplane.placement import (
     Placement,
     Policy,
     Refusals,
-    chosen_gpus,
+    best_fit,
     cost_parts,
+    gpu_ids,
     gpu_price,
     has_gpus,
     has_image,
     is_crowded,
-    model_matches,
     offered,
     price,
     pull_cost,
@@ -54,7 +55,9 @@ from controlplane.placement import (
 from controlplane.ranking import Models, Ranking, Row
 
 #: Shapes of requests for which nodes are kept ranked; the one not used for longest makes room.
-RANKINGS: Final = 128
+RANKINGS: Final = 256
+#: Kinds of nodes of which a ranking remembers how they would do.
+KINDS: Final = 4096
 #: Touches remembered, in units of nodes; a ranking that missed more is made anew.
 TOUCHES_PER_NODE: Final = 4
 #: When so much of the demand has changed, fragmentation is measured by the new one, and all rankings are made anew.
@@ -66,8 +69,13 @@ FEW: Final = 64
 
 PriceOf = Callable[[Models], float]
 _NONE: Final[frozenset[int]] = frozenset()
-_PILE_FILTERS: Final = (*NODE_FILTERS, has_gpus)
-_RANK_FILTERS: Final = (*NODE_FILTERS, *SHAPE_FILTERS)
+#: Why a node is refused whatever is asked of it, or ""; and its cards.
+_Kind = tuple[str, tuple[Card, ...]]
+_NOBODY: Final[_Kind] = ("", ())
+#: NODE_FILTERS do not look at the need.
+_ANY: Final = Need("", "")
+#: What is not known of all nodes of a kind.
+_OTHER_FILTERS: Final = tuple(says for says in SHAPE_FILTERS if says is not has_gpus)
 #: Costs are millionths: what is less is rounding.
 _ROUNDING: Final = 1e-7
 
@@ -86,12 +94,13 @@ class Sites:
         self._views: list[NodeView | None] = []
         self._slots: dict[str, int] = {}
         self._vacant: list[int] = []
-        #: Slots of nodes that fare alike with NODE_FILTERS and has_gpus.
-        self._piles: dict[tuple[object, ...], set[int]] = {}
+        #: By slot: why NODE_FILTERS refuse the node, or "", and its cards; and the slots that have both in common.
+        self._kinds: list[_Kind] = []
+        self._piles: dict[_Kind, set[int]] = {}
         #: Slots, in order; and how many were there before those.
         self._touches: list[int] = []
         self._forgotten = 0
-        self._rankings: dict[tuple[object, ...], Ranking] = {}
+        self._rankings: dict[tuple[object, ...], _Ranked] = {}
         #: By GPU model: thousandths that are held, and that are there.
         self._held: Counter[str] = Counter()
         self._there: Counter[str] = Counter()
@@ -139,6 +148,7 @@ class Sites:
             if not self._vacant:
                 self._vacant.append(len(self._views))
                 self._views.append(None)
+                self._kinds.append(_NOBODY)
             slot = self._slots[view.addr] = self._vacant.pop()
         self._set(slot, view)
 
@@ -155,7 +165,11 @@ class Sites:
             return
         old, new = self._rank_key(before), self._rank_key(view)
         if old != new:
-            self._move(slot, before, view)
+            if before is not None:
+                self._stock(before, -1)
+            if view is not None:
+                self._stock(view, 1)
+            self._move(slot, view)
             self._touches.append(slot)
             if len(self._touches) > TOUCHES_PER_NODE * len(self._views) + RANKINGS:
                 half = len(self._touches) // 2
@@ -193,16 +207,22 @@ class Sites:
             unreliable_cost(view, self._policy),
         )
 
-    def _move(self, slot: int, before: NodeView | None, view: NodeView | None) -> None:
-        if before is not None:
-            pile = _pile_key(before)
-            self._piles[pile].discard(slot)
-            if not self._piles[pile]:
-                del self._piles[pile]
-            self._stock(before, -1)
-        if view is not None:
-            self._piles.setdefault(_pile_key(view), set()).add(slot)
-            self._stock(view, 1)
+    def _move(self, slot: int, view: NodeView | None) -> None:
+        """To the pile where it belongs now."""
+        before = self._kinds[slot]
+        if view is None:
+            kind = _NOBODY
+        else:
+            kind = refusal(_ANY, view, self._policy, NODE_FILTERS), view.cards()
+        self._kinds[slot] = kind
+        if kind != before:
+            pile = self._piles.get(before)
+            if pile is not None:
+                pile.discard(slot)
+                if not pile:
+                    del self._piles[before]
+            if view is not None:
+                self._piles.setdefault(kind, set()).add(slot)
 
     def _stock(self, view: NodeView, sign: int) -> None:
         for model, _, free in offered(view):
@@ -250,7 +270,7 @@ class Sites:
         if not search.found:
             return Refusals(decision)
         view = self._view(min(search.found)[2])
-        return Placement(view.addr, tuple(gpu.id for gpu in chosen_gpus(need, view, market)), decision)
+        return Placement(view.addr, gpu_ids(need, view, market), decision)
 
     def _view(self, slot: int) -> NodeView:
         view = self._views[slot]
@@ -266,41 +286,61 @@ class Sites:
     def _ranking(self, need: Need, market: Market) -> Ranking:
         """The nodes ranked for needs of this shape, as they are now."""
         key = (need.gpu, need.share, need.cpus, need.memory_bytes)
-        ranking = self._rankings.pop(key, None)
-        if ranking is None or ranking.heeded < self._forgotten:
-            ranking = self._new_ranking(need, market)
+        ranked = self._rankings.pop(key, None)
+        if ranked is None or ranked.heeded < self._forgotten:
+            ranked = _Ranked(need, self._policy)
+            for kind, pile in self._piles.items():
+                why = ranked.refusal(kind)
+                for slot in pile:
+                    if why:
+                        ranked.ranking.refuse(slot, why)
+                    else:
+                        ranked.rank(slot, self._views[slot], kind, market)
             if len(self._rankings) >= RANKINGS:
                 del self._rankings[next(iter(self._rankings))]
         else:
-            for slot in set(self._touches[ranking.heeded - self._forgotten :]):
-                self._rank(ranking, slot, need, market, _RANK_FILTERS)
-        ranking.heeded = self._forgotten + len(self._touches)
-        self._rankings[key] = ranking
-        return ranking
+            for slot in set(self._touches[ranked.heeded - self._forgotten :]):
+                ranked.rank(slot, self._views[slot], self._kinds[slot], market)
+        ranked.heeded = self._forgotten + len(self._touches)
+        self._rankings[key] = ranked
+        return ranked.ranking
 
-    def _new_ranking(self, need: Need, market: Market) -> Ranking:
-        ranking = Ranking()
-        for pile in self._piles.values():
-            some = self._views[next(iter(pile))]
-            assert some is not None
-            why = refusal(need, some, self._policy, _PILE_FILTERS)
-            for slot in pile:
-                if why:
-                    ranking.refuse(slot, why)
-                else:
-                    self._rank(ranking, slot, need, market, SHAPE_FILTERS)
-        return ranking
 
-    def _rank(self, ranking: Ranking, slot: int, need: Need, market: Market, filters: Iterable[Filter]) -> None:
-        view = self._views[slot]
+class _Ranked:
+    """A ranking for one shape of need, and how nodes get their place in it."""
+
+    def __init__(self, need: Need, policy: Policy) -> None:
+        self.ranking = Ranking()
+        #: Touches of nodes that are in the ranking.
+        self.heeded = 0
+        self._need = need
+        self._policy = policy
+        self._fits: dict[tuple[Card, ...], tuple[Sequence[Fit], str]] = {}
+
+    def refusal(self, kind: _Kind) -> str:
+        """Of all nodes of a kind."""
+        return kind[0] or self._ways(kind[1])[1]
+
+    def rank(self, slot: int, view: NodeView | None, kind: _Kind, market: Market) -> None:
+        """The node is of that kind now."""
         if view is None:
-            ranking.forget(slot)
-        elif why := refusal(need, view, self._policy, filters):
-            ranking.refuse(slot, why)
-        else:
-            gpus = chosen_gpus(need, view, market)
-            cost = round(sum(cost_parts(need, view, gpus, market, SHAPE_COSTS).values()), 6)
-            ranking.accept(slot, view.addr, cost, tuple(gpu.model for gpu in gpus))
+            self.ranking.forget(slot)
+            return
+        why = self.refusal(kind) or refusal(self._need, view, self._policy, _OTHER_FILTERS)
+        if why:
+            self.ranking.refuse(slot, why)
+            return
+        fit = best_fit(self._need, view, self._ways(kind[1])[0], market)
+        cost = round(sum(cost_parts(self._need, view, fit, market, SHAPE_COSTS).values()), 6)
+        self.ranking.accept(slot, view.addr, cost, fit.models)
+
+    def _ways(self, cards: tuple[Card, ...]) -> tuple[Sequence[Fit], str]:
+        known = self._fits.get(cards)
+        if known is None:
+            if len(self._fits) >= KINDS:
+                self._fits.clear()
+            known = self._fits[cards] = fits(self._need.gpu, self._need.gpu_share, cards)
+        return known
 
 
 class _Search:
@@ -344,8 +384,3 @@ class _Search:
         cost = round(cost, 6)
         self.found.append((cost, view.addr, slot))
         self._best = min(self._best, cost)
-
-
-def _pile_key(view: NodeView) -> tuple[object, ...]:
-    gpus = sorted([(gpu.model, gpu.memory_bytes, gpu.grade, gpu.free_share) for gpu in view.gpus])
-    return (view.connected, view.availability, bool(view.engine), *gpus)

@@ -1,7 +1,7 @@
 """How a replica has fared over several reports: how often it failed, since when it stands where it does. Pure.
 
-A report says only what is now. What is made of several of them is in a Trail, explicitly; after a restart of ours trails
-begin anew, which makes us wait a little longer and nothing else.
+A report says only what is now. What is made of several of them is in a Trail, explicitly; after a restart of ours
+trails begin anew, which makes us wait a little longer and nothing else.
 """
 
 import re

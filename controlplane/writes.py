@@ -59,9 +59,9 @@ class Writes:
 
     def _done(self, task: OpenTask, writing: "asyncio.Future[None]") -> None:
         task.writing = None
+        error = error_of(writing)
         if task.phase is Phase.ENDED:
             return
-        error = error_of(writing)
         if error is not None:
             self._failed(task, error)
             return

@@ -27,7 +27,8 @@ from httpbridge.credentials import TokenFile
 from httpbridge.errors import ConfigFault
 from httpbridge.lookups import Lookups
 from httpbridge.metrics import Metrics
-from httpbridge.routes import passthrough, routes
+from httpbridge.raw import Raw
+from httpbridge.routes import passthrough, raw, routes
 from httpbridge.submit import Submission
 from httpbridge.tasks import Tasks
 
@@ -76,7 +77,9 @@ def assemble(config: Config, control_plane: ControlPlane) -> tuple[App, About]:
         line_bytes=config.max_line,
     )
     _measure(metrics, control_plane, budget)
-    return App(routes(submission, tasks, lookups, about), passthrough(submission), metrics, limits), about
+    pass_through = Raw(control_plane, reader, trusted_proxies=config.proxies)
+    table = routes(submission, tasks, lookups, about)
+    return App(table, passthrough(submission), raw(pass_through), metrics, limits), about
 
 
 async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[None]") -> None:

@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 #: What is passed to containers lies under this.
 USER: Final = "/user/"
+#: What is a container's own HTTP, under this.
+RUN: Final = "/run/"
 #: In the metrics: a path that is none of ours, and a caller who went before his answer.
 UNKNOWN: Final = "unknown"
 HUNG_UP: Final = 499
@@ -73,6 +75,17 @@ class Route(NamedTuple):
         return found
 
 
+class AnyMethod(NamedTuple):
+    """A path that answers to every method alike."""
+
+    name: str
+    answer: Handler
+
+    def handler(self, method: str) -> Handler:  # noqa: ARG002 a Route asks
+        """What answers to `method`."""
+        return self.answer
+
+
 class Limits(NamedTuple):
     """What one caller, and what all together, may take up."""
 
@@ -86,11 +99,19 @@ class Limits(NamedTuple):
 
 
 class App:
-    """Routes by exact path, and `passthrough` for everything else under `/user/`."""
+    """Routes by exact path; `passthrough` for everything else under `/user/`, `raw` for all that is under `/run/`."""
 
-    def __init__(self, routes: Mapping[str, Route], passthrough: Route, metrics: Metrics, limits: Limits) -> None:
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        passthrough: Route,
+        raw: AnyMethod,
+        metrics: Metrics,
+        limits: Limits,
+    ) -> None:
         self._routes = routes
         self._passthrough = passthrough
+        self._raw = raw
         self._metrics = metrics
         self._limits = limits
         self._new_id = map("{}{:08x}".format, itertools.repeat(secrets.token_hex(6)), itertools.count(1)).__next__
@@ -138,7 +159,7 @@ class App:
         self._metrics.observe(name, reply.status, time.perf_counter() - began)
         return reply
 
-    def _find(self, request: web.BaseRequest) -> tuple[str, str, str, Route]:
+    def _find(self, request: web.BaseRequest) -> tuple[str, str, str, Route | AnyMethod]:
         """Target, path, query and route. Raises NotFound."""
         target = request.raw_path
         if not target.startswith("/"):
@@ -150,6 +171,8 @@ class App:
         route = self._routes.get(path)
         if route is not None:
             return target, path, query, route
+        if path.startswith(RUN):
+            return target, path, query, self._raw
         # The original's documents print `/user/queryTask&taskID=...`.
         literal, ampersand, literal_query = target.partition("&")
         if ampersand and (route := self._routes.get(literal)) is not None:

@@ -97,7 +97,7 @@ class BodyReader:
             body += chunk
 
     async def pieces(self, request: web.BaseRequest) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, in pieces of at most wire.CHUNK_BYTES, for who keeps none of it: no limit but the stall's.
+        """The body as it comes, in pieces of at most wire.CHUNK_BYTES: for who keeps none of it, so without its limits.
 
         Raises SlowClient, BadRequest.
         """

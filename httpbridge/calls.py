@@ -7,6 +7,7 @@ so that small calls stay fast beside them; the rest is plain unary calls and ser
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from math import inf
 from typing import Final, Self, TypeAlias, TypeVar
 
 import grpc
@@ -25,6 +26,8 @@ CALL_LIMIT_S: Final = 30.0
 TRANSFER_LIMIT_S: Final = 3600.0
 #: A held answer comes at the latest so long after its `wait`.
 ANSWER_GRACE_S: Final = 30.0
+#: A response that is still coming is worth a wait for a control plane that is started anew.
+FOLLOW_LIMIT_S: Final = 30.0
 #: How often a broken stream is taken up again without having got any further.
 RESUMES: Final = 3
 RESUME_PAUSE_S: Final = 0.5
@@ -249,7 +252,7 @@ class ControlPlane:
         try:
             await call.write(pb.UploadRequest(workspace_id=workspace_id, size=size, discard=True))
             # It comes with the refusal, too, and then has nothing in it.
-            if wire.UPLOAD_ID in await call.initial_metadata():
+            if any(key == wire.UPLOAD_ID for key, _ in await call.initial_metadata()):
                 for at in range(0, len(begun), wire.CHUNK_BYTES):
                     await call.write(pb.UploadRequest(data=begun[at : at + wire.CHUNK_BYTES]))
                 async for piece in rest:
@@ -267,35 +270,40 @@ class ControlPlane:
     async def follow(self, task_id: str, workspace_id: str, *, attempt: int) -> AsyncGenerator[pb.WatchResponse, None]:
         """TaskService.Watch for the one caller that a streamed task is for; ends when all of the response has come.
 
-        Gives the head once, then data without gaps, also where the stream had to be taken up again. To close it early
+        Gives the head, then data without gaps, also where the stream had to be taken up again. To close it early
         cancels the task. `attempt`: of the head that is known already, 0: none is. Raises TaskEnded besides.
         """
-        offset = broken = 0
+        loop = asyncio.get_running_loop()
+        offset = running = 0
+        give_up_at = inf
         while True:
+            began, begun_at = loop.time(), offset
             request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, offset=offset, cancel_on_hangup=True)
             events = self._bodies.Watch(request, metadata=self._metadata())
             try:
                 async for event in events:
                     if event.HasField("task"):
+                        running = event.task.attempt
                         if event.task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
                             raise TaskEnded(event.task)
-                        if attempt and event.task.attempt != attempt:
+                        if attempt and running != attempt:
                             raise errors.BadGateway("The node that sent the response was lost", task_id=task_id)
-                    if event.data:
-                        if event.offset != offset:
-                            log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
-                            raise errors.BridgeError
-                        offset += len(event.data)
-                        broken = 0
+                    if event.HasField("head"):
+                        attempt = running
+                    if event.offset != offset and event.data:
+                        log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
+                        raise errors.BridgeError
+                    offset += len(event.data)
                     yield event
                     if event.task.state == pb.TASK_STATE_COMPLETED:
                         return
                 raise errors.Unavailable("The response ended early")
             except grpc.aio.AioRpcError as error:
-                refused = translated(error)
-                if broken >= RESUMES or not isinstance(refused, errors.Unavailable):
+                refused, now = translated(error), loop.time()
+                if offset > begun_at or now - began > FOLLOW_LIMIT_S or give_up_at == inf:
+                    give_up_at = now + FOLLOW_LIMIT_S
+                if now >= give_up_at or not isinstance(refused, errors.Unavailable):
                     raise refused from None
-                broken += 1
                 await asyncio.sleep(RESUME_PAUSE_S)
             finally:
                 events.cancel()

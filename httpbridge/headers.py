@@ -1,4 +1,4 @@
-"""Which header fields travel between a caller and a container: all that are end to end, none that are the platform's."""
+"""Which header fields travel between caller and container: all that are end to end, none that are the platform's."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""How a container's answer goes to its caller untouched: its status, its fields in their order, its bytes as they come."""
+"""How a container's answer goes to its caller untouched: status, fields in their order, bytes as they come."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -12,8 +12,8 @@ from ngpu.v1 import task_pb2 as pb
 from httpbridge import headers
 from httpbridge.reply import Reply, date_line, status_line
 
-#: To these there is no body, whatever their fields say; nor to HEAD.
-BODILESS: Final = frozenset({204, 304})
+#: Of these there is no body, whatever their fields say; nor of the answer to HEAD.
+BODILESS: Final = frozenset({101, 204, 304})
 
 
 class Passed(Reply):

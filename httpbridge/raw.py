@@ -21,7 +21,7 @@ from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import credentials, envelope, headers, origin, params
 from httpbridge.answers import is_cut, ruling
-from httpbridge.app import Call
+from httpbridge.app import RUN, Call
 from httpbridge.bodies import BodyReader
 from httpbridge.calls import ControlPlane, TaskEnded
 from httpbridge.errors import BadGateway, NotFound, Unauthorized
@@ -29,7 +29,6 @@ from httpbridge.passed import Live, Passed
 from httpbridge.reply import Reply
 from httpbridge.tunnel import Tunnel
 
-RUN: Final = "/run"
 OPERATION: Final = "run"
 #: How long one question to the control plane may wait for the beginning of an answer: its own limit.
 WAIT_S: Final = 3600
@@ -61,7 +60,7 @@ class Raw:
         request.wait.seconds = WAIT_S
         passed = request.request
         passed.method = call.request.method
-        passed.path = params.as_it_may_stand(call.path[len(RUN) :]) or "/"
+        passed.path = params.as_it_may_stand(call.path[len(RUN) - 1 :])
         passed.query = params.as_it_may_stand(call.query)
         headers.forward(call.request.raw_headers, fields.get("Connection", ""), passed, envelope=False)
         if passed.method == "GET" and fields.get("Upgrade", "").lower() == _WEBSOCKET:
@@ -101,6 +100,8 @@ class Raw:
         if task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
             return _failed(task)
         if task.state == pb.TASK_STATE_COMPLETED and not is_cut(response.body):
+            if response.status == 101:
+                raise BadGateway("The container closed the connection at once", task_id=task_id)
             return Passed(response, response.body.inline, method=method, task_id=task_id)
         if response.status == 101:
             return Tunnel(response, control_plane, task_id=task_id, workspace_id=workspace_id)

@@ -1,8 +1,9 @@
 """The whole surface in one table: path, method, what answers."""
 
 from httpbridge.about import About
-from httpbridge.app import Route
+from httpbridge.app import AnyMethod, Route
 from httpbridge.lookups import Lookups
+from httpbridge.raw import OPERATION, Raw
 from httpbridge.submit import Submission
 from httpbridge.tasks import Tasks
 
@@ -32,3 +33,8 @@ def routes(submission: Submission, tasks: Tasks, lookups: Lookups, about: About)
 def passthrough(submission: Submission) -> Route:
     """Every other path under /user/ is a container's."""
     return Route("passthrough", {"POST": submission.passthrough})
+
+
+def raw(pass_through: Raw) -> AnyMethod:
+    """Every path under /run/ is a container's, whatever the method."""
+    return AnyMethod(OPERATION, pass_through.run)

@@ -6,7 +6,7 @@ side holds back the other and nobody else. When one side closes, the other gets 
 
 import asyncio
 import contextlib
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from aiohttp import StreamReader, web
@@ -30,7 +30,6 @@ class Tunnel(Passed):
         self, response: http_pb2.HttpResponse, control_plane: ControlPlane, *, task_id: str, workspace_id: str
     ) -> None:
         super().__init__(response, b"", method="GET", task_id=task_id)
-        self._bodiless = True
         self._control_plane = control_plane
         self._workspace_id = workspace_id
         self._protocol = next((h.value.decode("latin-1") for h in response.headers if h.name == "Upgrade"), "websocket")
@@ -45,7 +44,8 @@ class Tunnel(Passed):
         # What comes next is no request.
         self._keep_alive = False
         incoming = _Incoming(request.protocol)
-        request.protocol.set_parser(incoming)  # type: ignore[arg-type] it asks for two of its methods
+        # Of a parser it asks for these two methods and no others.
+        request.protocol.set_parser(cast("Any", incoming))
         try:
             connection = await self._control_plane.connect(self.task_id, self._workspace_id)
         except BaseException:

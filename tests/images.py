@@ -21,13 +21,7 @@ from pathlib import Path
 import docker
 
 ECHO = Path(__file__).with_name("echo.py")
-#: An interpreter and what it links; the rest of its standard library needs more, the modules that echo.py imports do
-#: not.
-PACKAGES = (
-    "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib",
-    "libc6", "zlib1g", "libexpat1", "libssl3", "busybox-static",
-)  # fmt: skip
-PYTHON = "/usr/bin/python3.11"
+BASE_IMAGE = Path(__file__).parent.parent / "scripts" / "base-image"
 #: The registry fixture's user, and the bcrypt hash of the password (htpasswd is in no package that we need otherwise).
 USERNAME, PASSWORD = "puller", "let-me-in"
 HTPASSWD = "puller:$2b$05$abcdefghijklmnopqrstuu3Jd./u/rH1RxB6auX5v7gLP6uWhKCgG\n"
@@ -41,13 +35,29 @@ def why_no_images() -> str:
 
 def echo_image(api: docker.APIClient) -> str:
     """The reference of an image that runs echo.py; builds it (some 5 s) if this machine has none yet."""
-    digest = hashlib.sha256(repr((PACKAGES, 1)).encode() + ECHO.read_bytes()).hexdigest()[:16]
-    return _image(
-        api,
-        f"ngpu-test-echo:{digest}",
-        {"srv/echo.py": ECHO.read_bytes()},
-        ["CMD " + json.dumps([PYTHON, "-u", "/srv/echo.py"])],
-    )
+    digest = hashlib.sha256(BASE_IMAGE.read_bytes() + ECHO.read_bytes()).hexdigest()[:16]
+    reference = f"ngpu-test-echo:{digest}"
+    if api.images(reference):
+        return reference
+    with tempfile.TemporaryDirectory(prefix="ngpu-image-") as directory:
+        root = Path(directory) / "root"
+        subprocess.run([BASE_IMAGE, "--rootfs", root, "busybox-static"], check=True, capture_output=True)
+        (root / "srv").mkdir()
+        shutil.copy(ECHO, root / "srv" / "echo.py")
+        # `sh`, `sleep`, `cat` and the like, for tests that look around.
+        for tool in ("sh", "sleep", "cat", "id", "ls"):
+            (root / "bin" / tool).unlink(missing_ok=True)
+            (root / "bin" / tool).symlink_to("busybox")
+        tar_path = Path(directory) / "root.tar"
+        with tarfile.open(tar_path, "w") as tar:
+            tar.add(root, arcname=".", filter=_plain)
+        command = json.dumps(["/usr/bin/python3", "-u", "/srv/echo.py"])
+        repository, tag = reference.rsplit(":", 1)
+        said = api.import_image(src=str(tar_path), repository=repository, tag=tag, changes=[f"CMD {command}"])
+        answer = json.loads(said.splitlines()[-1])
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+    return reference
 
 
 def variant(api: docker.APIClient, name: str, *changes: str, extra_bytes: int = 0) -> str:
@@ -126,38 +136,6 @@ def push(api: docker.APIClient, image: str, registry_address: str, name: str, *,
         if "error" in event:
             raise RuntimeError(event["error"])
     api.remove_image(reference)
-    return reference
-
-
-def _image(api: docker.APIClient, reference: str, files: Mapping[str, bytes], changes: list[str]) -> str:
-    if api.images(reference):
-        return reference
-    with tempfile.TemporaryDirectory(prefix="ngpu-image-") as directory:
-        # apt's own user must be able to write here.
-        Path(directory).chmod(0o777)
-        subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=directory, check=True, capture_output=True)
-        root = Path(directory) / "root"
-        for package in sorted(Path(directory).glob("*.deb")):
-            subprocess.run(["dpkg", "-x", str(package), str(root)], check=True, capture_output=True)
-        for unwanted in ("usr/share", "usr/lib/python3.11/pydoc_data", "usr/lib/x86_64-linux-gnu/gconv"):
-            shutil.rmtree(root / unwanted, ignore_errors=True)
-        for name, content in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-        for name in ("tmp", "etc", "proc", "sys", "dev"):
-            (root / name).mkdir(exist_ok=True)
-        # `sh`, `sleep`, `cat` and the like, for tests that look around.
-        for tool in ("sh", "sleep", "cat", "id", "ls"):
-            (root / "bin" / tool).symlink_to("busybox")
-        tar_path = Path(directory) / "root.tar"
-        with tarfile.open(tar_path, "w") as tar:
-            tar.add(root, arcname=".", filter=_plain)
-        repository, tag = reference.rsplit(":", 1)
-        answer = json.loads(
-            api.import_image(src=str(tar_path), repository=repository, tag=tag, changes=changes).splitlines()[-1]
-        )
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
     return reference
 
 

@@ -113,7 +113,8 @@ class TaskApi:
             workspace_uid=workspace.uid,
             port=port,
             request=request,
-            repeatable=message.repeatable if message.HasField("repeatable") else spec.repeatable,
+            # Who gives a key has said that doing it twice is no harm.
+            repeatable=message.repeatable if message.HasField("repeatable") else spec.repeatable or bool(key),
             btc_address=message.btc_address,
             idempotency_key=key or None,
             request_hash=_hash_of(port, request) if key else None,

@@ -59,9 +59,7 @@ class WorkspaceApi:
         """See workspace.proto."""
         found = self._find(request.workspace, caller.principal)
         workspace = await self._fleet.replace_workspace(found.uid, translate.spec_of(request.spec))
-        _log.info(
-            "workspace_updated", workspace=workspace.uid, generation=workspace.generation, by=caller.principal.id
-        )
+        _log.info("workspace_updated", workspace=workspace.uid, generation=workspace.generation, by=caller.principal.id)
         return pb.UpdateWorkspaceResponse(workspace=self._message(workspace, caller.principal))
 
     async def delete_workspace(self, request: pb.DeleteWorkspaceRequest, caller: Caller) -> pb.DeleteWorkspaceResponse:
@@ -127,7 +125,7 @@ class WorkspaceApi:
             ready_replicas=len(ready),
             queued_tasks=self._dispatcher.queued(workspace.uid),
             running_tasks=self._dispatcher.running(workspace.uid),
-            message=standing.words(workspace, stand),
+            message=standing.words(workspace, stand, self._fleet.failing),
             wanted_replicas=workspace.wanted,
             updated_replicas=sum(replica.generation == workspace.generation for replica in ready),
         )

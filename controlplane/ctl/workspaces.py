@@ -194,6 +194,7 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
         ("why", cell(workspace.message, "yellow")),
         ("image", spec.image),
         ("command", shlex.join(spec.command)),
+        ("replicas", _scale(spec)),
         ("environment", ", ".join(sorted(spec.env))),
         ("ports", ", ".join(map(str, spec.ports))),
         ("GPUs", gpu),
@@ -231,6 +232,16 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
     ]
     columns = ("REPLICA", "NODE", "STATE", "DONE", "TASKS", "RESTARTS", "PLACED", "MESSAGE")
     return Group(head, "", table(*columns, rows=rows, right=("DONE", "TASKS", "RESTARTS")))
+
+
+def _scale(spec: pb.WorkspaceSpec) -> str:
+    scale = spec.scale
+    if not scale.max_replicas:
+        return ""
+    text = f"{scale.min_replicas} to {scale.max_replicas} by load"
+    if not scale.min_replicas:
+        text += f", none when idle for {duration_text(scale.idle_time.ToTimedelta().total_seconds())}"
+    return f"{text}, more when tasks wait {duration_text(scale.queue_wait.ToTimedelta().total_seconds())}"
 
 
 def _former(workspace: pb.Workspace, replica: pb.Replica) -> str:

@@ -1,9 +1,10 @@
 """A Stable-Diffusion-shaped image-to-image service: a real super-resolution network, on the CPU.
 
 POST /sdapi/v1/img2img {"init_images": [base64 PNG or JPEG], "denoising_strength": 0..1, "width": w}
-answers {"images": [base64 PNG], ...} as Stable Diffusion's own API does. The network is ACNet of pyanime4k, whose
-weights are inside its wheel. It doubles the picture (or brings it to `width`); `denoising_strength` chooses among its four
-denoising variants.
+answers {"images": [base64 PNG], ...} as Stable Diffusion's own API does.
+
+The network is ACNet of pyanime4k, whose weights are inside its wheel. It doubles the picture (or brings it to `width`);
+`denoising_strength` chooses among its four denoising variants.
 """
 
 import base64

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from scripts.bench import loads, product, profile, sheet
+from scripts.bench import hotspots, loads, product, sheet
 from scripts.bench.loads import HERE, Memory, cpu_s, family, free_port, wrk
 from scripts.bench.sheet import Goal
 from scripts.bench.tools import INSTRUMENTS, Tool
@@ -239,13 +239,14 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             sheet.tool_version("wrk", "-v").partition(" [")[0],
             *(tool.versions() for *_, tool in peers),
         ]
-        print(sheet.where(busy, *versions), f"{options.rounds} rounds of {options.seconds:g} s, medians.\n")
+        print(sheet.where(busy, *versions), sheet.in_rounds(options.rounds, options.seconds) + "\n")
         if options.profile:
-            programs = {"control plane": ours.pids[0], "node daemon": ours.pids[1], "bridge": ours.pids[2]}
-            command = loads.wrk_command(ours.url + "w1", 64, options.seconds + 20, [str(ours.small), "0", ours.bearer])
-            with loads.running(command):
+            path, connections = {work: (path, connections) for work, path, connections in WORKS}[options.profile]
+            body = ours.large if path == "w3" else ours.small
+            arguments = [str(body), "0", ours.bearer]
+            with loads.running(loads.wrk_command(ours.url + path, connections, options.seconds + 60, arguments)):
                 time.sleep(1)
-                print(profile.tables(programs, options.seconds, state))
+                print(hotspots.tables(ours.programs, options.seconds, state))
         elif options.plot:
             sheet.rounds(options.rounds, [("curves", chain.curves)])
             plot(chain, options.plot)
@@ -260,8 +261,7 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             print()
             print(sheet.goals_table(GOALS, chain.figures))
             each = ", ".join(
-                f"{name} {sheet.number(peak)}"
-                for name, peak in zip(("control plane", "node daemon", "bridge"), memory.peaks_mib, strict=True)
+                f"{name} {sheet.number(peak)}" for name, peak in zip(product.PROGRAMS, memory.peaks_mib, strict=True)
             )
             print(f"\nMemory of the three: idle {sheet.number(chain.figures['idle_mib'])} MiB, peak "
                   f"{sheet.number(memory.peak_mib)} MiB ({each}).")  # fmt: skip
@@ -282,7 +282,11 @@ def main() -> int:
         "--plot", type=Path, metavar="FILE", help="instead: W1 over concurrency, as a table and as this PNG"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="instead: the hottest functions of each program during W1 c=64 (py-spy)"
+        "--profile",
+        nargs="?",
+        const=WORKS[0][0],
+        choices=[work for work, *_ in WORKS],
+        help="instead: the hottest functions of each program during that work, default %(const)s (py-spy)",
     )
     product.add_note(parser)
     return loads.main("chain", parser, measure)

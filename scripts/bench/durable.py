@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.bench import loads, product, sheet
+from scripts.bench import hotspots, loads, product, sheet
 from scripts.bench.loads import HERE, cpu_s, free_port, wrk
 from scripts.bench.sheet import Goal
-from scripts.bench.tools import Tool
+from scripts.bench.tools import INSTRUMENTS, Tool
 from scripts.programs import Failed, Platform
 
 CALLERS = 64
@@ -80,14 +80,18 @@ class Durable:
 
     # Ours.
 
+    def closed_command(self, seconds: float) -> list[str]:
+        """wrk: submit, ask, with CALLERS tasks under way."""
+        ours = self.ours
+        paths = ["/user/schedulingTask?paramUrl=w1&paramPort=8080", "/user/queryTask?wait=30&taskID="]
+        arguments = [str(ours.small), *paths, ours.bearer]
+        return loads.wrk_command(ours.platform.url, CALLERS, seconds, arguments, "durable.lua")
+
     def closed(self) -> None:
         """W4 c=64 over REST, and its CPU."""
         self.seen.setdefault("", "ngpu")
-        query = "/user/queryTask?wait=30&taskID="
-        arguments = [str(self.ours.small), "/user/schedulingTask?paramUrl=w1&paramPort=8080", query, self.ours.bearer]
         before = cpu_s(self.ours.pids)
-        command = loads.wrk_command(self.ours.platform.url, CALLERS, self.seconds, arguments, "durable.lua")
-        measured = loads.run_wrk(command)
+        measured = loads.run_wrk(self.closed_command(self.seconds))
         if measured["errors"] or not measured["ended"]:
             raise Failed(f"durable tasks over REST: {measured}")
         self.figures.keep("w4_c64_tps", measured["ended"] / measured["seconds"])
@@ -208,11 +212,19 @@ def table(durable: Durable) -> str:
 
 def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:
     """All of it."""
-    peers = () if options.quick else [peer for peer in PEERS if peer.key in options.peers.split(",")]
+    if options.profile:
+        INSTRUMENTS.install()
+    peers = () if options.quick or options.profile else [peer for peer in PEERS if peer.key in options.peers.split(",")]
     for peer in peers:
         peer.tool.install()
     with product.up(state) as ours:
         durable = Durable(ours, options)
+        if options.profile:
+            print(sheet.where(busy) + "\n")
+            with loads.running(durable.closed_command(options.seconds + 60)):
+                time.sleep(1)
+                print(hotspots.tables(ours.programs, options.seconds, state))
+            return durable.figures
         steps: list[tuple[str, Callable[[], None]]] = [
             ("c=64", durable.closed),
             ("c=64 over gRPC", durable.closed_grpc),
@@ -225,7 +237,7 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
     versions = sorted({peer.tool.versions() for peer in peers})
     if peers:
         versions.append("Redis " + sheet.tool_version("redis-server", "--version").partition("v=")[2].split()[0])
-    print(sheet.where(busy, *versions), f"{options.rounds} rounds of {options.seconds:g} s, medians.\n")
+    print(sheet.where(busy, *versions), sheet.in_rounds(options.rounds, options.seconds) + "\n")
     print(table(durable))
     print()
     print(sheet.goals_table(GOALS, figures))
@@ -242,6 +254,9 @@ def main() -> int:
         default=",".join(peer.key for peer in PEERS),
         metavar="LIST",
         help='of the full form; default all: %(default)s; "" for none',
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: the hottest functions of each program during c=64 (py-spy)"
     )
     product.add_note(parser)
     return loads.main("durable", parser, measure)

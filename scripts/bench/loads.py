@@ -223,7 +223,7 @@ def main(
     try:
         figures = measure(state, chosen, sheet.busy_cores())
     except Failed as error:
-        print(f"{name}: {error}\nlogs: {state / 'logs'}", file=sys.stderr)
+        print(f"{name}: {error}\nlogs: {state}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         shutil.rmtree(state, ignore_errors=True)

@@ -85,6 +85,10 @@ exec nginx -p "$home" -c "$home/nginx.conf" -g 'daemon off;'
 """
 
 
+#: As they are started.
+PROGRAMS = ("control plane", "node daemon", "bridge")
+
+
 class Product:
     """The three programs, up, and the workspace ready. `pids`: control plane, node, bridge."""
 
@@ -113,6 +117,11 @@ class Product:
         self.platform.ngpu("workspace", "create", str(path), "--wait", "--timeout", f"{READY_LIMIT_S:.0f}s")
         workspace_id: str = self.platform.ngpu("workspace", "show", name)["workspace"]["id"]
         return workspace_id
+
+    @property
+    def programs(self) -> dict[str, int]:
+        """The three by name, with their process ids."""
+        return dict(zip(PROGRAMS, self.pids, strict=True))
 
     def has_raw(self) -> bool:
         """Whether this version of the bridge has the raw pass-through."""

@@ -186,6 +186,11 @@ def tool_version(*command: str) -> str:
     return lines[0].strip() if lines else ""
 
 
+def in_rounds(count: int, seconds: float) -> str:
+    """How the figures came about."""
+    return f"{count} rounds of {seconds:g} s, medians." if count > 1 else f"One round of {seconds:g} s."
+
+
 def progress(text: str) -> None:
     """What is being done, on a terminal's one line of stderr."""
     end = "\r" if sys.stderr.isatty() else "\n"

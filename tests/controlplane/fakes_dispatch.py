@@ -214,7 +214,7 @@ class FlakyStore:
         def write(*args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
             if self.unsure:
                 self.unsure = False
-                method(*args, **kwargs)
+                method(*args, **kwargs).add_done_callback(lambda done: done.exception())
             elif not self.down:
                 return method(*args, **kwargs)  # type: ignore[no-any-return]
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

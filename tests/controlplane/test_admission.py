@@ -1,14 +1,15 @@
 """What descriptions are taken, and that every fault is told at once."""
 
+import contextlib
 import math
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from controlplane.admission import RESERVED_ROUTES, admit, admit_replicas, admit_route
+from controlplane.admission import RESERVED_ROUTES, admit, admit_replicas, admit_route, admit_update
 from controlplane.errors import InvalidArgument
-from controlplane.spec import GIB, MIB, GpuNeed, Limits, Readiness, Registry, Spec
+from controlplane.spec import GIB, MIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec
 
 SPEC = Spec(name="demo", image="demo:1", ports=(8000,))
 
@@ -84,6 +85,11 @@ def test_taken(changes: dict[str, Any]) -> None:
         ({"limits": Limits(run_time_s=0)}, "limits.run_time_s: 0"),
         ({"limits": Limits(queue_length=10**9)}, "limits.queue_length:"),
         ({"limits": Limits(max_attempts=0)}, "limits.max_attempts:"),
+        ({"scale": Scale(2, 1)}, "scale.min_replicas: 2 is more than scale.max_replicas, 1"),
+        ({"scale": Scale(1)}, "scale.max_replicas: say how many"),
+        ({"scale": Scale(0, 1001)}, "scale.max_replicas: 1001"),
+        ({"scale": Scale(0, 1, idle_time_s=1)}, "scale.idle_time_s: 1 is not"),
+        ({"scale": Scale(0, 1, queue_wait_s=0)}, "scale.queue_wait_s: 0 is not"),
         ({"writable_paths": ("data",)}, "writable_paths: 'data' is no plain absolute path"),
         ({"writable_paths": ("/",)}, "writable_paths: '/'"),
         ({"writable_paths": ("/a/../b",)}, "writable_paths:"),
@@ -110,7 +116,32 @@ def test_every_fault_is_told_at_once() -> None:
 @pytest.mark.parametrize("replicas", [-1, 1001])
 def test_replicas_have_a_range(replicas: int) -> None:
     with pytest.raises(InvalidArgument):
-        admit_replicas(replicas)
+        admit_replicas(replicas, Scale())
+
+
+@pytest.mark.parametrize(("replicas", "fits"), [(0, False), (1, True), (3, True), (4, False)])
+def test_replicas_that_follow_the_load_stay_within_its_bounds(replicas: int, fits: bool) -> None:
+    with contextlib.nullcontext() if fits else pytest.raises(InvalidArgument, match="between 1 and 3"):
+        admit_replicas(replicas, Scale(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({}, 0),
+        ({"image": "demo:2", "replicas": 9}, 0),
+        ({"name": "other"}, 1),
+        ({"ports": (9000,)}, 1),
+        ({"name": "other", "ports": (1,)}, 2),
+    ],
+)
+def test_an_update_keeps_the_name_and_the_ports_of_routes(changes: dict[str, Any], faults: int) -> None:
+    said = ""
+    try:
+        admit_update(SPEC, replace(SPEC, **changes), {"img2img": 8000})
+    except InvalidArgument as error:
+        said = str(error)
+    assert len(said.split("; ")) * bool(said) == faults
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How many replicas a load calls for: each rule as a value, and whole days in simulation."""
 
+import itertools
 import math
 import random
 from collections import deque
@@ -44,21 +45,19 @@ def busy(*, use: float = 0.0, low_s: float | None = None, peak: int = 0) -> Cour
         pytest.param(RULES, 9, Load(ready=9), busy(low_s=DOWN_AFTER_S, peak=1), 1, id="the last one stays"),
         pytest.param(RULES, 1, Load(ready=1), Course(NOW_S, 0, NOW_S - 899), 1, id="idle, but not for long"),
         pytest.param(RULES, 1, Load(ready=1), Course(NOW_S, 0, NOW_S - 900), 0, id="idle for long"),
-        pytest.param(
-            replace(RULES, min_replicas=1), 1, Load(ready=1), Course(NOW_S, 0, 0), 1, id="idle, one is kept"
-        ),
+        pytest.param(replace(RULES, min_replicas=1), 1, Load(ready=1), Course(NOW_S, 0, 0), 1, id="idle, one is kept"),
         pytest.param(RULES, 20, Load(running=20, ready=20), busy(use=20), 10, id="fewer are allowed now"),
     ],
 )
 def test_how_many(rules: Scale, target: int, load: Load, course: Course, after: int) -> None:
-    number, _, why = scaled(rules, 1, target, load, course, NOW_S)
+    number, _, why = scaled(rules, 1, target, load, course, now_s=NOW_S)
     assert number == after
     assert bool(why) is (number != target)
 
 
 def test_slots_count_and_not_replicas() -> None:
     load = Load(queued=4, running=8, ready=1, mean_s=60)
-    assert scaled(RULES, 8, 1, load, busy(use=8), NOW_S)[0] == 2
+    assert scaled(RULES, 8, 1, load, busy(use=8), now_s=NOW_S)[0] == 2
 
 
 class Sim:
@@ -88,7 +87,7 @@ class Sim:
         oldest_s = self.now_s - self.queue[0] if self.queue else 0.0
         load = Load(len(self.queue), len(self.ends), oldest_s, ready, self.task_s if self.waits else 0.0)
         self.target, self.course, _ = scaled(
-            self.rules, self.concurrency, self.target, load, self.course, self.now_s
+            self.rules, self.concurrency, self.target, load, self.course, now_s=self.now_s
         )
         self.targets.append(self.target)
 
@@ -101,7 +100,7 @@ class Sim:
 
     def changes(self, last_s: int) -> int:
         recent = self.targets[-last_s:]
-        return sum(before != after for before, after in zip(recent, recent[1:], strict=False))
+        return sum(before != after for before, after in itertools.pairwise(recent))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -158,7 +157,7 @@ def test_never_outside_the_bounds(
     for queued, running, oldest_s, ready in loads:
         now_s += 30
         target, course, _ = scaled(
-            rules, concurrency, target, Load(queued, running, oldest_s, ready, 5.0), course, now_s
+            rules, concurrency, target, Load(queued, running, oldest_s, ready, 5.0), course, now_s=now_s
         )
         assert least <= target <= rules.max_replicas
         assert target or not queued

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from ngpu.v1 import asset_pb2 as asset
 from ngpu.v1 import fleet_pb2 as fleet
@@ -223,6 +224,15 @@ def test_show(plane: FakeControlPlane, ngpu: Ngpu) -> None:
         assert part in text
     assert "r-2" in text
     assert "2 of 5 layers" in text
+
+
+def test_show_says_how_replicas_follow_the_load(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    shown = a_workspace(wanted=0)
+    scale = workspace.Scale(max_replicas=3, idle_time=Duration(seconds=900), queue_wait=Duration(seconds=10))
+    shown.spec.scale.CopyFrom(scale)
+    plane.answers["GetWorkspace"] = workspace.GetWorkspaceResponse(workspace=shown)
+    text = ngpu("workspace", "show", "img2img").stdout
+    assert "0 to 3 by load, none when idle for 15m, more when tasks wait 10s" in text
 
 
 def test_show_in_json_is_the_message_of_the_api(plane: FakeControlPlane, ngpu: Ngpu) -> None:

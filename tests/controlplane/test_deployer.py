@@ -16,12 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from msgspec.structs import replace
 
 from controlplane import explain, model
+from controlplane.autoscale import DOWN_AFTER_S, Load
 from controlplane.deployer import Assignment, Deployer, hash_of
-from controlplane.errors import NgpuError, NodeRevoked, Unavailable
+from controlplane.errors import InvalidArgument, NgpuError, NodeRevoked, Unavailable
 from controlplane.fleet import Fleet
 from controlplane.model import Availability
 from controlplane.report import Gpu, GpuReading, Inventory, ReplicaReport, ReplicaState, Report
-from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Spec
+from controlplane.rollout import MOVES, MOVES_WITHIN_S
+from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec
 from tests.controlplane.fake_rows import FakeRows
 
 
@@ -34,6 +36,7 @@ class FakeTasks:
         self.lost: list[str] = []
         self.deleted: list[str] = []
         self.running: dict[str, int] = {}
+        self.loads: dict[str, Load] = {}
 
     def set_capacity(
         self, replica_id: str, workspace_uid: str, node_addr: str, capacity: int, *, gpu_ids: Sequence[str] = ()
@@ -50,6 +53,9 @@ class FakeTasks:
 
     def workspace_deleted(self, workspace_uid: str) -> None:
         self.deleted.append(workspace_uid)
+
+    def load(self, workspace_uid: str) -> Load:
+        return self.loads.get(workspace_uid, Load())
 
     def running_on(self, replica_id: str) -> int:
         return self.running.get(replica_id, 0)
@@ -69,6 +75,8 @@ class FakeNode:
         self.signs: dict[str, dict[str, Any]] = {}
         self.stopping: dict[str, int] = {}
         self.session = 0
+        #: No container comes up here.
+        self.broken = False
         #: Lists that are on their way, in order.
         self.inbox: list[list[Assignment]] = []
 
@@ -84,7 +92,7 @@ class FakeNode:
 
     def next_state(self, one: Assignment) -> ReplicaState:
         before = self.states.get(one.replica_id)
-        if one.spec.image.startswith("bad"):
+        if self.broken or one.spec.image.startswith("bad"):
             return ReplicaState.BACKOFF if before is ReplicaState.STARTING else ReplicaState.STARTING
         return ReplicaState.STARTING if before is None else ReplicaState.READY
 
@@ -158,6 +166,7 @@ class Plant:
             self.pass_s(5)
             for name in self.connected():
                 self.beat(name)
+            await self.deployer.scaler.look()
             while await self.deployer.step():
                 pass
 
@@ -559,6 +568,91 @@ async def test_a_cure_gets_the_place_of_what_it_cures(plant: Plant) -> None:
     assert len(plant.ready("demo")) == 1
 
 
+async def test_a_workspace_sleeps_when_idle_and_wakes_on_call(plant: Plant) -> None:
+    await plant.node("a", gpus=4)
+    made = await plant.fleet.create_workspace(replace(SPEC, scale=Scale(0, 3, idle_time_s=60)))
+    await plant.settle(5)
+    assert len(plant.ready("demo")) == 1, "it begins with what is asked for"
+    await plant.settle(20)
+    assert plant.fleet.replicas() == ()
+    assert plant.deployer.explain("demo")[0].endswith("It is idle: the next call brings up a replica.")
+    plant.start()
+    plant.tasks.loads[made.uid] = Load(queued=1)
+    await plant.fleet.load()
+    assert plant.fleet.workspace("demo").wanted == 0, "it sleeps on"
+    plant.connect("a")
+    await plant.settle(5)
+    assert len(plant.ready("demo")) == 1
+    plant.tasks.loads[made.uid] = Load(queued=50, running=2, ready=1, mean_s=60)
+    await plant.settle(5)
+    assert len(plant.ready("demo")) == 3
+    plant.tasks.loads[made.uid] = Load(running=1, ready=3, mean_s=60)
+    await plant.settle(int(DOWN_AFTER_S / 5) - 3)
+    assert len(plant.ready("demo")) == 3, "not at once"
+    await plant.settle(10)
+    assert len(plant.ready("demo")) < 3
+
+
+async def test_an_update_of_a_sleeping_workspace_shows_when_it_wakes(plant: Plant) -> None:
+    await plant.node("a", gpus=4)
+    sleepy = replace(SPEC, scale=Scale(0, 3, idle_time_s=60))
+    made = await plant.fleet.create_workspace(sleepy)
+    await plant.settle()
+    assert plant.fleet.replicas() == ()
+    await plant.fleet.replace_workspace("demo", replace(sleepy, image="bad:2"))
+    plant.tasks.loads[made.uid] = Load(queued=1)
+    await plant.settle(20)
+    assert {one.spec.image for one in plant.nodes["a"].containers.values()} == {"demo:1"}
+    assert "Generation 2 was taken back" in plant.deployer.explain("demo")[0]
+
+
+async def test_who_scales_by_hand_what_follows_the_load_stays_within_its_bounds(plant: Plant) -> None:
+    made = await plant.fleet.create_workspace(replace(SPEC, scale=Scale(1, 3)))
+    assert (await plant.fleet.scale_workspace(made.uid, 3)).wanted == 3
+    with pytest.raises(InvalidArgument, match="follow the load between 1 and 3"):
+        await plant.fleet.scale_workspace(made.uid, 4)
+    fixed = await plant.fleet.replace_workspace("demo", replace(SPEC, replicas=2))
+    assert fixed.wanted == 2
+    assert (await plant.fleet.replace_workspace("demo", replace(SPEC, replicas=9, scale=Scale(0, 5)))).wanted == 5
+
+
+async def test_what_does_not_come_up_is_tried_elsewhere_and_then_told(plant: Plant) -> None:
+    for name in "abcde":
+        await plant.node(name, gpus=1)
+    await plant.fleet.create_workspace(replace(SPEC, image="bad:1"))
+    tried = set()
+    for _ in range(80):
+        await plant.settle(1)
+        tried |= {one.node_addr for one in plant.fleet.replicas() if one.active}
+        assert len([one for one in plant.fleet.replicas() if one.active]) <= 1
+    assert len(tried) == 1 + MOVES
+    summary, _ = plant.deployer.explain("demo")
+    assert "does not come up: it failed" in summary
+    assert "Nor did it on 3 other nodes." in summary
+    plant.start()
+    await plant.fleet.load()
+    for name in "abcde":
+        plant.connect(name)
+    await plant.settle(40)
+    assert len(plant.fleet.workspace("demo").deployment.moves) == MOVES, "a restart of ours makes no more of it"
+    plant.pass_s(MOVES_WITHIN_S)
+    await plant.settle(1)
+    assert len(plant.fleet.workspace("demo").deployment.moves) == MOVES + 1, "but an hour does"
+
+
+async def test_a_node_on_which_nothing_comes_up_is_left(plant: Plant) -> None:
+    await plant.node("a", gpus=2)
+    plant.nodes["a"].broken = True
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle(5)
+    await plant.node("b", gpus=2)
+    await plant.settle()
+    assert list(plant.ready("demo").values()) == ["b"]
+    await plant.fleet.scale_workspace("demo", 2)
+    await plant.settle()
+    assert list(plant.ready("demo").values()) == ["b", "b"]
+
+
 async def test_a_restart_costs_nothing(plant: Plant) -> None:
     await plant.node("a")
     await plant.node("b")
@@ -651,6 +745,19 @@ class Promises(RuleBasedStateMachine):
             spec = self.plant.fleet.workspace(f"ws{number}").spec
             self.do(self.plant.fleet.replace_workspace(spec.name, replace(spec, image=image, cpus=float(cpus))))
 
+    @rule(number=st.integers(1, 4), least=st.integers(0, 2), more=st.integers(0, 2))
+    def follow(self, number: int, least: int, more: int) -> None:
+        with contextlib.suppress(NgpuError):
+            spec = self.plant.fleet.workspace(f"ws{number}").spec
+            scale = Scale(least, least + more, idle_time_s=10) if least + more else Scale()
+            self.do(self.plant.fleet.replace_workspace(spec.name, replace(spec, scale=scale)))
+
+    @rule(number=st.integers(1, 4), queued=st.integers(0, 9))
+    def call(self, number: int, queued: int) -> None:
+        with contextlib.suppress(NgpuError):
+            self.plant.tasks.loads[self.plant.fleet.workspace(f"ws{number}").uid] = Load(queued=queued, mean_s=60)
+            self.do(self.plant.deployer.scaler.look())
+
     @rule(number=st.integers(1, 4))
     def delete(self, number: int) -> None:
         self.do(self.plant.fleet.delete_workspace(f"ws{number}"))
@@ -679,6 +786,10 @@ class Promises(RuleBasedStateMachine):
         if sign == "gone" and number < len(node.inventory.gpus):
             gpus = tuple(gpu for gpu in node.inventory.gpus if gpu.id != gpu_id)
             node.inventory = replace(node.inventory, gpus=gpus)
+
+    @rule(name=st.sampled_from(NAMES), broken=st.booleans())
+    def break_down(self, name: str, broken: bool) -> None:
+        self.plant.nodes[name].broken = broken
 
     @rule(name=st.sampled_from(NAMES))
     @precondition(lambda self: len(self.plant.fleet.nodes()) == len(NAMES))
@@ -741,10 +852,13 @@ class Promises(RuleBasedStateMachine):
             # All is well again: the nodes that are left connect, their GPUs recover, nothing is drained or busy.
             for node in plant.fleet.nodes():
                 plant.nodes[node.addr].signs.clear()
+                plant.nodes[node.addr].broken = False
                 plant.connect(node.addr)
                 self.do(plant.fleet.set_availability(node.addr, Availability.OPEN))
             plant.tasks.running.clear()
-            self.do(plant.settle(60))
+            plant.tasks.loads.clear()
+            # Past all lulls and idle times.
+            self.do(plant.settle(160))
             self.at_rest()
         self.do(plant.fleet.close())
         self.loop.close()
@@ -788,6 +902,9 @@ def test_storms(seed: int) -> None:
         (12, lambda: storm.connect(name(), rebooted=chance.random() < 0.3)),
         (8, lambda: storm.afflict(name(), chance.randrange(3), chance.choice(["", "", "lost", "xid"]))),
         (8, lambda: storm.work(chance.randrange(10), chance.choice([0, 0, 1]))),
+        (3, lambda: storm.break_down(name(), broken=chance.random() < 0.5)),
+        (4, lambda: storm.call(chance.randint(1, 4), chance.choice([0, 3]))),
+        (3, lambda: storm.follow(chance.randint(1, 4), chance.randint(0, 1), chance.randint(0, 2))),
         (6, lambda: storm.update(chance.randint(1, 4), chance.choice(["x", "y", "bad"]), chance.randint(1, 8))),
         (8, lambda: storm.scale(chance.randint(1, 4), chance.randint(0, 4))),
         (2, lambda: storm.create(chance.randint(1, 3), chance.randint(0, 2)) if storm.count < 4 else None),

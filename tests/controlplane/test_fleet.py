@@ -116,11 +116,26 @@ async def test_of_many_at_once_one_gets_the_name(fleet: Fleet, rows: FakeRows) -
 async def test_scaling_changes_only_the_number(fleet: Fleet) -> None:
     made = await fleet.create_workspace(SPEC)
     scaled = await fleet.scale_workspace(made.id, 5)
-    assert scaled == replace(made, spec=replace(SPEC, replicas=5))
+    assert scaled == replace(made, spec=replace(SPEC, replicas=5), deployment=replace(made.deployment, target=5))
     with pytest.raises(InvalidArgument):
         await fleet.scale_workspace("demo", 1001)
     with pytest.raises(NotFound):
         await fleet.scale_workspace("other", 1)
+
+
+async def test_a_pull_that_stalls_is_marked(fleet: Fleet, time: Time) -> None:
+    made = await fleet.create_workspace(SPEC)
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    replica = Replica("r-1", made.uid, ADDR, 1, (), time.now)
+    await fleet.add_replicas([replica])
+    fleet.session_up(ADDR, "")
+    for progress, message in ((30, "pulling x"), (30, "pulling x: no progress for 2 min"), (31, "pulling x")):
+        said = ReplicaReport("r-1", ReplicaState.PULLING, progress, "pulling x")
+        fleet.report(ADDR, replace(REPORT, replicas=(said,)))
+        time.pass_s(1)
+        fleet.report(ADDR, replace(REPORT, replicas=(said,)))
+        assert fleet.state_of(replica).message == message
+        time.pass_s(120)
 
 
 async def test_what_an_update_may_not_change(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from controlplane.census import Deployment, Node, Replica, Version, Workspace
+from controlplane.census import Deployment, Move, Node, Replica, Version, Workspace
 from controlplane.explain import Decision
 from controlplane.grade import Grade, Health
 from controlplane.model import Availability
@@ -18,6 +18,7 @@ from controlplane.rollout import (
     PLACEMENTS_AT_ONCE,
     Action,
     Good,
+    Moved,
     Place,
     TakeBack,
     Unplaced,
@@ -25,10 +26,9 @@ from controlplane.rollout import (
     World,
     lost_nodes,
     plan,
-    view_of,
 )
+from controlplane.room import view_of
 from controlplane.spec import GIB, GpuNeed, Spec
-from controlplane.trail import Trail
 
 NOW = datetime(2024, 4, 15, 14, 30, 9, tzinfo=UTC)
 NOW_S = 5000.0
@@ -75,7 +75,10 @@ def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
         now_s=NOW_S,
         workspaces=list(workspaces.values()),
         nodes=nodes,
-        views={one.addr: view_of(one, on[one.addr], lambda replica: spec_of(workspaces, replica), NOW) for one in nodes.values()},
+        views={
+            one.addr: view_of(one, on[one.addr], lambda replica: spec_of(workspaces, replica), NOW)
+            for one in nodes.values()
+        },
         replicas=replicas,
         new_id=lambda: f"r-{next(numbers)}",
         **values,
@@ -100,14 +103,23 @@ def in_words(actions: tuple[Action, ...]) -> list[str]:
                 words.append(f"good {uid} {generation}")
             case TakeBack(uid, generation, good, _):
                 words.append(f"back {uid} {generation} {good}")
+            case Moved(_, id, move, _):
+                words.append(f"move {id} {move.node_addr}")
             case Unplaced(uid, decision):
                 words.append(f"{'unplaced' if decision else 'placed'} {uid}")
     return words
 
 
-READY, PULLING = ReplicaState.READY, ReplicaState.PULLING
+READY, PULLING, BACKOFF = ReplicaState.READY, ReplicaState.PULLING, ReplicaState.BACKOFF
 DRAINING = Availability.DRAINING
 EARLIER = NOW - timedelta(minutes=1)
+
+
+def moved(*addrs: str, age_s: float = 60, of: Workspace | None = None) -> Workspace:
+    """Its replicas did not come up on those nodes."""
+    of = of or workspace()
+    moves = tuple(Move(NOW - timedelta(seconds=age_s), addr) for addr in addrs)
+    return replace(of, deployment=replace(of.deployment, moves=moves))
 
 
 #: Two replicas of a generation that serves, and the first of the next.
@@ -432,7 +444,7 @@ FIRST = replica(3, "a", 2, generation=2)
         ),
         pytest.param(
             [NEW, node("a", gpus=3, said={"r-1": READY, "r-2": READY, "r-3": ReplicaState.BACKOFF}), *OLD, FIRST],
-            {"trails": {"r-3": Trail(ReplicaState.BACKOFF, 0, NOW_S, failures=9)}},
+            {"failing": {"r-3"}},
             ["back w-1 2 1"],
             id="what does not come up is taken back",
         ),
@@ -443,7 +455,7 @@ FIRST = replica(3, "a", 2, generation=2)
                 *OLD,
                 FIRST,
             ],
-            {"trails": {"r-3": Trail(ReplicaState.BACKOFF, 0, NOW_S, failures=9)}},
+            {"failing": {"r-3"}},
             ["drain r-2"],
             id="not to what has never served",
         ),
@@ -479,6 +491,61 @@ FIRST = replica(3, "a", 2, generation=2)
             ["unplaced w-1", "drain r-2"],
             id="what does not serve makes room",
         ),
+        # What does not come up.
+        pytest.param(
+            [workspace(), node("a", said={"r-1": BACKOFF}), node("b"), replica(1, "a")],
+            {"failing": {"r-1"}},
+            ["move r-1 a", "stop r-1", "place w-1 b0"],
+            id="what does not come up is tried elsewhere",
+        ),
+        pytest.param(
+            [workspace(), node("a", said={"r-1": BACKOFF}), replica(1, "a")],
+            {"failing": {"r-1"}},
+            [],
+            id="if there is an elsewhere",
+        ),
+        pytest.param(
+            [moved("a"), node("a"), node("b", said={"r-1": BACKOFF}), replica(1, "b")],
+            {"failing": {"r-1"}},
+            [],
+            id="where it did not come up before is no elsewhere",
+        ),
+        pytest.param(
+            [moved("a", age_s=3601), node("a"), node("b", said={"r-1": BACKOFF}), replica(1, "b")],
+            {"failing": {"r-1"}},
+            ["move r-1 b", "stop r-1", "place w-1 a0"],
+            id="after an hour it is",
+        ),
+        pytest.param(
+            [moved("x", "y", "z"), node("a"), node("b", said={"r-1": BACKOFF}), replica(1, "b")],
+            {"failing": {"r-1"}},
+            [],
+            id="three times an hour at most",
+        ),
+        pytest.param(
+            [moved("a"), node("a"), node("b")], {}, ["place w-1 b0"], id="what is missing goes elsewhere, too"
+        ),
+        pytest.param([moved("a"), node("a")], {}, ["place w-1 a0"], id="if it can"),
+        pytest.param(
+            [
+                NEW,
+                node("a", gpus=4, said={"r-1": READY, "r-3": READY, "r-4": BACKOFF}),
+                *(node("b"), OLD[0], FIRST, replica(4, "a", 3, generation=2)),
+            ],
+            {"failing": {"r-4"}},
+            ["move r-4 a", "stop r-4", "place w-1 b0"],
+            id="in an update, too, once one is ready",
+        ),
+        pytest.param(
+            [
+                moved("x", "y", "z", of=NEW),
+                node("a", gpus=4, said={"r-1": READY, "r-3": READY, "r-4": BACKOFF}),
+                *(node("b"), OLD[0], FIRST, replica(4, "a", 3, generation=2)),
+            ],
+            {"failing": {"r-4"}},
+            ["back w-1 2 1"],
+            id="that comes up nowhere else is taken back",
+        ),
         # Orphans.
         pytest.param(
             [workspace(), node("a", said={"r-9": READY})],
@@ -492,6 +559,9 @@ def test_the_next_steps(parts: list[Any], values: dict[str, Any], actions: list[
     if "running" in values:
         running = values["running"]
         values = {**values, "running": lambda id: running.get(id, 0)}
+    if "failing" in values:
+        failing = values["failing"]
+        values = {**values, "failing": lambda one: "it failed 4 times" if one.id in failing else ""}
     assert in_words(plan(world(*parts, **values))) == actions
 
 

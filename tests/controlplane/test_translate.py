@@ -15,7 +15,7 @@ from controlplane.dispatcher import TaskView
 from controlplane.explain import Candidate, Decision
 from controlplane.model import Cause, Delivery, State
 from controlplane.slots import Failure, Request, Response, Start
-from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Spec
+from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC)
 
@@ -37,6 +37,7 @@ FULL = Spec(
     repeatable=False,
     writable_paths=("/cache",),
     account="acme",
+    scale=Scale(1, 5, 60.0, 2.5),
 )
 
 

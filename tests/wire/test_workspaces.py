@@ -156,6 +156,18 @@ async def test_update_replaces_one_replica_after_another(there: House, node: Nod
         )
 
 
+async def test_a_call_wakes_a_sleeping_workspace(there: House, node: Node) -> None:
+    made = await there.operator.workspace(replicas=0, scale=pb.Scale(max_replicas=2))
+    assert made.wanted_replicas == 0
+    assert "It is idle" in made.message
+    queued = (await there.bridge.schedule(request(made))).task
+    assert "the workspace was idle; one is being called for" in queued.waiting_for
+    answered = await there.bridge.schedule(request(made, wait_s=10))
+    assert answered.response.status == 200
+    shown = await get(there.operator, "echo")
+    assert (shown.wanted_replicas, shown.ready_replicas, shown.message) == (1, 1, "")
+
+
 async def test_missing_replicas_are_explained(there: House, node: Node) -> None:
     await there.operator.workspace(gpu=pb.GpuNeed(model="H100", count=1))
     watching = there.operator.workspaces.WatchWorkspace(
