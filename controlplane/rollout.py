@@ -159,7 +159,9 @@ def plan(world: World) -> tuple[Action, ...]:
         for workspace in world.workspaces
         if workspace.uid not in returning
         for replica in active[workspace.uid]
-        if replica.generation == workspace.generation and replica.id not in ending
+        if replica.generation == workspace.generation
+        and replica.id not in ending
+        and not _leaves(replica, world.nodes[replica.node_addr])
     ]
     actions.extend(_moved(settled, world, room))
     return tuple(actions)
@@ -264,16 +266,16 @@ def _balanced(
     if missing <= 0:
         return drains, None
     room = (1 if leaving or former else 0) - surplus
-    idle = [replica for replica in _least_missed(former, world) if not _ready(replica, world)]
+    idle = [replica for replica in _least_missed(former, world) if not _may_serve(replica, world)]
     return drains, _Shortage(workspace, max(0, min(missing, room)), len(active), leaving, idle)
 
 
 def _outdated(former: Sequence[Replica], staying: Sequence[Replica], surplus: int, world: World) -> list[Replica]:
     """Which of a former generation may go: those that serve only as far as as many others are ready."""
     ranked = _least_missed(former, world)
-    idle = [replica for replica in ranked if not _ready(replica, world)][:surplus]
+    idle = [replica for replica in ranked if not _may_serve(replica, world)][:surplus]
     starting = sum(not _ready(replica, world) for replica in staying)
-    serving = [replica for replica in ranked if _ready(replica, world)]
+    serving = [replica for replica in ranked if _may_serve(replica, world)]
     return idle + serving[: max(0, surplus - len(idle) - starting)]
 
 
@@ -292,6 +294,11 @@ def _leaves(replica: Replica, node: Node) -> bool:
 def _ready(replica: Replica, world: World) -> bool:
     said = world.nodes[replica.node_addr].said.get(replica.id)
     return said is not None and said.state is ReplicaState.READY
+
+
+def _may_serve(replica: Replica, world: World) -> bool:
+    """Ready, or nobody has told us since our start."""
+    return world.nodes[replica.node_addr].report is None or _ready(replica, world)
 
 
 def _starts(replica: Replica, workspace: Workspace, world: World) -> bool:

@@ -158,11 +158,12 @@ class Chain:
 
     def steps(self, quick: bool) -> list[tuple[str, Callable[[], None]]]:
         """What a round consists of. In the quick form of others only what ours is compared with."""
-        alone = {"w1_c64": [self.nginx, self.aiohttp], "w3_c8": [self.nginx]}
+        raw = [self.raw] if self.raw in self.steady else []
+        short = {"w1_c64": [self.nginx, self.aiohttp, self.ngpu, *raw], "w3_c8": [self.nginx, self.ngpu, *raw]}
         steps: list[tuple[str, Callable[[], None]]] = [
             (f"{work} {one.name}", partial(self.measure, one, work, path, connections))
             for work, path, connections in WORKS
-            for one in ([*alone.get(work, []), self.ngpu] if quick else self.steady)
+            for one in (short.get(work, [self.ngpu]) if quick else self.steady)
         ]
         steps.append(("small beside large", self.small_beside_large))
         return steps

@@ -218,14 +218,14 @@ def main(
         chosen.rounds = chosen.rounds or rounds
         chosen.seconds = chosen.seconds or seconds
     # Ends what was started, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     state = Path(tempfile.mkdtemp(prefix="ngpu-bench-"))
     try:
         figures = measure(state, chosen, sheet.busy_cores())
     except Failed as error:
         print(f"{name}: {error}\nlogs: {state}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         shutil.rmtree(state, ignore_errors=True)
         return 130
     print(figures.json())

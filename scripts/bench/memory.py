@@ -59,7 +59,9 @@ class Measured:
         self.listed: int = options.listed
         self.rows: int = options.rows
         self.figures = sheet.Figures()
-        self.each: list[float] = []
+        #: Of each program, in words.
+        self.each = ""
+        self.peaks: dict[str, str] = {}
 
     def run(self, state: Path) -> None:
         """All of it."""
@@ -77,7 +79,7 @@ class Measured:
         sheet.progress("idle")
         time.sleep(IDLE_S)
         self.figures.keep("idle_mib", rss_mib(self.ours.pids))
-        self.each = [rss_mib([pid]) for pid in self.ours.pids]
+        self.each = shares([rss_mib([pid]) for pid in self.ours.pids])
 
     def bodies(self, name: str, url: str) -> None:
         """BODIES calls at once with 64 MiB each way."""
@@ -88,6 +90,7 @@ class Measured:
             failed = [error for error in (future.exception() for future in done) if error]
         self.figures.keep(f"{name}_growth_mib", memory.growth_mib)
         self.figures.keep(f"{name}_failed", len(failed))
+        self.peaks[name] = shares(memory.peaks_mib)
         self.figures.keep(f"{name}_mib_per_s", 2 * (BODIES - len(failed)) * 64 / (time.monotonic() - began))
         if failed:
             print(f"{name}: {len(failed)} of {BODIES} calls failed: {failed[0]}\n")
@@ -233,19 +236,23 @@ def read(
         connection.close()
 
 
+def shares(each_mib: list[float]) -> str:
+    """What each of the three has."""
+    return ", ".join(f"{name} {sheet.number(mib)}" for name, mib in zip(product.PROGRAMS, each_mib, strict=True))
+
+
 def table(measured: Measured) -> str:
     """What was measured, in words."""
     figures = measured.figures
-    each = zip(product.PROGRAMS, measured.each, strict=True)
-    rows = [["idle", f"{sheet.number(figures['idle_mib'])} MiB",
-             ", ".join(f"{name} {sheet.number(mib)}" for name, mib in each)]]  # fmt: skip
+    rows = [["idle", f"{sheet.number(figures['idle_mib'])} MiB", measured.each]]
     for name, words in (("envelope", "through the envelope"), ("raw", "through /run")):
         if figures.get(f"{name}_growth_mib") is not None:
             rows.append(
                 [
                     f"{BODIES} x 64 MiB both ways {words}",
                     f"+{sheet.number(figures[f'{name}_growth_mib'])} MiB",
-                    f"{sheet.number(figures[f'{name}_mib_per_s'])} MiB/s, {figures[f'{name}_failed']:.0f} failed",
+                    f"{measured.peaks[name]}; {sheet.number(figures[f'{name}_mib_per_s'])} MiB/s, "
+                    f"{figures[f'{name}_failed']:.0f} failed",
                 ]
             )
     rows.append(

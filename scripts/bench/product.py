@@ -125,10 +125,13 @@ class Product:
 
     def has_raw(self) -> bool:
         """Whether this version of the bridge has the raw pass-through."""
-        with contextlib.suppress(urllib.error.HTTPError):
-            post(self.raw_url + "w1", self.small, self.bearer)
-            return True
-        return False
+        try:
+            post(self.raw_url + "w1", self.small, self.bearer).close()
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return False
+            raise Failed(f"{self.raw_url}w1: HTTP {error.code}: {error.read(500).decode(errors='replace')}") from None
+        return True
 
     def get(self, path_and_query: str) -> dict[str, Any]:
         """The JSON answer of the REST API."""

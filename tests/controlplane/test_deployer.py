@@ -932,13 +932,23 @@ async def test_updates_alone_never_cost_a_serving_replica(plant: Plant, seed: in
             with contextlib.suppress(NgpuError):
                 await plant.fleet.replace_workspace("demo", replace(SPEC, image=image, replicas=4))
         plant.pass_s(2)
+        if chance.random() < 0.05:
+            plant.start()
+            await plant.fleet.load()
         for name in chance.sample(NAMES, 2):
-            plant.beat(name, late=chance.random() < 0.3)
+            if plant.fleet.node(name).connected:
+                plant.beat(name, late=chance.random() < 0.3)
+            else:
+                plant.connect(name)
         plant.rows.fail_in = chance.choice([None, None, 0, 1])
         with contextlib.suppress(NgpuError):
             await plant.deployer.step()
         plant.rows.fail_in = None
-        assert len(plant.serving("demo")) >= 4
+        states = {id: state for node in plant.nodes.values() for id, state in node.states.items()}
+        active = [one.id for one in plant.fleet.replicas() if one.active]
+        assert [states.get(id) for id in active].count(ReplicaState.READY) >= 4
+    for name in NAMES:
+        plant.connect(name)
     await plant.settle(60)
     workspace = plant.fleet.workspace("demo")
     assert not workspace.spec.image.startswith("bad")

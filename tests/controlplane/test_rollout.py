@@ -491,6 +491,12 @@ FIRST = replica(3, "a", 2, generation=2)
             ["unplaced w-1", "drain r-2"],
             id="what does not serve makes room",
         ),
+        pytest.param(
+            [NEW, node("a", gpus=3, report=None, connected=False), *OLD, FIRST],
+            {},
+            [],
+            id="of what nobody has told us since our start nothing is taken away",
+        ),
         # What does not come up.
         pytest.param(
             [workspace(), node("a", said={"r-1": BACKOFF}), node("b"), replica(1, "a")],

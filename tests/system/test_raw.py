@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -60,13 +61,19 @@ class Caller:
     def bearer(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"}
 
+    @contextlib.contextmanager
     def begin(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
-    ) -> http.client.HTTPResponse:
+    ) -> Iterator[http.client.HTTPResponse]:
         """A call, up to the head of its answer."""
-        connection = http.client.HTTPConnection(*self.address, timeout=60)
-        connection.request(method, f"/run{path}", body, {**self.bearer, **(headers or {})})
-        return connection.getresponse()
+        with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=60)) as connection:
+            connection.request(method, f"/run{path}", body, {**self.bearer, **(headers or {})})
+            with connection.getresponse() as answer:
+                yield answer
+
+    def head(self, line: str, *fields: str) -> bytes:
+        """The head of a request, to be sent by hand."""
+        return "\r\n".join([line, "Host: x", f"Authorization: Bearer {self.key}", *fields, "", ""]).encode()
 
     def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         """The JSON of a success."""
@@ -86,12 +93,12 @@ class Caller:
     def detail(self, task_id: str | None) -> dict[str, Any]:
         """What is recorded of a task, once it has ended."""
         assert task_id
-        return until(  # type: ignore[no-any-return]
-            lambda: (
-                (info := self.rest.ok("GET", f"/user/getDetailed?taskID={task_id}")["taskInfo"])["responsetime"]
-                and info
-            )
-        )
+
+        def ended() -> Any:
+            info = self.rest.ok("GET", f"/user/getDetailed?taskID={task_id}")["taskInfo"]
+            return info if info["responsetime"] else None
+
+        return until(ended)  # type: ignore[no-any-return]
 
 
 def start(state: Path, *bridge: str) -> Platform:
@@ -178,7 +185,7 @@ def test_openai_package_streams_while_the_container_writes(chat: Caller) -> None
             text += chunk.choices[0].delta.content or ""
     assert text == words
     assert max(late) < FIRST_EVENT_S, late
-    assert min(after - before for before, after in zip(at, at[1:], strict=False)) > 0.1
+    assert min(after - before for before, after in itertools.pairwise(at)) > 0.1
 
 
 async def test_openai_package_with_many_streams_at_once(chat: Caller) -> None:
@@ -215,7 +222,10 @@ def test_openai_package_with_a_wrong_key(chat: Caller) -> None:
 def socket_of(chat: Caller, port: str = "8081", **options: Any) -> ws_client.ClientConnection:
     url = chat.url.replace("http", "ws", 1)
     headers = {**chat.bearer, "X-NGPU-Port": port}
-    return ws_client.connect(f"{url}/run/any/path?x=1", additional_headers=headers, max_size=None, **options)
+    connection: ws_client.ClientConnection = ws_client.connect(
+        f"{url}/run/any/path?x=1", additional_headers=headers, max_size=None, **options
+    )
+    return connection
 
 
 def test_websockets_package(chat: Caller) -> None:
@@ -327,8 +337,7 @@ def test_connection_is_kept_and_goes_on_after_every_kind_of_answer(chat: Caller)
 
 
 def test_http_1_0(chat: Caller) -> None:
-    request = "GET /run/bytes?n=300000&chunked=1 HTTP/1.0\r\nAuthorization: Bearer {}\r\n\r\n".format(chat.key)
-    head, _, body = chat.raw(request.encode()).partition(b"\r\n\r\n")
+    head, _, body = chat.raw(chat.head("GET /run/bytes?n=300000&chunked=1 HTTP/1.0")).partition(b"\r\n\r\n")
     assert b"chunked" not in head
     assert body == bytes(300_000)
 
@@ -357,8 +366,8 @@ def test_multipart_of_a_real_client(chat: Caller) -> None:
 
 def test_100_continue(chat: Caller) -> None:
     with socket.create_connection(chat.address, timeout=60) as connection:
-        head = f"POST /run/about HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {chat.key}\r\nConnection: close\r\n"
-        connection.sendall(f"{head}Content-Length: 100000\r\nExpect: 100-continue\r\n\r\n".encode())
+        fields = ("Connection: close", "Content-Length: 100000", "Expect: 100-continue")
+        connection.sendall(chat.head("POST /run/about HTTP/1.1", *fields))
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(bytes(100_000))
         answer = b""
@@ -442,8 +451,7 @@ def gone(chat: Caller, name: str) -> float:
 @pytest.mark.parametrize("path", ["forever", "silent"])
 def test_caller_who_hangs_up_ends_the_containers_request(chat: Caller, path: str) -> None:
     with socket.create_connection(chat.address, timeout=60) as connection:
-        head = f"GET /run/{path}?name={path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {chat.key}\r\n\r\n"
-        connection.sendall(head.encode())
+        connection.sendall(chat.head(f"GET /run/{path}?name={path} HTTP/1.1"))
         if path == "forever":
             assert b"X-NGPU-Task-Id" in connection.recv(4096)
         else:
@@ -458,8 +466,7 @@ def test_caller_who_hangs_up_ends_the_containers_request(chat: Caller, path: str
 def test_caller_who_has_all_of_it_and_hangs_up_has_cancelled_nothing(chat: Caller) -> None:
     for _ in range(10):
         with socket.create_connection(chat.address, timeout=60) as connection:
-            head = f"GET /run/bytes?n=200000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {chat.key}\r\n\r\n"
-            connection.sendall(head.encode())
+            connection.sendall(chat.head(f"GET /run/bytes?n=200000 HTTP/1.1"))
             answer = b""
             while b"\r\n\r\n" not in answer or len(answer.partition(b"\r\n\r\n")[2]) < 200_000:
                 answer += connection.recv(MIB)
@@ -471,10 +478,7 @@ def test_caller_who_has_all_of_it_and_hangs_up_has_cancelled_nothing(chat: Calle
 def test_caller_who_hangs_up_while_sending_leaves_nothing_behind(running: Platform, chat: Caller) -> None:
     before = len(chat.rest.ok("GET", "/user/queryTaskList")["taskIds"])
     with socket.create_connection(chat.address, timeout=60) as connection:
-        head = (
-            f"POST /run/about HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {chat.key}\r\nContent-Length: 10000000\r\n"
-        )
-        connection.sendall(head.encode() + b"\r\n" + bytes(5_000_000))
+        connection.sendall(chat.head("POST /run/about HTTP/1.1", "Content-Length: 10000000") + bytes(5_000_000))
         until(lambda: uploads(running))
     until(lambda: not uploads(running))
     assert len(chat.rest.ok("GET", "/user/queryTaskList")["taskIds"]) == before
@@ -507,8 +511,8 @@ def test_refusals_are_json(chat: Caller) -> None:
 def test_too_large_a_body_is_refused_before_it_is_sent(running: Platform) -> None:
     small = workspace(running, "small", request_body="1MiB")
     with socket.create_connection(small.address, timeout=60) as connection:
-        head = f"POST /run/about HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {small.key}\r\n"
-        connection.sendall(f"{head}Content-Length: 1048577\r\nExpect: 100-continue\r\n\r\n".encode())
+        fields = ("Content-Length: 1048577", "Expect: 100-continue")
+        connection.sendall(small.head("POST /run/about HTTP/1.1", *fields))
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["result_code"] == 413
@@ -607,10 +611,7 @@ def test_slow_sender_holds_no_slot(running: Platform) -> None:
     sockets = []
     for _ in range(20):
         connection = socket.create_connection(single.address, timeout=60)
-        head = (
-            f"POST /run/about HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {single.key}\r\nContent-Length: 1000000\r\n"
-        )
-        connection.sendall(head.encode() + b"\r\n" + bytes(900_000))
+        connection.sendall(single.head("POST /run/about HTTP/1.1", "Content-Length: 1000000") + bytes(900_000))
         sockets.append(connection)
     shown = running.ngpu("workspace", "show", "single")["workspace"]
     assert not int(shown.get("running_tasks", 0))
@@ -658,8 +659,7 @@ def test_stream_goes_on_while_the_control_plane_is_killed_and_started(own: Platf
 def test_killed_bridge_ends_the_containers_request(own: Platform) -> None:
     chat = workspace(own)
     connection = socket.create_connection(chat.address, timeout=60)
-    head = f"GET /run/forever?name=bridge HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {chat.key}\r\n\r\n"
-    connection.sendall(head.encode())
+    connection.sendall(chat.head(f"GET /run/forever?name=bridge HTTP/1.1"))
     assert b"X-NGPU-Task-Id" in connection.recv(4096)
     own.programs[-1].kill()
     left = time.time()
@@ -678,8 +678,6 @@ def test_killed_node_breaks_the_answer_off(own: Platform) -> None:
         with pytest.raises(websockets.ConnectionClosed):
             connection.recv(timeout=30)
         with pytest.raises(http.client.IncompleteRead):
-            for _ in stream:
-                pass
-            answer.read()
+            list(stream)
     info = chat.detail(answer.headers["X-NGPU-Task-Id"])
     assert (info["state"], info["ext"]["error"]["reason"]) == (-1, "NODE_LOST")
