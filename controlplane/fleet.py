@@ -366,6 +366,7 @@ class Fleet(Picture):
             before = stopped.get(replica.id)
             stop_report = self._nodes[replica.node_addr].reports if before is None else before.stop_report
             self._show_replicas([replace(replica, stop_report=stop_report)])
+        self._trails = {id: trail for id, trail in self._trails.items() if id in self._replicas}
         self._stale = False
 
 

@@ -123,6 +123,7 @@ class Policy(msgspec.Struct, frozen=True):
     #: Assumed of an image that no node has yet.
     image_gib: float = 5.0
     degraded: float = 0.3
+    load: float = 0.05
     unreliable: float = 0.15
     crowded: float = 0.10
     #: Disk that an image must leave free.
@@ -263,6 +264,11 @@ def unreliable(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
     return unreliable_cost(node, market.policy)
 
 
+def load(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
+    """It is busy. In steps of a tenth of its slots: it need not change with each task."""
+    return round(market.policy.load * round(node.load, 1), 6)
+
+
 def scarcity(need: Need, _node: NodeView, fit: Fit, market: Market) -> float:
     """Price of the GPUs: the fewer of a model are left, the more those who must have that one will miss it."""
     return gpu_price(need, market, fit.models)
@@ -279,7 +285,7 @@ def crowded(need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
 
 
 #: What depends on node and shape alone and changes only with them, ...
-SHAPE_COSTS: Final[tuple[Cost, ...]] = (fragmentation, leftover, degraded, unreliable)
+SHAPE_COSTS: Final[tuple[Cost, ...]] = (fragmentation, leftover, degraded, load, unreliable)
 #: ... and what depends on the other nodes, the image or the workspace.
 COSTS: Final[tuple[Cost, ...]] = (*SHAPE_COSTS, scarcity, image, crowded)
 

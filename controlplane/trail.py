@@ -23,7 +23,7 @@ STALLED_S: Final = 120.0
 WORDS: Final = 300
 
 #: Said by the node before why it failed; changes each time.
-_PAUSE: Final = re.compile(r"^tried again after \d+ s: ")
+_PAUSE: Final = re.compile(r"^next start after \d+ s: ")
 
 
 class Trail(msgspec.Struct, frozen=True):

@@ -147,6 +147,8 @@ class ControlPlane:
         if self._small.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
             log.info("connecting_to_control_plane")
         await self._small.channel_ready()
+        # So that the first large body does not wait for it.
+        self._large.get_state(try_to_connect=True)
         return self._tasks.Batch(metadata=self._metadata())
 
     def _metadata(self, request_id: str = "") -> tuple[tuple[str, str], ...]:
@@ -257,6 +259,7 @@ class ControlPlane:
                     await call.write(pb.UploadRequest(data=begun[at : at + wire.CHUNK_BYTES]))
                 async for piece in rest:
                     await call.write(pb.UploadRequest(data=piece))
+                await call.write(pb.UploadRequest(last=True))
                 await call.done_writing()
             return await _answer(call)
         except asyncio.InvalidStateError:

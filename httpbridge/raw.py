@@ -71,7 +71,7 @@ class Raw:
             response = await self._control_plane.schedule(request)
         except NotFound:
             raise Unauthorized("There is no workspace with this id") from None
-        return await self._reply(response.task, response.response, workspace_id, passed.method)
+        return await self._reply(call.request, response.task, response.response, workspace_id)
 
     async def _add_body(self, request: web.BaseRequest, into: pb.ScheduleRequest) -> None:
         """Put a small body into the message; have a large one, or one of unknown length, stored as it comes."""
@@ -95,8 +95,10 @@ class Raw:
             stored = await self._control_plane.store(begun, pieces, workspace_id=into.workspace_id, size=length or 0)
             body.upload_id, body.size = stored.upload_id, stored.size
 
-    async def _reply(self, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str, method: str) -> Reply:
-        control_plane, task_id = self._control_plane, task.task_id
+    async def _reply(
+        self, request: web.BaseRequest, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str
+    ) -> Reply:
+        control_plane, task_id, method = self._control_plane, task.task_id, request.method
         if task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
             return _failed(task)
         if task.state == pb.TASK_STATE_COMPLETED and not is_cut(response.body):
@@ -104,7 +106,12 @@ class Raw:
                 raise BadGateway("The container closed the connection at once", task_id=task_id)
             return Passed(response, response.body.inline, method=method, task_id=task_id)
         if response.status == 101:
-            return Tunnel(response, control_plane, task_id=task_id, workspace_id=workspace_id)
+            try:
+                connection = await control_plane.connect(task_id, workspace_id)
+            except BaseException:
+                control_plane.batch.call_off(task_id)
+                raise
+            return Tunnel(request, response, connection, task_id=task_id)
         events = control_plane.follow(task_id, workspace_id, attempt=task.attempt if response.status else 0)
         if not response.status:
             # In all that time it has not begun to answer.

@@ -14,7 +14,7 @@ from ngpu import wire
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
-from httpbridge.calls import Connection, ControlPlane
+from httpbridge.calls import Connection
 from httpbridge.passed import Passed
 
 #: Bytes of the caller that wait for the control plane; past it he waits.
@@ -24,15 +24,17 @@ CLOSE_S: Final = 1.0
 
 
 class Tunnel(Passed):
-    """The answer 101, and what comes after it."""
+    """The answer 101, and what comes after it. Made in the handler: aiohttp must know before it gets the answer."""
 
     def __init__(
-        self, response: http_pb2.HttpResponse, control_plane: ControlPlane, *, task_id: str, workspace_id: str
+        self, request: web.BaseRequest, response: http_pb2.HttpResponse, connection: Connection, *, task_id: str
     ) -> None:
-        super().__init__(response, b"", method="GET", task_id=task_id)
-        self._control_plane = control_plane
-        self._workspace_id = workspace_id
+        super().__init__(response, b"", method=request.method, task_id=task_id)
+        self._to_container = connection
         self._protocol = next((h.value.decode("latin-1") for h in response.headers if h.name == "Upgrade"), "websocket")
+        self._incoming = _Incoming(request.protocol)
+        # Of a parser it asks for these two methods and no others.
+        request.protocol.set_parser(cast("Any", self._incoming))
 
     def _connection(self, request: web.BaseRequest) -> list[str]:  # noqa: ARG002
         return ["Connection: Upgrade", f"Upgrade: {self._protocol}"]
@@ -41,22 +43,14 @@ class Tunnel(Passed):
         """Called by aiohttp: everything, until the end of the connection."""
         request = self._request
         assert request is not None
-        # What comes next is no request.
+        # What comes after is no request.
         self._keep_alive = False
-        incoming = _Incoming(request.protocol)
-        # Of a parser it asks for these two methods and no others.
-        request.protocol.set_parser(cast("Any", incoming))
-        try:
-            connection = await self._control_plane.connect(self.task_id, self._workspace_id)
-        except BaseException:
-            self._control_plane.batch.call_off(self.task_id)
-            raise
         try:
             await self._send(request, self._head(request, ""))
-            await self._carry(request, incoming.reader, connection)
+            await self._carry(request, self._incoming.reader, self._to_container)
         finally:
-            # The control plane ends the task with it.
-            connection.cancel()
+            # With this the control plane ends the task.
+            self._to_container.cancel()
 
     async def _carry(self, request: web.BaseRequest, reader: StreamReader, connection: Connection) -> None:
         out = asyncio.create_task(_out(reader, connection), name="tunnel out")

@@ -58,7 +58,7 @@ class Tunnel:
         return data
 
     async def write(self, data: bytes) -> None:
-        """Bytes of the container; returns when the stream has room for more. Nothing happens once the caller has gone."""
+        """Bytes of the container; returns when there is room for more. Nothing happens once the caller has gone."""
         with contextlib.suppress(grpc.aio.AioRpcError, LinkLost):
             await write(self._call, node_pb2.TunnelRequest(data=data))
 
@@ -77,6 +77,7 @@ class Bulk:
     """Fetches and delivers bodies over `channel`, which lives as long as the daemon: sessions come and go beside it."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
         self._stub = stub_of(channel)
         self._metadata: Metadata = ()
         self._open = asyncio.Event()
@@ -84,6 +85,8 @@ class Bulk:
 
     def open(self, session_token: str) -> None:
         """A session has begun."""
+        # So that the first body does not wait for the connection.
+        self._channel.get_state(try_to_connect=True)
         self._metadata = bearer(session_token)
         self._open.set()
 
@@ -133,7 +136,7 @@ class Bulk:
             await asyncio.sleep(backoff.next())
 
     async def tunnel(self, attempt_id: str, head: http_pb2.HttpResponse) -> Tunnel:
-        """The way to the caller for the bytes after the container's 101, whose head this is. One try: it cannot be resumed."""
+        """The way to the caller for the bytes after the container's 101, whose head this is. It cannot be resumed."""
         await self._open.wait()
         tunnel = Tunnel(call := self._stub.Tunnel(metadata=self._metadata))
         # Should this fail, reading says so.

@@ -237,19 +237,19 @@ class TaskApi:
             _check_upload_id(upload_id)
             if await self._bodies.size(upload_id) is None:
                 raise NotFound("upload_id: there is no such upload, or a task has taken it.")
-        discard = message.discard
         await stream.accept(((wire.UPLOAD_ID, upload_id),))
+        keep = not message.discard
         try:
             while message is not None:
                 if len(message.data) > wire.CHUNK_BYTES:
                     raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
                 size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit)
+                keep = keep or message.last
                 message = await stream.read()
-        except BaseException:
-            if discard:
-                # Of one that was cancelled, an append may still be under way: the deletion waits for it.
+        finally:
+            if not keep:
+                # An append that was cancelled may still be under way: the deletion waits for it.
                 await self._bodies.delete(upload_id)
-            raise
         return pb.UploadResponse(upload_id=upload_id, size=size)
 
     # Query, Cancel.

@@ -33,9 +33,7 @@ class Tunnels:
         self._connect_limit_s = connect_limit_s
         self.tunnels: dict[str, _Tunnel] = {}
 
-    async def tunnel(
-        self, stream: Stream[node_pb2.TunnelRequest, node_pb2.TunnelResponse], caller: Caller
-    ) -> None:
+    async def tunnel(self, stream: Stream[node_pb2.TunnelRequest, node_pb2.TunnelResponse], caller: Caller) -> None:
         """See node.proto."""
         addr = session_of(caller).node_addr
         first = await stream.read()

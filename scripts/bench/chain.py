@@ -113,7 +113,7 @@ class Chain:
         """One work of one contestant."""
         self.seen[one.key] = one.name
         pids = one.pids()
-        before = cpu_s(pids)
+        before, before_each = cpu_s(pids), self.ours.cpu_by_program()
         load = self.load(one, path, connections)
         keep = self.figures.keep
         keep(one.figure(f"{work}_rps"), load.rps)
@@ -121,10 +121,12 @@ class Chain:
         keep(one.figure(f"{work}_p99_ms"), load.p99_ms)
         keep(one.figure(f"{work}_errors"), load.errors)
         keep(one.figure(f"{work}_cpu_us"), (cpu_s(pids) - before) / max(1, load.requests) * 1e6)
-        if one is self.ngpu and load.errors == load.requests:
-            raise Failed(f"{one.url}{path}: all {load.errors} requests failed")
-        if one is self.ngpu and work == "w2_c200":
-            keep("w2_of_limit", load.rps / W2_LIMIT_RPS)
+        if one is self.ngpu:
+            if load.errors == load.requests:
+                raise Failed(f"{one.url}{path}: all {load.errors} requests failed")
+            product.keep_cpu(self.figures, work, before_each, self.ours.cpu_by_program(), load.requests)
+            if work == "w2_c200":
+                keep("w2_of_limit", load.rps / W2_LIMIT_RPS)
 
     def small_beside_large(self) -> None:
         """Latency of small requests while two bodies of 4 MiB are always in flight."""
@@ -264,6 +266,8 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             each = ", ".join(
                 f"{name} {sheet.number(peak)}" for name, peak in zip(product.PROGRAMS, memory.peaks_mib, strict=True)
             )
+            for work, title in (("w1_c64", "W1 c=64"), ("w3_c8", "W3 c=8")):
+                print(f"\nCPU us a request, {title}: {product.cpu_words(chain.figures, work)}.")
             print(f"\nMemory of the three: idle {sheet.number(chain.figures['idle_mib'])} MiB, peak "
                   f"{sheet.number(memory.peak_mib)} MiB ({each}).")  # fmt: skip
     return chain.figures

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts.bench import hotspots, loads, product, sheet
-from scripts.bench.loads import HERE, cpu_s, free_port, wrk
+from scripts.bench.loads import HERE, free_port, wrk
 from scripts.bench.sheet import Goal
 from scripts.bench.tools import INSTRUMENTS, Tool
 from scripts.programs import Failed, Platform
@@ -90,12 +90,12 @@ class Durable:
     def closed(self) -> None:
         """W4 c=64 over REST, and its CPU."""
         self.seen.setdefault("", "ngpu")
-        before = cpu_s(self.ours.pids)
+        before = self.ours.cpu_by_program()
         measured = loads.run_wrk(self.closed_command(self.seconds))
         if measured["errors"] or not measured["ended"]:
             raise Failed(f"durable tasks over REST: {measured}")
         self.figures.keep("w4_c64_tps", measured["ended"] / measured["seconds"])
-        self.figures.keep("w4_c64_cpu_us", (cpu_s(self.ours.pids) - before) / measured["ended"] * 1e6)
+        product.keep_cpu(self.figures, "w4_c64", before, self.ours.cpu_by_program(), measured["ended"])
 
     def closed_grpc(self) -> None:
         """The same through the Batch stream."""
@@ -241,7 +241,7 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
     print(table(durable))
     print()
     print(sheet.goals_table(GOALS, figures))
-    print(f"\nCPU of our three processes: {sheet.number(figures['w4_c64_cpu_us'])} us a task, submit and query.")
+    print(f"\nCPU us a task, submit and query: {product.cpu_words(figures, 'w4_c64')}.")
     return figures
 
 

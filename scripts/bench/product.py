@@ -11,11 +11,12 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.loads import MIB, free_port
+from scripts.bench import sheet
+from scripts.bench.loads import MIB, cpu_s, free_port
 from scripts.programs import Failed, Platform, Program
 
 SMALL_BYTES = 300
@@ -89,6 +90,19 @@ exec nginx -p "$home" -c "$home/nginx.conf" -g 'daemon off;'
 PROGRAMS = ("control plane", "node daemon", "bridge")
 
 
+def keep_cpu(figures: sheet.Figures, name: str, before: Sequence[float], after: Sequence[float], count: int) -> None:
+    """CPU of each of the three for one of `count`, from readings before and after. `cpu_words` tells it."""
+    for program, begun, ended in zip(PROGRAMS, before, after, strict=True):
+        figures.keep(f"{name}_cpu_us_{program.replace(' ', '_')}", (ended - begun) / max(1, count) * 1e6)
+
+
+def cpu_words(figures: sheet.Figures, name: str) -> str:
+    """What `keep_cpu` kept, in words."""
+    return ", ".join(
+        f"{program} {sheet.number(figures[f'{name}_cpu_us_' + program.replace(' ', '_')])}" for program in PROGRAMS
+    )
+
+
 class Product:
     """The three programs, up, and the workspace ready. `pids`: control plane, node, bridge."""
 
@@ -122,6 +136,10 @@ class Product:
     def programs(self) -> dict[str, int]:
         """The three by name, with their process ids."""
         return dict(zip(PROGRAMS, self.pids, strict=True))
+
+    def cpu_by_program(self) -> list[float]:
+        """User and system seconds so far of each of the three."""
+        return [cpu_s([pid]) for pid in self.pids]
 
     def has_raw(self) -> bool:
         """Whether this version of the bridge has the raw pass-through."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from controlplane.cards import model_matches
 from controlplane.grade import Grade
 from controlplane.model import Availability
 from controlplane.placement import (
@@ -18,7 +19,6 @@ from controlplane.placement import (
     Placement,
     Policy,
     Refusals,
-    model_matches,
     place,
 )
 from controlplane.spec import GIB, GpuNeed
@@ -118,7 +118,7 @@ def test_each_filter_says_why_not(need: dict[str, Any], node: dict[str, Any], wh
 
 
 def test_every_filter_has_a_case_above() -> None:
-    assert len(FILTERS) == 9
+    assert len(FILTERS) == 10
 
 
 def test_refusals_are_counted_over_all_nodes() -> None:

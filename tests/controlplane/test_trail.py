@@ -27,7 +27,7 @@ def walked(*steps: Step) -> tuple[Trail, float]:
     return trail, now_s
 
 
-CRASH: list[Step] = [(1, STARTING, 90), (1, BACKOFF, "tried again after 8 s: exited with 1")]
+CRASH: list[Step] = [(1, STARTING, 90), (1, BACKOFF, "next start after 8 s: exited with 1")]
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,12 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         if end < len(body):
             await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
 
+    async def Tunnel(
+        self, requests: AsyncIterator[node_pb2.TunnelRequest], context: Any
+    ) -> AsyncIterator[node_pb2.TunnelResponse]:
+        await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "Nobody took the connection.")
+        yield node_pb2.TunnelResponse()
+
     async def Deliver(
         self, requests: AsyncIterator[node_pb2.DeliverRequest], context: Any
     ) -> AsyncIterator[node_pb2.DeliverResponse]:

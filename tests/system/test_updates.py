@@ -9,7 +9,6 @@ from scripts.programs import Failed, Platform
 from tests.images import echo_directory
 from tests.system.conftest import Callers, Rest, until, workspace_file
 
-
 #: Room for more of them than run, on any machine.
 SMALL: dict[str, Any] = {"concurrency": 4, "replicas": 2, "cpus": 0.1, "memory": "128MiB", "shm": "1MiB"}
 
@@ -48,7 +47,7 @@ def test_no_caller_notices_an_update_nor_one_that_fails(platform: Platform, rest
     with pytest.raises(Failed, match="Generation 3 was taken back"):
         platform.ngpu("workspace", "update", bad, "--wait", "--timeout", "90s")
     assert shown(platform)["spec"]["image"] == "echo"
-    assert "exited with 3" in platform.ngpu("explain", "workspace", "echo")["summary"]
+    assert "exited with code 3" in platform.ngpu("explain", "workspace", "echo")["summary"]
     until(lambda: {one["generation"] for one in shown(platform)["replicas"]} == {2})
 
     assert [answer for answer in callers.stop() if answer[0] != 200] == []
@@ -70,7 +69,8 @@ def test_an_update_goes_on_after_kill_9(platform: Platform, rest: Rest) -> None:
 
 @pytest.mark.slow
 def test_an_idle_workspace_sleeps_and_a_call_wakes_it(platform: Platform, rest: Rest) -> None:
-    platform.ngpu("workspace", "update", version(platform, "1", scale={"min": 0, "max": 3, "idle": "10s", "queue_wait": "1s"}))
+    scale = {"min": 0, "max": 3, "idle": "10s", "queue_wait": "1s"}
+    platform.ngpu("workspace", "update", version(platform, "1", scale=scale))
     until(lambda: not shown(platform)["replicas"])
     assert "It is idle" in shown(platform)["message"]
     assert rest.ok("POST", "/user/sleep?s=0.01", {"data": "x"})["result_code"] == 200

@@ -452,6 +452,7 @@ class UploadRequest(_message.Message):
     ROUTE_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     DISCARD_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     """First message only: an upload to go on with; empty makes a new one."""
     offset: _builtins.int
@@ -465,7 +466,11 @@ class UploadRequest(_message.Message):
     size: _builtins.int
     """First message only: how long it will be; 0: not known. More than the workspace takes is refused at once."""
     discard: _builtins.bool
-    """First message only: delete what is stored if the stream breaks, since nobody will go on with it."""
+    """First message only: nobody will go on with it if the stream breaks, so delete it unless there was a message with `last`. (A stream
+    that breaks looks like one that ends.)
+    """
+    last: _builtins.bool
+    """The body ends with `data`. Only needed with `discard`."""
     def __init__(
         self,
         *,
@@ -476,10 +481,11 @@ class UploadRequest(_message.Message):
         route: _builtins.str = ...,
         size: _builtins.int = ...,
         discard: _builtins.bool = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "discard", b"discard", "offset", b"offset", "route", b"route", "size", b"size", "upload_id", b"upload_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "discard", b"discard", "last", b"last", "offset", b"offset", "route", b"route", "size", b"size", "upload_id", b"upload_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
