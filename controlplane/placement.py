@@ -2,8 +2,7 @@
 
 The policy is two tuples, FILTERS and COSTS, and the weights in Policy. Each filter gives its reason in words, which
 become the error message as they stand; the least cost wins, ties go by address (random ties alone were measured to cost
-five points of GPU allocation). `place` is the policy at its plainest: it looks at every node. `sites` decides the same
-for a large fleet by looking only at what changed.
+five points of GPU allocation). `place` looks at every node.
 """
 
 import math

@@ -252,6 +252,7 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         #: Bytes after which the next such stream breaks.
         self.cut_fetch_at = 0
         self.cut_deliver_at = 0
+        self.open_tunnels = False
         self.deliver_limit = 0
         self.taking = asyncio.Event()
         self.taking.set()
@@ -382,8 +383,11 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
     async def Tunnel(
         self, requests: AsyncIterator[node_pb2.TunnelRequest], context: Any
     ) -> AsyncIterator[node_pb2.TunnelResponse]:
-        await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "Nobody took the connection.")
-        yield node_pb2.TunnelResponse()
+        async for _ in requests:
+            if self.open_tunnels:
+                yield node_pb2.TunnelResponse()
+            else:
+                await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "Nobody took the connection.")
 
     async def Deliver(
         self, requests: AsyncIterator[node_pb2.DeliverRequest], context: Any
