@@ -242,7 +242,10 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             sheet.tool_version("wrk", "-v").partition(" [")[0],
             *(tool.versions() for *_, tool in peers),
         ]
-        print(sheet.where(busy, *versions), sheet.in_rounds(options.rounds, options.seconds) + "\n")
+        how = sheet.in_rounds(options.rounds, options.seconds)
+        if options.profile:
+            how = f"During {options.seconds:g} s of {options.profile}."
+        print(sheet.where(busy, *versions), how + "\n")
         if options.profile:
             path, connections = {work: (path, connections) for work, path, connections in WORKS}[options.profile]
             body = ours.large if path == "w3" else ours.small

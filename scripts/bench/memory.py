@@ -70,9 +70,9 @@ class Measured:
             self.load()
         with product.up(state / "second") as self.ours:
             self.lists()
-            self.bodies("envelope", self.ours.url)
             if self.ours.has_raw():
                 self.bodies("raw", self.ours.raw_url)
+            self.bodies("envelope", self.ours.url)
 
     def idle(self) -> None:
         """After the start, one call made."""

@@ -168,7 +168,11 @@ async def test_stop_answers_who_waits_and_loses_nothing(tmp_path: Path) -> None:
             await operator.ready("echo")
             accepted = [(await bridge.schedule(request(workspace))).task.task_id for _ in range(20)]
             batch = bridge.tasks.Batch(metadata=bridge.auth)
-            await batch.write(pb.BatchRequest(calls=[pb.Call(id=1, schedule=request(workspace, wait_s=60))]))
+            waits = pb.Call(id=1, schedule=request(workspace, wait_s=60))
+            at_once = pb.Call(id=2, query=pb.QueryRequest(task_id=accepted[0]))
+            await batch.write(pb.BatchRequest(calls=[waits, at_once]))
+            # Answered, so the frame has been read and the other one waits.
+            assert [answer.id for answer in (await batch.read()).answers] == [2]
             await node.started()
             stopping = asyncio.create_task(there.end())
             error = (await batch.read()).answers[0].error
