@@ -21,7 +21,7 @@ class Owners:
         if principal.kind is Kind.WORKSPACE and not workspace_id:
             return principal.id
         if not workspace_id:
-            raise InvalidArgument("workspace_id: is missing.")
+            raise InvalidArgument("workspace_id: is missing; say which workspace (with `ngpu`: -w NAME).")
         uid = self._fleet.workspace_of(workspace_id.removeprefix(WORKSPACE_PREFIX))
         if uid is None or (principal.kind is Kind.WORKSPACE and uid != principal.id):
             raise NotFound("There is no such workspace.")
