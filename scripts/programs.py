@@ -1,10 +1,10 @@
 """The three programs as child processes on this machine: for scripts/up, the system tests and the benchmarks alike."""
 
 import contextlib
-import ctypes
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 30.0
-PR_SET_PDEATHSIG = 1
+#: Put before a command: it ends when we do, also by kill -9. Not by a hook between fork and exec: gRPC's own hooks would
+#: run there too, and hang where the parent has used gRPC.
+_END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
 
 
 class Failed(Exception):
     """A program did not do what it should; the message says what it said."""
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Program:
@@ -41,13 +39,12 @@ class Program:
         self.began = time.time()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                command,
+                [*_END_WITH_PARENT, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509  # there are no threads here
             )
 
     @property

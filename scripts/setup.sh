@@ -111,7 +111,7 @@ setup_postgres() {
     POSTGRES_HOME=$("${user[@]}" mktemp -d /tmp/ngpu-postgres-XXXXXX) || return 1
     POSTGRES_STOP=("${user[@]}" "$bin/pg_ctl" -D "$POSTGRES_HOME/data" -m immediate stop)
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    "${user[@]}" "$bin/initdb" -A trust -U ngpu -D "$POSTGRES_HOME/data" >/dev/null &&
+    "${user[@]}" "$bin/initdb" -A trust -U ngpu -E UTF8 --no-locale -D "$POSTGRES_HOME/data" >/dev/null &&
         (cd / && "${user[@]}" "$bin/pg_ctl" -D "$POSTGRES_HOME/data" -l "$POSTGRES_HOME/log" -w -t 30 \
             -o "-p $port -k $POSTGRES_HOME -c listen_addresses=127.0.0.1" start >/dev/null) || return 1
     export NGPU_TEST_POSTGRES_URL=postgresql+psycopg://ngpu@127.0.0.1:$port/postgres
