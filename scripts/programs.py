@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 30.0
-#: Put before a command: it ends when we do, also by kill -9. Not by a hook between fork and exec: gRPC's own hooks would
-#: run there too, and hang where the parent has used gRPC.
+#: Put before a command: it ends when we do, also by kill -9. Not by a hook between fork and exec: gRPC's own hooks
+#: would run there too, and hang where the parent has used gRPC.
 _END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
 
 
