@@ -53,4 +53,8 @@ def test_calls_go_on_when_a_daemon_is_killed_and_a_replacement_appears(
     # The dead daemon's container lives on without it; when the daemon is back it is told to stop it.
     platform.start_node("alpha", "--engine", "docker", "--stop-containers")
     lost = next(replica for replica, node in before.items() if node == "alpha")
-    until(lambda: not docker_engine.containers.list(all=True, filters={"label": f"ngpu.replica={lost}"}))
+    until(
+        lambda: (
+            not docker_engine.containers.list(all=True, ignore_removed=True, filters={"label": f"ngpu.replica={lost}"})
+        )
+    )
