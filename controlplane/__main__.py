@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import io
+import ipaddress
 import os
+import random
 import secrets
 import signal
 import sys
@@ -25,6 +27,7 @@ from controlplane.api.batch import Batches
 from controlplane.api.deliveries import Deliveries
 from controlplane.api.execute import Execution
 from controlplane.api.fleet import FleetApi, known, new_token
+from controlplane.api.flights import FlightsApi
 from controlplane.api.gate import Gate
 from controlplane.api.nodes import Nodes
 from controlplane.api.owners import Owners
@@ -32,19 +35,29 @@ from controlplane.api.records import Records
 from controlplane.api.server import Server
 from controlplane.api.tasks import TaskApi
 from controlplane.api.tunnels import Tunnels
+from controlplane.api.usage import UsageApi
 from controlplane.api.watch import Watch
+from controlplane.api.webhooks import WebhookApi
 from controlplane.api.workspaces import WorkspaceApi
 from controlplane.bodies import Bodies
 from controlplane.deployer import Deployer
+from controlplane.destinations import Rules
 from controlplane.dispatcher import Dispatcher, Graces
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.fleet import Fleet
+from controlplane.flights import Flights
 from controlplane.metrics import Metrics, MetricsServer, Scrape
 from controlplane.model import Role, Token
+from controlplane.postings import Postings, Room
+from controlplane.prices import Prices
+from controlplane.receipts import Tariff
+from controlplane.receivers import HttpReceivers
 from controlplane.retention import Retention
+from controlplane.signatures import Signatures
 from controlplane.slots import Slots
 from controlplane.state_dir import alone, keep_secret, published
 from controlplane.store import Store
+from controlplane.webhooks import Times
 
 #: How long the database may take to answer a readiness check, in seconds.
 READY_S: Final = 2.0
@@ -53,6 +66,8 @@ FLUSH_S: Final = 0.25
 #: A second signal within this is the first one's echo, in seconds.
 SAME_SIGNAL_S: Final = 0.5
 RANDOM_BYTES: Final = 65_536
+#: Objects that may be made before the collector looks for cycles among the young: hardly anything here is in one.
+GC_OBJECTS: Final = 20_000
 
 _log = structlog.get_logger("controlplane")
 
@@ -66,7 +81,12 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
         bodies = await Bodies.open(settings.state_dir / "bodies")
         stack.push_async_callback(bodies.close)
         retention = Retention(
-            store, bodies, bodies_s=settings.body_retention, uploads_s=settings.upload_retention, clock=_now
+            store,
+            bodies,
+            bodies_s=settings.body_retention,
+            uploads_s=settings.upload_retention,
+            recorded_bytes=settings.recorded_body,
+            clock=_now,
         )
 
         # Who and what there is.
@@ -82,8 +102,33 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
         # What decides.
         metrics = Metrics()
         graces = Graces(reconnect_s=settings.reconnect_grace, start_s=settings.start_grace, hold_s=settings.hold)
-        dispatcher = Dispatcher(store, Slots(), fleet, graces=graces, clock=_now, metrics=metrics)
+        prices = Prices(await store.prices())
+        terms = Tariff(fleet, prices).terms
+        flights = Flights(
+            fleet, bodies, slow_s=settings.slow_attempt, retention_s=settings.flight_retention, clock=_now
+        )
+        dispatcher = Dispatcher(
+            store,
+            Slots(),
+            fleet,
+            graces=graces,
+            clock=_now,
+            metrics=metrics,
+            terms=terms,
+            recorder=flights,
+            account_queue_length=settings.account_queue_length,
+        )
         deployer = Deployer(fleet, dispatcher, lost_after_s=settings.node_timeout, clock=_now)
+        destinations = destination_rules(settings.webhooks)
+        receivers = HttpReceivers(
+            destinations,
+            time_limit_s=settings.webhooks.time_limit,
+            concurrency=settings.webhooks.concurrency,
+            clock=_now,
+        )
+        stack.push_async_callback(receivers.close)
+        signatures = Signatures(store, clock=_now)
+        postings = _postings(settings.webhooks, store, receivers, signatures)
 
         # What speaks.
         gate = Gate(access)
@@ -98,6 +143,7 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             assets=holdings,
             new_task_id=partial(_task_id, settings.zone, _pooled()),
             allow_unchecked=settings.asset_check_on_error == "allow",
+            destinations=destinations,
         )
         batches = Batches(tasks, owners, gate)
         records = Records(owners, fleet, dispatcher, store, bodies)
@@ -107,25 +153,31 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             fleet=fleet,
             deployer=deployer,
             dispatcher=dispatcher,
+            flights=flights,
             report_every_s=settings.heartbeat_interval,
             timeout_s=settings.node_timeout,
         )
         execution = Execution(dispatcher=dispatcher, fleet=fleet, bodies=bodies, deliveries=deliveries)
         tunnels = Tunnels(owners, dispatcher)
+        flights_api = FlightsApi(owners, dispatcher, store, flights)
         fleet_api = FleetApi(
             access=access, fleet=fleet, deployer=deployer, dispatcher=dispatcher, store=store, clock=_now
         )
+        workspaces = WorkspaceApi(fleet, dispatcher)
         server = Server(
             gate,
             {
-                "TaskService": [tasks, batches, records, watch, tunnels],
-                "WorkspaceService": [WorkspaceApi(fleet, dispatcher)],
-                "NodeService": [nodes, execution, tunnels],
+                "TaskService": [tasks, batches, records, watch, tunnels, flights_api],
+                "WorkspaceService": [workspaces, WebhookApi(workspaces, signatures)],
+                "NodeService": [nodes, execution, tunnels, flights_api],
                 "AssetService": [AssetApi(holdings)],
                 "FleetService": [fleet_api],
+                "UsageService": [UsageApi(fleet, store, prices, clock=_now)],
             },
         )
-        http = MetricsServer(Scrape(metrics, fleet, dispatcher, store, gate.calls), lambda: _ready(store, stop))
+        http = MetricsServer(
+            Scrape(metrics, fleet, dispatcher, store, gate.calls, postings), lambda: _ready(store, stop)
+        )
 
         # Life.
         await dispatcher.start()
@@ -139,6 +191,8 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
                 group.create_task(dispatcher.run(), name="dispatcher"),
                 group.create_task(deployer.run(), name="deployer"),
                 group.create_task(retention.run(), name="retention"),
+                group.create_task(flights.run(), name="flights"),
+                group.create_task(postings.run(), name="postings"),
             ]
             with published(settings.state_dir, address=address, metrics_address=metrics_address):
                 where = {"address": address, "metrics_address": metrics_address}
@@ -242,6 +296,24 @@ def asset_settings(section: config.Assets) -> assets.Settings:
     )
 
 
+def destination_rules(section: config.Webhooks) -> Rules:
+    """Where the webhooks' section lets webhooks go."""
+    return Rules(section.allow_http, tuple(map(ipaddress.ip_network, section.allow_networks)))
+
+
+def _postings(section: config.Webhooks, store: Store, receivers: HttpReceivers, signatures: Signatures) -> Postings:
+    return Postings(
+        store,
+        receivers,
+        signatures,
+        clock=_now,
+        jitter=random.random,
+        times=Times(section.give_up_after, section.first_pause),
+        room=Room(section.concurrency, section.concurrency_per_host, section.concurrency_per_workspace),
+        bridge_url=section.bridge_url,
+    )
+
+
 async def _until_signal(settings: config.Config) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     first: list[float] = []
@@ -323,11 +395,12 @@ def run(  # noqa: PLR0917, typer takes them by name
     # What was imported stays: the collector need not look through it at every full pass, 50 ms each.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         with alone(settings.state_dir, settings.database):
             if settings.database.startswith("sqlite"):
-                migrations.migrate(settings.database)
+                migrations.migrate_apart(settings.database)
             asyncio.run(_until_signal(settings))
     except (NgpuError, OSError, ValueError) as error:
         _fail(str(error), code=1)

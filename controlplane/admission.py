@@ -10,7 +10,8 @@ import msgspec
 
 from controlplane.errors import InvalidArgument
 from controlplane.image import normalised
-from controlplane.spec import GIB, MIB, Limits, Scale, Spec
+from controlplane.jobs import PRESETS
+from controlplane.spec import GIB, MIB, JobRule, Limits, Scale, Spec
 
 REPLICAS: Final = 1000
 CONCURRENCY: Final = 1024
@@ -23,6 +24,10 @@ START_LIMIT_S: Final = (1.0, 24 * 3600.0)
 IDLE_TIME_S: Final = (10.0, 30 * 24 * 3600.0)
 QUEUE_WAIT_S: Final = (0.1, 24 * 3600.0)
 WRITABLE_PATHS: Final = 32
+JOB_RULES: Final = 16
+JOB_WORDS: Final = 32
+WORD_LENGTH: Final = 256
+POLL_S: Final = (0.05, 60.0)
 PATH_LENGTH: Final = 2048
 #: A whole description as JSON: it travels to its nodes in every list of what they should run, and a full list of
 #: placement.REPLICAS must fit into a message.
@@ -38,6 +43,7 @@ LIMITS: Final = {
     "response_body_bytes": (1, 64 * GIB),
     "queue_length": (1, 100_000),
     "max_attempts": (1, 10),
+    "rate": (1, 100_000),
 }
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
@@ -48,6 +54,10 @@ _OUR_ENV: Final = "NGPU_"
 #: A container that sets this itself would see GPUs that it was not given.
 _GPU_ENV: Final = "NVIDIA_VISIBLE_DEVICES"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+#: A method and a path, as rules for jobs have them.
+_REQUEST: Final = re.compile(r"[A-Z][A-Z-]{0,31} (?:/|\{path\})[^\x00-\x20\x7f#\\]*")
+_POINTER: Final = re.compile(r"(?:/(?:[^/~\x00-\x1f\x7f]|~[01])*){1,32}")
+_HTTP_WORD: Final = re.compile(r"HTTP [1-5][0-9]{2}")
 _SYSTEM_PATHS: Final = ("/proc", "/sys", "/dev")
 
 #: The REST surface's own names: a route of that name could never be called.
@@ -80,6 +90,7 @@ def admit(spec: Spec) -> None:
             *_limit_faults(spec.limits),
             *_scale_faults(spec.scale),
             *_path_faults(spec),
+            *_job_faults(spec.jobs),
         ]
     )
 
@@ -213,6 +224,64 @@ def _scale_faults(scale: Scale) -> Iterable[str]:
         yield f"scale.min_replicas: {scale.min_replicas} is more than scale.max_replicas, {scale.max_replicas}"
     yield from _range("scale.idle_time_s", scale.idle_time_s, *IDLE_TIME_S)
     yield from _range("scale.queue_wait_s", scale.queue_wait_s, *QUEUE_WAIT_S)
+
+
+def _job_faults(rules: tuple[JobRule, ...]) -> Iterable[str]:
+    if len(rules) > JOB_RULES:
+        yield f"jobs: at most {JOB_RULES} rules"
+    for number, rule in enumerate(rules, 1):
+        which = f"jobs, rule {number}" if len(rules) > 1 else "jobs"
+        yield from (f"{which}: {fault}" for fault in _rule_faults(rule))
+
+
+def _rule_faults(rule: JobRule) -> Iterable[str]:
+    if rule.preset not in PRESETS:
+        known = ", ".join(sorted(filter(None, PRESETS)))
+        yield f"preset: {rule.preset[:80]!r} is not known; known are {known}"
+    if not _is_request(rule.start.removesuffix("*")) or "{" in rule.start:
+        yield f"start: {rule.start[:80]!r} is no method and path, such as 'POST /render' or 'POST /*'"
+    for name in ("ask", "cancel"):
+        form = getattr(rule, name)
+        if (form or name == "ask") and not ("{id}" in form and _is_request(form)):
+            yield f"{name}: {form[:80]!r} is no method and path with {{id}} in it, such as 'GET /jobs/{{id}}'"
+    if not rule.id:
+        yield "id: say where the job's id is in the first answer, such as '/task_id'"
+    pointers = [("id", pointer) for pointer in rule.id]
+    pointers += [(name, pointer) for name in ("state", "output", "message") if (pointer := getattr(rule, name))]
+    for name, pointer in pointers:
+        if len(pointer) > PATH_LENGTH or not _POINTER.fullmatch(pointer):
+            yield f"{name}: {pointer[:80]!r} is no JSON pointer, such as '/data/id'"
+    yield from _word_faults(rule)
+    yield from _range("poll_s", rule.poll_s, *POLL_S)
+    if rule.limit_s:
+        yield from _range("limit_s", rule.limit_s, *LIMITS["run_time_s"])
+
+
+def _word_faults(rule: JobRule) -> Iterable[str]:
+    if not rule.done:
+        yield "done: say which answer means that the job is done, such as 'succeeded' or 'HTTP 200'"
+    seen: dict[str, str] = {}
+    for name in ("done", "running", "waiting", "failed", "busy", "accepted"):
+        words = getattr(rule, name)
+        if len(words) > JOB_WORDS:
+            yield f"{name}: at most {JOB_WORDS} words"
+        for word in words:
+            other = seen.setdefault(word, name)
+            if not 1 <= len(word) <= WORD_LENGTH or (word.startswith("HTTP ") and not _HTTP_WORD.fullmatch(word)):
+                yield f"{name}: {word[:80]!r} is no word of an answer, and no status such as 'HTTP 503'"
+            elif other != name and not (name == "accepted" and other in {"done", "running", "waiting"}):
+                yield f"{name}: {word[:80]!r} means {other} already"
+            elif not rule.state and not word.startswith("HTTP "):
+                yield f"state: say where {word[:80]!r} is to be found in an answer, such as '/status'"
+
+
+def _is_request(form: str) -> bool:
+    """Is it a method and a plain path, whatever stands in its places?"""
+    filled = form.replace("{id}", "0")
+    if not _REQUEST.fullmatch(filled):
+        return False
+    path = filled.partition(" ")[2].partition("?")[0].replace("{path}", "/p", 1)
+    return "{" not in filled.replace("{path}", "", 1) and not _url_path_faults("", path)
 
 
 def _path_faults(spec: Spec) -> Iterable[str]:

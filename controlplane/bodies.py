@@ -1,8 +1,9 @@
 """Bodies too large for a row: append-only files, one writer each, any number of readers that follow their growth.
 
-What a body holds is what its file holds: nothing is kept in memory, so that after a restart an unsealed body is gone on
-with from its length. A growing body has the suffix `.part`; sealing it takes that away. File work runs in a few threads
-of its own; waiting for growth does not poll: an append wakes those who follow.
+What a body holds is what its file holds, so that after a restart an unsealed body is gone on with from its length; but
+who says so (`behind`) has its last pieces written a little later and together, and readers have them from memory until
+then. A growing body has the suffix `.part`; sealing it takes that away. File work runs in a few threads of its own, but
+for reads of what the page cache has; waiting for growth does not poll: an append wakes those who follow.
 """
 
 import asyncio
@@ -11,22 +12,33 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import structlog
 from ngpu import wire
 
-from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
+from controlplane.errors import Conflict, NgpuError, NotFound, OutOfRange, TooLarge, Unavailable
 
 #: Threads for file work.
 THREADS: Final = 4
-#: What a reader takes from a file at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB.
+#: What a reader takes from a disk at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB.
 READ_BYTES: Final = 4 * wire.CHUNK_BYTES
+#: Pieces that come behind are written when there is so much of them, ...
+BEHIND_BYTES: Final = 4 * wire.CHUNK_BYTES
+#: ... or after this time, in seconds, ...
+BEHIND_S: Final = 0.05
+#: ... or at once while there is so much of all bodies together; then appends wait, too.
+ALL_BEHIND_BYTES: Final = 16 * 1024 * 1024
+#: Pieces given to the kernel in one call, which takes no more than 1024.
+WRITTEN_AT_ONCE: Final = 256
 #: Bodies deleted in one step of a sweep.
 SWEPT: Final = 1000
 
@@ -62,10 +74,18 @@ class Bodies:
         self._locks = [threading.Lock() for _ in range(_SHARDS)]
         # By name, those who wait for growth.
         self._followers: dict[str, set[asyncio.Future[None]]] = {}
+        self._readers: Counter[str] = Counter()
+        self._behind: dict[str, _Behind] = {}
+        #: Of what came behind, all that is not in a file yet.
+        self.behind_bytes = 0
+        self._page = bytearray(wire.CHUNK_BYTES)
         self._closed = False
 
     async def close(self) -> None:
         """Finish what runs; followers that wait for growth get Unavailable."""
+        for name in list(self._behind):
+            with suppress(NgpuError):
+                await self._settle(name)
         self._closed = True
         for name in list(self._followers):
             self._wake(name)
@@ -76,29 +96,44 @@ class Bodies:
         """Readers that wait for growth, or are about to."""
         return sum(map(len, self._followers.values()))
 
-    async def append(self, name: str, offset: int, data: bytes, *, limit_bytes: int) -> int:
+    async def append(self, name: str, offset: int, data: bytes, *, limit_bytes: int, behind: bool = False) -> int:
         """Write `data` at `offset`, which must be the body's size; makes the body at offset 0. Gives the new size.
 
-        Wholly there or not at all, also when the caller is cancelled: ask `size` then.
+        Wholly there or not at all, also when the caller is cancelled: ask `size` then. With `behind` it may be written
+        up to BEHIND_S later, and the next call for this body (`seal`, say) tells if that failed.
         Raises OutOfRange (the message says the size), TooLarge (it would pass `limit_bytes`), Conflict (it is sealed).
         """
         path = self._path(name)
+        if behind and (pieces := self._behind.get(name)) is not None:
+            return await self._append_behind(name, pieces, offset, data, limit_bytes)
 
         def append() -> int:
             with self._locks[_shard(name)]:
-                size = _append(path, offset, data, limit_bytes)
+                size = _append(path, offset, [data], limit_bytes)
             self._grown(name)
             return size
 
-        return await self._run(append)
+        await self._settle(name)
+        size = await self._run(append)
+        if behind:
+            self._behind[name] = pieces = _Behind(size)
+            self._write_later(name, pieces)
+        return size
+
+    async def flush(self, name: str) -> None:
+        """What came `behind` is with the kernel."""
+        await self._settle(name)
 
     async def size(self, name: str) -> int | None:
         """Its length so far; None: there is no such body."""
+        await self._settle(name)
         found = await self._run(_find, self._path(name))
         return None if found is None else found[0]
 
     async def sealed(self, name: str) -> bool:
         """True once it is complete; False while it grows, or if it is not there."""
+        if name in self._behind:
+            return False
         found = await self._run(_find, self._path(name))
         return found is not None and found[1]
 
@@ -115,29 +150,59 @@ class Bodies:
             self._grown(name)
             return size
 
+        await self._settle(name)
         return await self._run(seal)
 
-    async def follow(self, name: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
+    async def follow(
+        self, name: str, offset: int = 0, *, until: asyncio.Future[Any] | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """Its bytes from `offset` to its end, in chunks of at most wire.CHUNK_BYTES; waits for growth till sealed.
 
-        Raises NotFound (there is no such body, or it was deleted meanwhile), OutOfRange (`offset` is past its size).
+        Ends early once `until` is done. Raises NotFound (there is no such body, or it was deleted meanwhile),
+        OutOfRange (`offset` is past its size).
         """
         path = self._path(name)
-        while True:
-            # Before the read, so that no growth after it is missed.
-            with self._following(name) as growth:
-                data, complete = await self._run(_read, path, offset)
-                if not data and not complete:
-                    await growth
-                    continue
-            for at in range(0, len(data), wire.CHUNK_BYTES):
-                yield data[at : at + wire.CHUNK_BYTES]
-            offset += len(data)
-            if complete:
-                return
+        self._readers[name] += 1
+
+        def wake(_: object) -> None:
+            self._wake(name)
+
+        if until is not None:
+            until.add_done_callback(wake)
+        # A file that was read just now opens without a look at the disk.
+        at_hand = False
+        try:
+            while until is None or not until.done():
+                # Before the read, so that no growth after it is missed.
+                with self._following(name) as growth:
+                    pieces = self._behind.get(name)
+                    if pieces is not None and offset >= pieces.start:
+                        data, complete = pieces.read(offset), False
+                    else:
+                        found = self._read_at_hand(path, offset) if at_hand else None
+                        data, complete = await self._run(_read, path, offset) if found is None else found
+                        at_hand = True
+                    if not data and not complete:
+                        await growth
+                        continue
+                for at in range(0, len(data), wire.CHUNK_BYTES):
+                    yield data[at : at + wire.CHUNK_BYTES]
+                offset += len(data)
+                if complete:
+                    return
+        finally:
+            if until is not None:
+                until.remove_done_callback(wake)
+            self._readers[name] -= 1
+            if not self._readers[name]:
+                del self._readers[name]
+
+    def is_read(self, name: str) -> bool:
+        """Somebody follows it just now."""
+        return name in self._readers
 
     async def rename(self, name: str, new_name: str) -> None:
-        """Give a sealed body another name, durably. No error if that was done before.
+        """Give a sealed body another name and have it on disk, however it was sealed. No error if that was done before.
 
         Raises NotFound, Conflict (it is not sealed).
         """
@@ -153,6 +218,9 @@ class Bodies:
     async def delete(self, *names: str) -> None:
         """No error for those that are not there. Followers get NotFound."""
         paths = [self._path(name) for name in names]
+        for name in names:
+            with suppress(NgpuError):
+                await self._settle(name, write=False)
 
         def delete() -> None:
             for name, path in zip(names, paths, strict=True):
@@ -173,6 +241,85 @@ class Bodies:
             await self.delete(*names)
             count += len(names)
         return count
+
+    async def unfinished(self, before: datetime) -> AsyncGenerator[list[str], None]:
+        """The names of bodies that are not sealed and were last written before `before`, some at a time."""
+        for shard in range(_SHARDS):
+            if names := await self._run(_unfinished, self._directory / f"{shard:02x}", before.timestamp()):
+                yield names
+
+    async def _append_behind(self, name: str, pieces: "_Behind", offset: int, data: bytes, limit_bytes: int) -> int:
+        if pieces.fault is not None:
+            await self._settle(name)
+        if offset != pieces.size:
+            raise OutOfRange(f"The body's stored size is {pieces.size}: go on from there.")
+        _check_limit(offset + len(data), limit_bytes)
+        pieces.add(data)
+        self.behind_bytes += len(data)
+        self._wake(name)
+        crowded = self.behind_bytes > ALL_BEHIND_BYTES
+        if crowded or pieces.waiting_bytes >= BEHIND_BYTES:
+            self._write(name, pieces)
+            if pieces.writing is not None and (crowded or pieces.waiting_bytes >= BEHIND_BYTES):
+                await asyncio.wait({pieces.writing})
+        return pieces.size
+
+    def _write(self, name: str, pieces: "_Behind") -> None:
+        """Begin to write what waits, unless that is under way."""
+        if pieces.writing is not None or not pieces.waiting_bytes:
+            return
+        path, start, batch = self._path(name), pieces.start, pieces.begin()
+
+        def write() -> None:
+            with self._locks[_shard(name)]:
+                _append(path, start, batch, inf)
+
+        pieces.writing = asyncio.create_task(self._run(write), name=f"write-{name}")
+        pieces.writing.add_done_callback(partial(self._written, name, pieces))
+
+    def _written(self, name: str, pieces: "_Behind", writing: asyncio.Task[None]) -> None:
+        fault = Unavailable("The control plane is stopping.") if writing.cancelled() else writing.exception()
+        self.behind_bytes -= pieces.end(fault)
+        self._wake(name)
+
+    def _write_later(self, name: str, pieces: "_Behind") -> None:
+        """See that nothing waits for longer, and that nothing is left of a writer who has gone."""
+        size = pieces.size
+
+        def look() -> None:
+            if self._behind.get(name) is not pieces:
+                return
+            self._write(name, pieces)
+            if pieces.size == size and pieces.writing is None and pieces.fault is None:
+                del self._behind[name]
+            else:
+                self._write_later(name, pieces)
+
+        self._loop.call_later(BEHIND_S, look)
+
+    async def _settle(self, name: str, *, write: bool = True) -> None:
+        """What came behind is in the file, or with `write=False` given up. Raises what went wrong with it."""
+        while (pieces := self._behind.get(name)) is not None:
+            if write:
+                self._write(name, pieces)
+            if pieces.writing is not None:
+                await asyncio.wait({pieces.writing})
+                continue
+            if self._behind.get(name) is not pieces:
+                continue
+            del self._behind[name]
+            if pieces.fault is not None:
+                raise pieces.fault
+            self.behind_bytes -= pieces.waiting_bytes
+
+    def _read_at_hand(self, path: Path, offset: int) -> tuple[bytes, bool] | None:
+        """What `_read` gives, if the page cache has it; done in the event loop, which must not wait for a disk."""
+        if self._closed:
+            return None
+        try:
+            return _read_cached(path, offset, self._page)
+        except OSError:
+            return None
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.endswith(_GROWING):
@@ -214,14 +361,68 @@ class Bodies:
                 growth.set_result(None)
 
 
+class _Behind:
+    """The last pieces of a growing body: what its file does not have yet, or is just getting."""
+
+    def __init__(self, size: int) -> None:
+        #: What the file has, ...
+        self.start = size
+        #: ... and what there is with the pieces.
+        self.size = size
+        self.waiting_bytes = 0
+        self.writing: asyncio.Task[None] | None = None
+        self.fault: BaseException | None = None
+        self._pieces: list[bytes] = []
+        # Of them, in `writing`.
+        self._begun = 0
+
+    def add(self, data: bytes) -> None:
+        """The next piece."""
+        if data:
+            self._pieces.append(data)
+            self.size += len(data)
+            self.waiting_bytes += len(data)
+
+    def begin(self) -> list[bytes]:
+        """What is to be written now."""
+        self._begun = len(self._pieces)
+        self.waiting_bytes = 0
+        return self._pieces.copy()
+
+    def end(self, fault: BaseException | None) -> int:
+        """It was written, or not; gives how many bytes are let go."""
+        self.writing = None
+        if fault is not None:
+            # The writer will be told; what he sends again comes from the file's size on.
+            self.fault, self._begun = fault, len(self._pieces)
+        size = sum(map(len, self._pieces[: self._begun]))
+        del self._pieces[: self._begun]
+        if fault is not None:
+            self.size, self.waiting_bytes = self.start, 0
+        else:
+            self.start += size
+        return size
+
+    def read(self, offset: int) -> bytes:
+        """The piece at `offset` from there on; empty at the end. Raises OutOfRange."""
+        if offset > self.size:
+            raise OutOfRange(f"The body's stored size is {self.size}: there is nothing at {offset} yet.")
+        at = self.start
+        for piece in self._pieces:
+            if offset < at + len(piece):
+                return piece[offset - at :]
+            at += len(piece)
+        return b""
+
+
 # What is done to files, in a thread.
 
 
-def _append(path: Path, offset: int, data: bytes, limit_bytes: int) -> int:
+def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: float) -> int:
     if path.exists():
         raise Conflict("The body is complete already.")
-    if offset + len(data) > limit_bytes:
-        raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
+    length = sum(map(len, pieces))
+    _check_limit(offset + length, limit_bytes)
     # Only the first append makes it: one that comes after a deletion must not bring it back.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if offset == 0 else 0)
     try:
@@ -233,15 +434,28 @@ def _append(path: Path, offset: int, data: bytes, limit_bytes: int) -> int:
         if size != offset:
             raise OutOfRange(f"The body's stored size is {size}: go on from there.")
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(file, rest) :]
+            _write_all(file, pieces)
         except BaseException:
             os.ftruncate(file, size)
             raise
-        return size + len(data)
+        return size + length
     finally:
         os.close(file)
+
+
+def _write_all(file: int, pieces: Sequence[bytes]) -> None:
+    rest = [memoryview(piece) for piece in pieces if piece]
+    while rest:
+        written = os.writev(file, rest[:WRITTEN_AT_ONCE])
+        while rest and written >= len(rest[0]):
+            written -= len(rest.pop(0))
+        if written:
+            rest[0] = rest[0][written:]
+
+
+def _check_limit(size: int, limit_bytes: float) -> None:
+    if size > limit_bytes:
+        raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
 
 
 def _seal(path: Path, *, durable: bool) -> int:
@@ -262,15 +476,15 @@ def _seal(path: Path, *, durable: bool) -> int:
 
 def _rename(path: Path, new_path: Path) -> None:
     try:
+        _flush(path)
         path.rename(new_path)
     except FileNotFoundError:
         if _growing(path).exists():
             raise Conflict("The body is not complete yet.") from None
         if not new_path.exists():
             raise NotFound from None
-    # The new name first: between the two a crash may leave both, never none.
+    # That the old name has gone need not be on disk: should a crash bring it back, the sweep takes it away.
     _flush(new_path.parent)
-    _flush(path.parent)
 
 
 def _read(path: Path, offset: int) -> tuple[bytes, bool]:
@@ -289,6 +503,22 @@ def _read(path: Path, offset: int) -> tuple[bytes, bool]:
         finally:
             os.close(file)
     raise NotFound("There is no such body, or it was given up before it was complete.")
+
+
+def _read_cached(path: Path, offset: int, page: bytearray) -> tuple[bytes, bool]:
+    """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
+    for name in _both(path):
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            size = os.fstat(file).st_size
+            read = os.preadv(file, [page], offset, os.RWF_NOWAIT)
+            return bytes(memoryview(page)[:read]), name == path and offset + read >= size
+        finally:
+            os.close(file)
+    raise FileNotFoundError
 
 
 def _find(path: Path) -> tuple[int, bool] | None:
@@ -321,6 +551,17 @@ def _stale(directory: Path, before: float, prefix: str) -> list[str]:
                         names.append(name)
                 except FileNotFoundError:  # deleted or sealed meanwhile
                     continue
+    return names
+
+
+def _unfinished(directory: Path, before: float) -> list[str]:
+    names: list[str] = []
+    for path in directory.glob(f"*{_GROWING}"):
+        try:
+            if _NAME.fullmatch(path.stem) and path.stat().st_mtime < before:
+                names.append(path.stem)
+        except FileNotFoundError:  # deleted or sealed meanwhile
+            continue
     return names
 
 

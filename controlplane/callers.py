@@ -12,17 +12,24 @@ from typing import Final, Protocol
 from msgspec import structs
 
 from controlplane import routing, standing
+from controlplane.census import Node, Workspace
 from controlplane.census import Replica as PlacedReplica
-from controlplane.census import Workspace
 from controlplane.errors import NotFound
 from controlplane.model import State
 from controlplane.queues import Queue, Queues
-from controlplane.report import ReplicaReport
+from controlplane.recent import Recent
+from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import Slots
-from controlplane.tasks import OpenTask, Phase, TaskView, Waiter
+from controlplane.tasks import Answer, OpenTask, Phase, TaskView, Waiter
 
 #: Callers who may wait for one task; a further one is answered at once.
 WAITERS: Final = 1000
+#: What a replica does on its way to be ready.
+_COMING: Final = {
+    ReplicaState.ASSIGNED: "is to be begun",
+    ReplicaState.PULLING: "pulls its image",
+    ReplicaState.STARTING: "starts",
+}
 #: The words why a queue waits are put together at most this often.
 WORDS_S: Final = 0.5
 
@@ -41,6 +48,9 @@ class Fleet(Protocol):
 
     def state_of(self, replica: PlacedReplica) -> ReplicaReport:
         """How it stands."""
+
+    def node(self, key: str) -> Node:
+        """By address."""
 
 
 class Callers:
@@ -65,6 +75,7 @@ class Callers:
         self._monotonic = monotonic
         self._heed = heed
         self._hang_up = hang_up
+        self.recent = Recent(monotonic)
 
     def wait(
         self,
@@ -79,11 +90,11 @@ class Callers:
 
         `streamed`: or when its container has begun to answer; the view has the head then.
         """
-        future: asyncio.Future[TaskView] = asyncio.get_running_loop().create_future()
+        future = Answer(loop=asyncio.get_running_loop())
         if len(task.waiters) >= WAITERS:
             wait_s = 0.0
         waiter = Waiter(task, future, self._monotonic() + wait_s, cancels, seen, streamed)
-        future.add_done_callback(partial(self._left, waiter))
+        future.left = partial(self._left, waiter)
         self.add(task, [waiter])
         return future
 
@@ -96,9 +107,7 @@ class Callers:
             self.answer_due(task)
             self._heed(task)
 
-    def _left(self, waiter: Waiter, future: "asyncio.Future[TaskView]") -> None:
-        if not future.cancelled():
-            return
+    def _left(self, waiter: Waiter) -> None:
         with suppress(ValueError):
             waiter.task.waiters.remove(waiter)
         if waiter.cancels and not waiter.task.waiters:
@@ -125,15 +134,22 @@ class Callers:
 
     def answer_all(self, task: OpenTask) -> None:
         """It has ended."""
-        if task.waiters:
-            answer(task.take_waiters(), task.view())
+        view = task.view()
+        self.recent.keep(view)
+        answer(task.take_waiters(), view)
 
     def view(self, task: OpenTask) -> TaskView:
         """The task as it is on disk, with its place in the queue and why it waits."""
         if task.state is not State.QUEUED:
             return task.view()
         queue = self._queues.of(task.workspace_uid)
-        return task.view(queue.position(task), self._waiting_for(task, queue))
+        position = queue.position(task)
+        return task.view(position, self._waiting_for(task, queue), self._expected_wait_s(task, position))
+
+    def _expected_wait_s(self, task: OpenTask, position: int) -> float:
+        pool = self._slots.pool(task.workspace_uid)
+        capacity = sum(replica.capacity for replica in pool.replicas.values())
+        return (position + 1) * pool.mean_s / capacity if capacity else 0.0
 
     def _waiting_for(self, task: OpenTask, queue: Queue) -> str:
         if task.phase is Phase.ASSIGNING:
@@ -148,8 +164,15 @@ class Callers:
         now = self._monotonic()
         if now >= queue.waiting_for_until:
             uid = queue.workspace_uid
-            reports = [self._fleet.state_of(replica) for replica in self._fleet.replicas_of(uid)]
+            stands = [(self._fleet.state_of(replica), replica) for replica in self._fleet.replicas_of(uid)]
+            reports = [report for report, _ in stands]
             queue.waiting_for = routing.waiting_for(self._slots.pool(uid).replicas.values(), reports)
+            coming = [(r.state, r.progress, replica.id, replica) for r, replica in stands if r.state in _COMING]
+            if coming:
+                state, progress, _, replica = max(coming)
+                where = self._fleet.node(replica.node_addr).name
+                queue.waiting_for += f"; next is replica {replica.id} on node {where}, which {_COMING[state]}"
+                queue.waiting_for += f", {progress} %" if progress else ""
             if not reports and (absence := self._absence(uid)):
                 queue.waiting_for += f": {absence}"
             queue.waiting_for_until = now + WORDS_S
@@ -167,6 +190,8 @@ def answer(waiters: Iterable[Waiter], view: TaskView) -> None:
     for waiter in waiters:
         if not waiter.future.done():
             waiter.future.set_result(view)
+            # It leads back here: a circle would wait for the garbage collector.
+            waiter.future.left = None
 
 
 def refuse(waiters: Iterable[Waiter], error: BaseException) -> None:
@@ -174,3 +199,4 @@ def refuse(waiters: Iterable[Waiter], error: BaseException) -> None:
     for waiter in waiters:
         if not waiter.future.done():
             waiter.future.set_exception(error)
+            waiter.future.left = None

@@ -21,7 +21,18 @@ ENV_PREFIX: Final = "NGPU_CONTROLPLANE_"
 #: The one variable with that prefix that is no setting: where the settings' file is.
 ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
 
+_SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _size(value: object) -> object:
+    """`1048576`, `"64 MiB"`, `"2G"`: bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write 1048576, 64MiB or 2GiB")
+    return int(match[1]) * _SIZES[match[2]]
 
 
 class ConfigFault(Exception):
@@ -57,6 +68,7 @@ def _optional_address(value: str) -> str:
 
 Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 SecondsOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
 Address = Annotated[str, pydantic.AfterValidator(_address)]
 OptionalAddress = Annotated[str, pydantic.AfterValidator(_optional_address)]
@@ -98,6 +110,39 @@ class Assets(_Section):
     """... and how long if it was that nothing is held."""
     cache_entries: Annotated[int, Field(gt=0)] = 10_000
     """How many answers are remembered."""
+
+
+class Webhooks(_Section):
+    """Where the ends of tasks may be posted to (`callback_url`), and how often."""
+
+    allow_http: bool = False
+    """Post in the clear too, to http:// URLs."""
+    allow_networks: Words = []
+    """Networks that are not public and may be posted to all the same, e.g. 10.0.0.0/8,fd00::/8."""
+    give_up_after: Seconds = 86_400.0
+    """How long a receiver that does not answer with 2xx is tried."""
+    first_pause: Seconds = 5.0
+    """Bound of the pause after the first try; it doubles from try to try, up to 2 hours."""
+    time_limit: Seconds = 15.0
+    """How long a receiver may take to answer."""
+    concurrency: Annotated[int, Field(gt=0, le=1000)] = 64
+    """Posts at once ..."""
+    concurrency_per_host: Annotated[int, Field(gt=0, le=1000)] = 4
+    """... of them to one host ..."""
+    concurrency_per_workspace: Annotated[int, Field(gt=0, le=1000)] = 16
+    """... and for one workspace."""
+    bridge_url: str = ""
+    """Where callers reach the bridge, e.g. https://ngpu.example: told to receivers with a task's result_url."""
+
+    @pydantic.field_validator("allow_networks")
+    @classmethod
+    def _networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"{network!r} is no network: write 10.0.0.0/8 or fd00::/8") from None
+        return value
 
 
 class Config(BaseSettings):
@@ -145,6 +190,15 @@ class Config(BaseSettings):
 
     body_retention: Seconds = 7 * 86400.0
     """How long bodies are kept after a task's end. What else is known of a task stays."""
+    recorded_body: Bytes = 1024**2
+    """Longer bodies of pass-through calls (/run) are not kept once they are passed on; up to 64 KiB all are."""
+    account_queue_length: Annotated[int, Field(gt=0)] = 20_000
+    """How many tasks may wait in all workspaces of one account together."""
+    flight_retention: Seconds = 14 * 86400.0
+    """How long the flight recorder's records of failed and slow attempts are kept, with containers' logs in them; never
+    more than 30 days longer than bodies."""
+    slow_attempt: Seconds = 30.0
+    """An attempt that takes so long, and four times as long as is usual in its workspace, is recorded as slow."""
     upload_retention: Seconds = 3600.0
     """How long an upload waits for the task that uses it."""
     stop_grace: Seconds = 10.0
@@ -154,6 +208,8 @@ class Config(BaseSettings):
     """What becomes of a task whose BTC address could not be checked."""
     assets: Assets = Assets()
     """BRC-20 assets."""
+    webhooks: Webhooks = Webhooks()
+    """Webhooks."""
 
     @pydantic.field_validator("display_timezone")
     @classmethod

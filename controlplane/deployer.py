@@ -7,6 +7,7 @@ of it. Between any two of them the process may die: the next plans from the rows
 import asyncio
 import contextlib
 import hashlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -34,6 +35,8 @@ _log = structlog.get_logger(__name__)
 PLAN_EVERY_S: Final = 5.0
 #: How often it is looked for what nobody announces: silence of a node, the end of what a drained replica ran.
 LOOK_EVERY_S: Final = 1.0
+#: A look that comes later than that by so much says that we were stopped meanwhile.
+STALL_S: Final = 2.0
 #: Least pause between two plans, so that what happens together is planned together; and the pause in units of how
 #: long the last plan took, so that planning never takes more than a tenth of the loop it shares with the dispatcher.
 PAUSE_S: Final = 0.05
@@ -95,6 +98,7 @@ class Deployer:
         self._fleet = fleet
         self._tasks = tasks
         self._lost_after_s = lost_after_s
+        self._cut_off_s = -math.inf
         self._policy = policy
         self._clock = clock
         self._monotonic = monotonic
@@ -197,9 +201,14 @@ class Deployer:
                 planned_s = self._monotonic()
                 pause_s = await self._try_step()
                 await asyncio.sleep(pause_s)
+            waits_s = self._monotonic()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._fleet.news.wait()
+            if self._monotonic() - waits_s > LOOK_EVERY_S + STALL_S:
+                # It was us who stood still (a machine that slept): what nodes said meanwhile is yet to be read.
+                _log.warning("stood_still", seconds=round(self._monotonic() - waits_s, 1))
+                self._fleet.listen_again()
 
     def _is_due(self) -> bool:
         return (
@@ -255,6 +264,7 @@ class Deployer:
             image_bytes=fleet.image_bytes,
             turn=self._turn,
             lost_after_s=self._lost_after_s,
+            cut_off_s=self._cut_off_s,
             policy=self._policy,
         )
 
@@ -326,7 +336,10 @@ class Deployer:
                 self._deleted.add(workspace.uid)
 
     def _lost(self) -> frozenset[str]:
-        return rollout.lost_nodes(self._fleet.nodes(), self._monotonic(), self._lost_after_s)
+        nodes, now_s = self._fleet.nodes(), self._monotonic()
+        if rollout.we_are_cut_off(nodes, now_s, self._lost_after_s):
+            self._cut_off_s = now_s
+        return rollout.lost_nodes(nodes, now_s, self._lost_after_s, self._cut_off_s)
 
     def _revoked(self) -> frozenset[str]:
         return frozenset(node.addr for node in self._fleet.nodes(revoked=True) if node.revoked)

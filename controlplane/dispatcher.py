@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from math import inf
 from typing import Final
@@ -23,7 +23,6 @@ from controlplane.failures import (
     CALLED_OFF,
     CONTAINER_LOST,
     DELETED,
-    HUNG_UP,
     LOST,
     LOST_BEFORE_SENT,
     NOT_ARRIVED,
@@ -31,13 +30,15 @@ from controlplane.failures import (
     UNSAID,
 )
 from controlplane.intake import Intake
-from controlplane.lifecycle import RUN_GRACE_S, Lifecycle, Metrics
-from controlplane.model import Cause, Delivery, State
+from controlplane.lifecycle import RUN_GRACE_S, UNREAD_S, Lifecycle, Metrics, Recorder
+from controlplane.model import ENDED, Attempt, Cause, Delivery, State
 from controlplane.queues import HELD_BYTES, Queues
+from controlplane.quotas import ACCOUNT_QUEUE_LENGTH, Quotas
+from controlplane.receipts import TermsOf, free_of_charge
 from controlplane.recovery import Graces, taken_up
 from controlplane.slots import AttemptResult, Link, Response, Slots
 from controlplane.store import Store
-from controlplane.tasks import UNASSIGNED, NewTask, OpenAttempt, OpenTask, Phase, TaskView, view_of_row
+from controlplane.tasks import UNASSIGNED, Meter, NewTask, OpenAttempt, OpenTask, Phase, TaskView, view_of_row
 
 __all__ = ["Dispatcher", "Graces", "Metrics", "NewTask", "NoMetrics", "TaskView"]
 
@@ -74,6 +75,18 @@ class NoMetrics:
 NO_METRICS: Final = NoMetrics()
 
 
+class NoRecorder:
+    """Keeps nothing."""
+
+    slow_s = inf
+
+    def keep(self, row: Attempt, kind: str) -> None:
+        """See Recorder."""
+
+
+NO_RECORDER: Final = NoRecorder()
+
+
 def utcnow() -> datetime:
     """The wall clock."""
     return datetime.now(UTC)
@@ -82,7 +95,8 @@ def utcnow() -> datetime:
 class Dispatcher:
     """Accepts tasks, gives them out, takes their results. `start` first, then `run`; `stop` before the store is closed.
 
-    `jitter`: random numbers from 0 to 1, for backoffs. `held_bytes`: how much of queued requests is kept in memory.
+    `jitter`: random numbers from 0 to 1, for backoffs. `terms`: on which attempts run, for their receipts.
+    `held_bytes`: how much of queued requests is kept in memory. `account_queue_length`: how many tasks may wait of one.
     """
 
     def __init__(
@@ -96,7 +110,10 @@ class Dispatcher:
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         metrics: Metrics = NO_METRICS,
+        terms: TermsOf = free_of_charge,
+        recorder: Recorder = NO_RECORDER,
         held_bytes: int = HELD_BYTES,
+        account_queue_length: int = ACCOUNT_QUEUE_LENGTH,
     ) -> None:
         self._store = store
         self._slots = slots
@@ -113,8 +130,19 @@ class Dispatcher:
             monotonic=monotonic,
             jitter=jitter,
             metrics=metrics,
+            terms=terms,
+            recorder=recorder,
         )
-        self._intake = Intake(self._life, store, slots, fleet, clock=clock, monotonic=monotonic, metrics=metrics)
+        self._intake = Intake(
+            self._life,
+            store,
+            slots,
+            fleet,
+            clock=clock,
+            monotonic=monotonic,
+            metrics=metrics,
+            quotas=Quotas(self._life.queues, fleet, monotonic=monotonic, account_queue_length=account_queue_length),
+        )
         self._stopping = False
 
     # Callers.
@@ -123,8 +151,8 @@ class Dispatcher:
         """The hot path: no task of asyncio is made. Cancelling the future is the caller's hang-up.
 
         The future is done when the task's end is on disk or `wait_s` is over, but never before the task itself is on
-        disk. Raises NotFound (workspace), QueueFull, Unavailable, at once or through the future, and through it
-        Conflict (the idempotency key came with another request).
+        disk. Raises NotFound (workspace), QueueFull, RateLimited, Unavailable, at once or through the future, and
+        through it Conflict (the idempotency key came with another request).
         """
         if self._stopping:
             raise Unavailable("The control plane is stopping; try again soon.", retry_after_s=1.0)
@@ -144,7 +172,12 @@ class Dispatcher:
         task = self._life.tasks.get(task_id)
         if task is not None:
             return self._life.callers.wait(task, wait_s, seen=seen)
-        return asyncio.create_task(self._read(task_id), name=f"ask-{task_id}")
+        known = self._life.callers.recent.get(task_id)
+        if known is None:
+            return asyncio.create_task(self._read(task_id), name=f"ask-{task_id}")
+        future: asyncio.Future[TaskView] = asyncio.get_running_loop().create_future()
+        future.set_result(known)
+        return future
 
     async def query(self, task_id: str, *, wait_s: float = 0.0, seen: tuple[int, State] | None = None) -> TaskView:
         """`ask` for callers that can await."""
@@ -170,21 +203,42 @@ class Dispatcher:
         task = self._life.tasks.get(task_id)
         # When we stop it is we who go: the task is taken up again.
         if task is not None and not self._stopping:
-            self._life.end(task, HUNG_UP)
+            self._life.hang_up(task)
+
+    @contextmanager
+    def reading(self, task_id: str) -> Iterator[None]:
+        """The one caller that the task is for reads its response meanwhile."""
+        task = self._life.tasks.get(task_id)
+        if task is None:
+            yield
+            return
+        task.readers += 1
+        if task.attempt is not None:
+            task.attempt.unread_at = inf
+        try:
+            yield
+        finally:
+            task.readers -= 1
 
     async def _read(self, task_id: str) -> TaskView:
+        callers = self._life.callers
+        if (known := callers.recent.get(task_id)) is not None:
+            return known
         row = await self._store.task(task_id)
         if row is None:
             raise NotFound("There is no such task.")
         task = self._life.tasks.get(task_id)
-        return view_of_row(row) if task is None else self._life.callers.view(task)
+        if task is not None:
+            return callers.view(task)
+        view = view_of_row(row)
+        if view.state in ENDED:
+            callers.recent.keep(view)
+        return view
 
-    def position(self, task_id: str) -> int | None:
-        """How many tasks of its workspace are before it; None unless it is queued."""
+    def waiting(self, task_id: str) -> TaskView | None:
+        """The task with its place in the queue and why it waits; None unless it is queued."""
         task = self._life.tasks.get(task_id)
-        if task is None or task.state is not State.QUEUED:
-            return None
-        return self._life.queues.of(task.workspace_uid).position(task)
+        return None if task is None or task.state is not State.QUEUED else self._life.callers.view(task)
 
     @property
     def open_tasks(self) -> int:
@@ -305,11 +359,23 @@ class Dispatcher:
         if task is not None and task.attempt is not None and task.attempt.node_addr == node_addr:
             task.attempt.sent = True
 
-    def answering(self, node_addr: str, attempt_id: str, head: Response) -> None:
-        """The attempt's container has begun a response that is long or streamed. Said again it changes nothing."""
+    def begun(self, node_addr: str, attempt_id: str, job_id: str) -> None:
+        """The attempt's container works on it by itself, under that id. Said again it changes nothing."""
+        if self.attempt_is_current(node_addr, attempt_id):
+            self._life.begun(self._life.attempts[attempt_id], job_id)
+
+    def answering(self, node_addr: str, attempt_id: str, head: Response, meter: Meter | None = None) -> None:
+        """The attempt's container has begun a response that is long or streamed. Said again it changes nothing.
+
+        `meter`: counts what goes over the connection, if the container has changed its protocol.
+        """
         if self.attempt_is_current(node_addr, attempt_id):
             task = self._life.attempts[attempt_id]
             task.current.head = head
+            task.current.meter = meter
+            if meter is None and task.streamed and task.cancel_on_hangup and not task.readers:
+                task.current.unread_at = self._monotonic() + UNREAD_S
+                self._life.heed(task)
             self._life.callers.answer_due(task)
 
     def result(self, node_addr: str, result: AttemptResult) -> None:
@@ -327,6 +393,8 @@ class Dispatcher:
         else:
             attempt.answered = True
             if task.phase is Phase.RUNNING:
+                if result.job_id:
+                    self._life.begun(task, result.job_id)
                 self._take(task, attempt, result)
         for uid in freed:
             self._life.fill(uid)

@@ -100,6 +100,12 @@ class Expired(NgpuError):
     reason = "EXPIRED"
 
 
+class JobLost(NotFound):
+    """The replica that knew this job is gone, and its task has not been completed: begin it anew."""
+
+    reason = "JOB_LOST"
+
+
 class AssetMissing(Forbidden):
     """The BTC address holds none of the assets that are asked for here."""
 

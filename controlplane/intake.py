@@ -6,7 +6,7 @@ insert: it may turn out to be known.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Final
@@ -15,18 +15,22 @@ import structlog
 
 from controlplane import routing
 from controlplane.callers import Fleet, answer, refuse
-from controlplane.errors import Conflict, NgpuError, NotFound, QueueFull, StaleAttempt, Unavailable
+from controlplane.errors import Conflict, JobLost, NgpuError, NotFound, QueueFull, StaleAttempt, Unavailable
 from controlplane.failures import UNRECORDED
 from controlplane.lifecycle import Lifecycle, Metrics
 from controlplane.model import State, Task
 from controlplane.queues import Queue
-from controlplane.slots import Pool, Slots
+from controlplane.quotas import Quotas
+from controlplane.slots import Pool, Replica, Slots
 from controlplane.store import Store
 from controlplane.tasks import NewTask, OpenTask, Phase, TaskView, Waiter, row_of, view_of_row
 from controlplane.writes import error_of
 
 #: Least and most of the advice when to try again with a full queue.
 RETRY_AFTER_S: Final = (1.0, 60.0)
+
+#: Questions after jobs that a replica may answer at once beside the tasks that it has slots for.
+QUESTIONS: Final = 64
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +48,7 @@ class Intake:
         clock: Callable[[], datetime],
         monotonic: Callable[[], float],
         metrics: Metrics,
+        quotas: Quotas,
     ) -> None:
         self._life = life
         self._store = store
@@ -52,6 +57,7 @@ class Intake:
         self._clock = clock
         self._monotonic = monotonic
         self._metrics = metrics
+        self._quotas = quotas
         self._places = 0
 
     def next_place(self) -> int:
@@ -69,8 +75,11 @@ class Intake:
         limits = workspace.spec.limits
         queue = life.queues.of(workspace.uid)
         pool = self._slots.pool(workspace.uid)
-        if len(queue) >= limits.queue_length:
+        if len(queue) >= limits.queue_length and not new.pin:
             raise QueueFull(retry_after_s=_retry_after_s(queue, pool))
+        self._quotas.admit(workspace, queue)
+        if new.pin:
+            _check_pin(pool.replicas.get(new.pin))
         keyed = new.idempotency_key is not None
         task = OpenTask(
             id=new.task_id,
@@ -88,13 +97,23 @@ class Intake:
             state=State.QUEUED,
             ready=not keyed,
             streamed=new.streamed,
+            jobs=() if new.pin else workspace.spec.jobs,
+            pin=new.pin,
+            cancel_on_hangup=cancels,
+            callback_url=new.callback_url,
         )
         # Who comes while others wait, waits behind them.
-        bindings = () if keyed or queue else routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
+        bindings: Sequence[routing.Binding[OpenTask]] = ()
+        if new.pin:
+            bindings = (routing.Binding(task, new.pin, "the replica of the job that is asked after"),)
+        elif not (keyed or queue):
+            bindings = routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
         for _, replica_id, reason in bindings:
             life.place(task, pool.replicas[replica_id], reason)
             life.mark_running(task)
-        insert = self._store.add_task(row_of(task, new))
+        # Nobody is told of it before its end: a caller who waits, and one who reads along would be told of its head.
+        ends_soon = bool(bindings) and wait_s > 0 and not task.streamed
+        insert = self._store.add_task(row_of(task, new), ends_soon=ends_soon)
         insert.add_done_callback(partial(self._inserted, task))
         life.tasks[task.id] = task
         future = life.callers.wait(task, wait_s, cancels=cancels, streamed=new.streamed)
@@ -116,6 +135,8 @@ class Intake:
             self._join(task, earlier)
             return
         task.recorded = True
+        if task.phase is Phase.ENDED:
+            return
         life = self._life
         if task.phase is Phase.RECORDING:
             task.move(Phase.WAITING)
@@ -157,6 +178,16 @@ class Intake:
         else:
             assert row is not None
             answer(waiters, view_of_row(row))
+
+
+def _check_pin(replica: Replica | None) -> None:
+    """Raises JobLost, Unavailable, QueueFull unless the replica can be asked now."""
+    if replica is None:
+        raise JobLost
+    if replica.node.link is None:
+        raise Unavailable("The node that knows this job is not connected; ask again soon.", retry_after_s=2.0)
+    if len(replica.in_flight) >= max(replica.capacity, 1) + QUESTIONS:
+        raise QueueFull("Too many ask after jobs of this replica at once; ask again soon.", retry_after_s=1.0)
 
 
 def _retry_after_s(queue: Queue, pool: Pool) -> float:

@@ -12,10 +12,13 @@ from functools import partial
 from math import inf
 from typing import Final, Protocol
 
+from msgspec import structs
+
 from controlplane import ids, routing
 from controlplane.callers import Callers, Fleet, refuse
 from controlplane.errors import NgpuError, NotFound, Unavailable
 from controlplane.failures import (
+    CANCELLED,
     DELETED,
     HUNG_UP,
     LOST_BEFORE_SENT,
@@ -25,17 +28,34 @@ from controlplane.failures import (
     state_of,
     total_time,
 )
-from controlplane.model import Cause, Delivery, State
+from controlplane.job_writes import JobWrites
+from controlplane.jobs import begun_by
+from controlplane.model import Attempt, Cause, Delivery, Job, State
 from controlplane.queues import Queues
+from controlplane.receipts import TermsOf
 from controlplane.retries import after, backoff_s, judge
 from controlplane.slots import AttemptResult, Failure, Replica, Slots, Start
 from controlplane.store import Store
-from controlplane.tasks import UNASSIGNED, OpenAttempt, OpenTask, Phase, end_of, ledger_row, request_of_row
+from controlplane.tasks import (
+    UNASSIGNED,
+    OpenAttempt,
+    OpenTask,
+    Phase,
+    end_of,
+    ledger_row,
+    request_of_row,
+    webhook_of,
+)
 from controlplane.timers import Timers
 from controlplane.writes import REWRITE_S, Writes
 
 #: The node enforces the run time; the control plane steps in this much later.
 RUN_GRACE_S: Final = 30.0
+#: A response that is passed on as it comes waits so long for its caller, whose bridge may have died between its head
+#: and its body. Longer than a bridge takes to find a control plane that was away (30 s, httpbridge/calls.py).
+UNREAD_S: Final = 45.0
+#: An attempt is slow that takes so many times what is usual in its workspace.
+SLOW_TIMES: Final = 4
 #: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
 SILENCE_S: Final = 120.0
 #: How often it is looked whether that is over.
@@ -58,6 +78,15 @@ class Metrics(Protocol):
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
 
 
+class Recorder(Protocol):
+    """Who keeps what is known of attempts that failed, or ran for longer than `slow_s` and than is usual."""
+
+    slow_s: float
+
+    def keep(self, row: Attempt, kind: str) -> None:
+        """The attempt has ended. `kind`: `failed` or `slow`."""
+
+
 class Lifecycle:
     """All open tasks, and the steps they take. Methods are called in the event loop's thread; none waits."""
 
@@ -72,6 +101,8 @@ class Lifecycle:
         monotonic: Callable[[], float],
         jitter: Callable[[], float],
         metrics: Metrics,
+        terms: TermsOf,
+        recorder: Recorder,
     ) -> None:
         self._store = store
         self._slots = slots
@@ -80,13 +111,16 @@ class Lifecycle:
         self._monotonic = monotonic
         self._jitter = jitter
         self._metrics = metrics
+        self._terms = terms
+        self._recorder = recorder
         self.tasks: dict[str, OpenTask] = {}
         #: By attempt, from when its node is told until what came of it is on disk.
         self.attempts: dict[str, OpenTask] = {}
         self.queues = queues
-        self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self._hang_up)
+        self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self.hang_up)
         #: What must be read from the store before a task goes on. Bounded by slots, and by callers with a key.
         self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._jobs = JobWrites(store, self.reads.put_nowait)
         self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
         self._timers: Timers[OpenTask] = Timers()
         #: Whether most nodes are silent, if that has been asked in this tick.
@@ -123,6 +157,7 @@ class Lifecycle:
             node_addr=replica.node.addr,
             node_ip=replica.node.ip,
             gpu_ids=replica.gpu_ids,
+            queue_time=task.queue_time or task.create_time,
             assign_time=self._clock(),
             reason=reason,
             given_at=self._monotonic(),
@@ -191,18 +226,23 @@ class Lifecycle:
             limits = task.limits
             attempt.given_at = now
             attempt.run_at = now + limits.run_time_s + RUN_GRACE_S
+            slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
+            attempt.slow_us = slow_s * 1e6
             self._slots.take(attempt.id, replica, now)
             self.attempts[attempt.id] = task
             task.request = None
+            job = begun_by(task.jobs, request.method, request.path) if task.jobs else None
             link.start(
                 Start(
                     attempt_id=attempt.id,
                     replica_id=replica.id,
                     port=task.port,
                     request=request,
-                    run_time_limit_s=limits.run_time_s,
+                    run_time_limit_s=min(job.limit_s, limits.run_time_s) if job and job.limit_s else limits.run_time_s,
                     response_body_limit_bytes=limits.response_body_bytes,
                     streamed=task.streamed,
+                    record_after_s=slow_s,
+                    job=job,
                 )
             )
             if attempt.number == 1:
@@ -238,6 +278,9 @@ class Lifecycle:
     def complete(self, task: OpenTask, result: AttemptResult) -> None:
         """The container has answered."""
         task.response = result.response
+        meter = task.current.meter
+        if meter is not None and result.response is not None:
+            task.response = structs.replace(result.response, size=meter.response_bytes)
         self._finish(task, result.delivery, None, result)
 
     def fail(self, task: OpenTask, delivery: Delivery, failure: Failure, result: AttemptResult | None = None) -> None:
@@ -259,6 +302,8 @@ class Lifecycle:
         if task.streamed and attempt.head is not None:
             # Its caller has the beginning of that answer: no other can take its place.
             verdict = verdict or failure
+        if task.pin:
+            verdict = failure
         if verdict is not None:
             self._finish(task, delivery, verdict, result, failure)
             return
@@ -266,10 +311,10 @@ class Lifecycle:
         task.failure = failure
         if attempt.replica_id not in task.avoid:
             task.avoid = (*task.avoid, attempt.replica_id)
-        gpu_us = self._gpu_us(attempt, result, failure)
+        row = self._receipt(task, delivery, result, failure)
         if failure.cause is Cause.CUSTOMER:
-            task.gpu_us += gpu_us
-        row = ledger_row(task.id, attempt, delivery, self._clock(), gpu_us, result=result, failure=failure)
+            task.gpu_us += row.gpu_us
+        task.queue_time = row.end_time
         self._writes.begin(task, partial(self._store.requeue, row), self._requeued)
 
     def _requeued(self, task: OpenTask) -> None:
@@ -286,6 +331,22 @@ class Lifecycle:
         task.ready_at = self._monotonic() + backoff_s(task.history.failures, self._jitter())
         self.enqueue(task)
         self.callers.answer_due(task)
+
+    def begun(self, task: OpenTask, job_id: str) -> None:
+        """The container works on it by itself, under that id. Said again it changes nothing."""
+        attempt = task.current
+        if attempt.job_id != job_id:
+            attempt.job_id = job_id
+            self._jobs.put(
+                Job(
+                    workspace_uid=task.workspace_uid,
+                    id=job_id,
+                    task_id=task.id,
+                    attempt=attempt.number,
+                    replica_id=attempt.replica_id,
+                    node_addr=attempt.node_addr,
+                )
+            )
 
     def _lose(self, task: OpenTask, now: float) -> None:
         """Nothing is to be heard of the attempt any more."""
@@ -319,7 +380,9 @@ class Lifecycle:
             task.move(Phase.ENDING)
             task.failure = failure
             task.end = end_of(state_of(failure), self._clock(), task.gpu_us, None, failure)
-            self._writes.begin(task, partial(self._store.end_queued, task.id, task.end), self._ended)
+            self._writes.begin(
+                task, partial(self._store.end_queued, task.id, task.end, webhook_of(task, task.end)), self._ended
+            )
 
     def _finish(
         self,
@@ -330,16 +393,13 @@ class Lifecycle:
         attempt_failure: Failure | None = None,
     ) -> None:
         """End the task with its attempt. The slot stays taken until its node has said that the attempt is over."""
-        attempt = task.current
         task.move(Phase.ENDING)
-        now = self._clock()
-        gpu_us = self._gpu_us(attempt, result, attempt_failure)
-        total_us = task.gpu_us if attempt_failure and attempt_failure.cause is Cause.PLATFORM else task.gpu_us + gpu_us
+        row = self._receipt(task, delivery, result, attempt_failure or failure)
+        total_us = task.gpu_us if row.cause == Cause.PLATFORM else task.gpu_us + row.gpu_us
         task.failure = failure
         state = State.COMPLETED if failure is None else state_of(failure)
-        task.end = end_of(state, now, total_us, task.response, failure)
-        row = ledger_row(task.id, attempt, delivery, now, gpu_us, result=result, failure=attempt_failure or failure)
-        self._writes.begin(task, partial(self._store.finish, row, task.end), self._ended)
+        task.end = end_of(state, row.end_time, total_us, task.response, failure, meter=task.current.meter)
+        self._writes.begin(task, partial(self._store.finish, row, task.end, webhook_of(task, task.end)), self._ended)
 
     def _ended(self, task: OpenTask) -> None:
         assert task.end is not None
@@ -386,18 +446,29 @@ class Lifecycle:
         if attempt.answered and link is not None:
             link.ack(attempt.id)
 
-    def _gpu_us(self, attempt: OpenAttempt, result: AttemptResult | None, failure: Failure | None) -> int:
-        """GPU time held, never more than the time that has passed here, whatever the node's clock says."""
-        if not attempt.gpu_ids:
-            return 0
+    def _receipt(
+        self, task: OpenTask, delivery: Delivery, result: AttemptResult | None, failure: Failure | None
+    ) -> Attempt:
+        """The row of its attempt, which has ended."""
+        attempt = task.current
+        terms = self._terms(task.workspace_uid, attempt.node_addr, attempt.gpu_ids, attempt.assign_time)
         passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
-        if result is not None:
-            return min(result.gpu_us, passed_us)
-        # Nobody has measured it: what the platform lost costs nothing, what the customer ended has held them until now.
-        return passed_us if failure is not None and failure.cause is Cause.CUSTOMER else 0
+        row = ledger_row(task, delivery, self._clock(), passed_us, terms, result=result, failure=failure)
+        if failure is None:
+            if passed_us >= attempt.slow_us:
+                self._recorder.keep(row, "slow")
+        elif failure.reason != CANCELLED:
+            self._recorder.keep(row, "failed")
+        return row
 
-    def _hang_up(self, task: OpenTask) -> None:
-        self.end(task, HUNG_UP)
+    def hang_up(self, task: OpenTask) -> None:
+        """The one caller that it is for has gone: that ends it, unless its workspace says otherwise."""
+        try:
+            cancels = self._fleet.workspace(task.workspace_uid).spec.cancel_on_hangup
+        except NotFound:
+            cancels = True
+        if cancels:
+            self.end(task, HUNG_UP)
 
     def _stale(self, task: OpenTask) -> None:
         self.forget(task, NgpuError())
@@ -441,3 +512,6 @@ class Lifecycle:
                 self._lose(task, now)
             elif attempt.run_at <= now:
                 self.end(task, run_time(task.limits.run_time_s))
+            elif attempt.unread_at <= now:
+                attempt.unread_at = inf
+                self.hang_up(task)

@@ -112,17 +112,39 @@ class Waiting(Protocol):
         """Writes in the queue."""
 
 
+class Posts(Protocol):
+    """What is asked of the postings: counts since the start, and what is to be posted."""
+
+    tries: Counter[str]
+    ended: Counter[str]
+
+    @property
+    def waiting(self) -> int:
+        """Webhooks to be posted."""
+
+    @property
+    def under_way(self) -> int:
+        """Webhooks being posted."""
+
+
 class Scrape(Collector):
     """Everything, as Prometheus wants it. `calls`: how calls ended, by method and status."""
 
-    def __init__(
-        self, metrics: Metrics, fleet: Fleet, tasks: Tasks, store: Waiting, calls: Mapping[tuple[str, str], int]
+    def __init__(  # noqa: PLR0917, wiring
+        self,
+        metrics: Metrics,
+        fleet: Fleet,
+        tasks: Tasks,
+        store: Waiting,
+        calls: Mapping[tuple[str, str], int],
+        posts: Posts,
     ) -> None:
         self._metrics = metrics
         self._fleet = fleet
         self._tasks = tasks
         self._store = store
         self._calls = calls
+        self._posts = posts
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
@@ -137,8 +159,18 @@ class Scrape(Collector):
         yield counted.waited.family("ngpu_task_wait_seconds", "From a task's acceptance to an attempt's start.")
         yield counted.took.family("ngpu_task_seconds", "From a task's acceptance to its end.")
         yield GaugeMetricFamily("ngpu_store_writes_waiting", "Writes not on disk yet.", value=self._store.waiting)
+        yield from self._webhooks()
         yield from self._workspaces()
         yield from self._nodes()
+
+    def _webhooks(self) -> Iterator[Metric]:
+        posts = self._posts
+        tries = {(outcome,): count for outcome, count in posts.tries.items()}
+        yield _counter("ngpu_webhook_tries", "Posts to receivers of webhooks.", ("outcome",), tries)
+        ended = {(state,): posts.ended[state] for state in ("delivered", "given_up")}
+        yield _counter("ngpu_webhooks_ended", "Webhooks delivered or given up.", ("state",), ended)
+        waiting = {("under_way",): posts.under_way, ("waiting",): posts.waiting}
+        yield _gauge("ngpu_webhooks", "Webhooks that have not ended.", ("state",), waiting)
 
     def _workspaces(self) -> Iterator[Metric]:
         tasks: Counter[tuple[str, ...]] = Counter()

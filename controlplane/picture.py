@@ -141,6 +141,12 @@ class Picture:
         for node in list(self._nodes.values()):
             self._nodes[node.addr] = replace(node, heard_s=self._monotonic())
 
+    def listen_again(self) -> None:
+        """We heard nobody for a while, by our own doing: the silence of who is connected counts from here."""
+        for node in list(self._nodes.values()):
+            if node.connected:
+                self._nodes[node.addr] = replace(node, heard_s=self._monotonic())
+
     def session_up(self, addr: str, ip: str) -> None:
         """A session of the node has begun. Raises NodeUnknown, NodeRevoked."""
         node = self.node(addr)

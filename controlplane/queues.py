@@ -72,6 +72,10 @@ class Queues:
             queue = self._queues[workspace_uid] = Queue(workspace_uid)
         return queue
 
+    def __iter__(self) -> Iterator[Queue]:
+        """All of them, empty ones too."""
+        return iter(self._queues.values())
+
     def enter(self, task: OpenTask, now: float) -> None:
         """Into its workspace's queue. Its queue time begins anew."""
         self.of(task.workspace_uid).add(task)

@@ -39,9 +39,9 @@ async def taken_up(
     """
     try:
         workspace = fleet.workspace(row.workspace_uid)
-        name, limits = workspace.name, workspace.spec.limits
+        name, limits, jobs = workspace.name, workspace.spec.limits, workspace.spec.jobs
     except NotFound:
-        name, limits = row.workspace_uid, Limits()
+        name, limits, jobs = row.workspace_uid, Limits(), ()
     accepted_at = now - _seconds(row.create_time, clock)
     task = OpenTask(
         id=row.id,
@@ -59,6 +59,9 @@ async def taken_up(
         state=State(row.state),
         recorded=True,
         streamed=row.streamed,
+        jobs=jobs,
+        cancel_on_hangup=row.cancel_on_hangup,
+        callback_url=row.callback_url,
         number=row.attempt,
         start_time=row.start_time,
     )
@@ -77,6 +80,7 @@ async def taken_up(
             node_addr=row.node_addr,
             node_ip="",
             gpu_ids=() if replica is None else replica.gpu_ids,
+            queue_time=task.queue_time or task.create_time,
             assign_time=row.assign_time,
             reason=row.assign_reason,
             given_at=now - _seconds(row.assign_time, clock),
@@ -98,6 +102,7 @@ async def _remember(task: OpenTask, store: Store) -> None:
             node_addr=attempt.node_addr,
         )
         task.avoid = (*task.avoid, attempt.replica_id)
+        task.queue_time = attempt.end_time
     task.history = history
 
 

@@ -1,7 +1,8 @@
 """What follows from a failed attempt: the task ends, or runs again and after how long. Pure.
 
 The rules, in order: some failures are final by their nature; what never reached a container is always run elsewhere;
-what did and must not be repeated is not; a task that took down its container on two nodes takes no third; what the
+what a container has refused as busy is, and that uses nothing up; what
+did reach one and must not be repeated is not; a task that took down its container on two nodes takes no third; what the
 customer's side caused uses `max_attempts`, what the platform caused has a bound of its own.
 """
 
@@ -12,8 +13,10 @@ import msgspec
 from controlplane.failures import (
     ATTEMPTS_USED_UP,
     BAD_RESPONSE,
+    BUSY,
     CANCELLED,
     CONTAINER_EXITED,
+    JOB_FAILED,
     NODE_LOST,
     OUTCOME_UNKNOWN,
     REPLICA_LOST,
@@ -33,7 +36,7 @@ FIRST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 30.0
 
 #: Where the customer's side caused these, another attempt would end the same way.
-FINAL: Final = frozenset({RUN_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, CANCELLED})
+FINAL: Final = frozenset({RUN_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, CANCELLED, JOB_FAILED})
 
 
 class History(msgspec.Struct, frozen=True):
@@ -43,11 +46,13 @@ class History(msgspec.Struct, frozen=True):
     platforms: int = 0
     #: Nodes on which its container died under it.
     died_on: frozenset[str] = frozenset()
+    #: Those that a container has refused as busy; only the task's time is their bound.
+    refusals: int = 0
 
     @property
     def failures(self) -> int:
         """All of them."""
-        return self.customers + self.platforms
+        return self.customers + self.platforms + self.refusals
 
 
 NO_HISTORY: Final = History()
@@ -55,11 +60,13 @@ NO_HISTORY: Final = History()
 
 def after(history: History, *, delivery: Delivery, cause: int, reason: str, node_addr: str) -> History:
     """The history with one more failed attempt."""
-    customers = cause == Cause.CUSTOMER and delivery is not Delivery.NOT_SENT
+    refused = reason == BUSY
+    customers = cause == Cause.CUSTOMER and delivery is not Delivery.NOT_SENT and not refused
     return History(
         customers=history.customers + customers,
-        platforms=history.platforms + (not customers),
+        platforms=history.platforms + (not customers and not refused),
         died_on=history.died_on | {node_addr} if reason == CONTAINER_EXITED else history.died_on,
+        refusals=history.refusals + refused,
     )
 
 
@@ -69,7 +76,7 @@ def judge(
     """The failure the task ends with, or None: run it again. `history` includes this attempt."""
     if failure.reason in FINAL and failure.cause is Cause.CUSTOMER:
         return failure
-    if delivery is not Delivery.NOT_SENT:
+    if delivery is not Delivery.NOT_SENT and failure.reason != BUSY:
         if not repeatable:
             return _not_repeated(failure)
         if len(history.died_on) >= POISON_NODES:

@@ -13,6 +13,7 @@ the next steps only; each is one write, and after any of them, or none, the next
 * More than half of the nodes silent at once means that we are cut off, not they: then nobody is given up for a while.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -34,7 +35,7 @@ PLACEMENTS_AT_ONCE: Final = 8
 #: A stopped replica is gone when so many reports after the stop do not have it: the first may have crossed the order.
 GONE_REPORTS: Final = 2
 #: From so many nodes that fell silent at once, and more than half of all, it is us who are cut off ...
-MASS_NODES: Final = 3
+MASS_NODES: Final = 2
 #: ... for so long.
 MASS_HOLD_S: Final = 120.0
 #: A replica that does not come up is tried on another node, at most so many of a workspace within this time. Until it
@@ -69,6 +70,8 @@ class World(msgspec.Struct, frozen=True):
     image_bytes: Callable[[str], int | None] = lambda _: None
     turn: int = 0
     lost_after_s: float = 15.0
+    #: When most nodes were last silent at once; see lost_nodes.
+    cut_off_s: float = -math.inf
     policy: Policy = placement.DEFAULT_POLICY
 
 
@@ -122,7 +125,7 @@ Action = Place | Update | Unplaced | Good | TakeBack | Moved
 
 def plan(world: World) -> tuple[Action, ...]:
     """The next steps; none if all is as it should be, or as near to it as can be."""
-    lost = lost_nodes(world.nodes.values(), world.now_s, world.lost_after_s)
+    lost = lost_nodes(world.nodes.values(), world.now_s, world.lost_after_s, world.cut_off_s)
     actions: list[Action] = []
     active: dict[str, list[Replica]] = {workspace.uid: [] for workspace in world.workspaces}
     for replica in world.replicas:
@@ -167,13 +170,35 @@ def plan(world: World) -> tuple[Action, ...]:
     return tuple(actions)
 
 
-def lost_nodes(nodes: Iterable[Node], now_s: float, lost_after_s: float) -> frozenset[str]:
-    """Addresses of the nodes that are given up: silent too long, unless too many fell silent at once."""
-    silent = {node.addr: now_s - node.heard_s for node in nodes if not node.revoked}
-    lost = {addr for addr, silent_s in silent.items() if silent_s >= lost_after_s}
-    lately = {addr for addr in lost if silent[addr] < MASS_HOLD_S}
-    heard = len(silent) - len(lost)
-    return frozenset(lost - lately if len(lately) >= MASS_NODES and len(lately) > heard else lost)
+def lost_nodes(
+    nodes: Iterable[Node], now_s: float, lost_after_s: float, cut_off_s: float = -math.inf
+) -> frozenset[str]:
+    """Addresses of the nodes that are given up: silent too long, unless too many fell silent at once.
+
+    `cut_off_s`: when that was last so. It ends for one node after the other, so they have as long again to come back.
+    """
+    silent_s = _silent_s(nodes, now_s)
+    lost = {addr for addr, so_long_s in silent_s.items() if so_long_s >= lost_after_s}
+    if now_s - cut_off_s >= lost_after_s and not _most_are_quiet(silent_s, lost_after_s):
+        return frozenset(lost)
+    return frozenset(addr for addr in lost if silent_s[addr] >= MASS_HOLD_S)
+
+
+def we_are_cut_off(nodes: Iterable[Node], now_s: float, lost_after_s: float) -> bool:
+    """Whether so many nodes fell silent at once that the fault must be ours."""
+    return _most_are_quiet(_silent_s(nodes, now_s), lost_after_s)
+
+
+def _silent_s(nodes: Iterable[Node], now_s: float) -> dict[str, float]:
+    return {node.addr: now_s - node.heard_s for node in nodes if not node.revoked}
+
+
+def _most_are_quiet(silent_s: dict[str, float], lost_after_s: float) -> bool:
+    # Who is cut off with the first that is silent for too long was heard up to a report later. Well ones report three
+    # times within that time: by half of it they show.
+    quiet = [so_long_s for so_long_s in silent_s.values() if so_long_s >= lost_after_s / 2]
+    lately = sum(1 for so_long_s in quiet if so_long_s < MASS_HOLD_S)
+    return lately >= MASS_NODES and lately > len(silent_s) - len(quiet)
 
 
 def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | None:

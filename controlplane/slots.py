@@ -13,6 +13,7 @@ import msgspec
 
 from controlplane import routing
 from controlplane.model import Cause, Delivery
+from controlplane.spec import JobRule
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -56,6 +57,10 @@ class Start(msgspec.Struct, frozen=True):
     run_time_limit_s: float
     response_body_limit_bytes: int
     streamed: bool = False
+    #: The request may begin a job, to be followed by this rule.
+    job: JobRule | None = None
+    #: Longer than this is slow, and recorded; inf: never.
+    record_after_s: float = inf
 
 
 class AttemptResult(msgspec.Struct, frozen=True):
@@ -71,6 +76,8 @@ class AttemptResult(msgspec.Struct, frozen=True):
     gpu_us: int = 0
     #: By the node's clock; for the record only.
     end_time: datetime | None = None
+    #: The container's own id of the job that it became; empty: none.
+    job_id: str = ""
 
 
 class Link(Protocol):
@@ -153,6 +160,8 @@ class Pool:
         self.mean_s = 0.0
 
 
+#: How long after most nodes were silent at once none is given up yet.
+SILENCE_END_S: Final = 10.0
 #: Since when an attempt is in flight that its node has not been given yet: no restatement can speak of it.
 RESERVED: Final = inf
 
@@ -167,6 +176,8 @@ class Slots:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[str, Pool] = {}
         self._where: dict[str, Replica] = {}
+        #: When most nodes were last silent at once.
+        self._silence_at = -inf
 
     # -- replicas
 
@@ -282,7 +293,10 @@ class Slots:
         """Have more nodes fallen silent within that time than are connected, and more than one?"""
         up = sum(1 for node in self._nodes.values() if node.link is not None)
         silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < within_s)
-        return silent > max(up, 1)
+        if silent > max(up, 1):
+            self._silence_at = now
+        # It ends for one node after the other: the others have so long to come back.
+        return now - self._silence_at < SILENCE_END_S
 
     def _node(self, addr: str, now: float) -> Node:
         node = self._nodes.get(addr)

@@ -46,6 +46,8 @@ class Limits(msgspec.Struct, frozen=True):
     response_body_bytes: int = 256 * MIB
     queue_length: int = 1000
     max_attempts: int = 3
+    #: Tasks accepted in a second.
+    rate: int = 10_000
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -59,6 +61,28 @@ class Scale(msgspec.Struct, frozen=True):
     max_replicas: int = 0
     idle_time_s: float = 900.0
     queue_wait_s: float = 10.0
+
+
+class JobRule(msgspec.Struct, frozen=True):
+    """How to follow jobs that a container works on by itself: see JobRule in workspace.proto."""
+
+    preset: str = ""
+    start: str = ""
+    id: tuple[str, ...] = ()
+    ask: str = ""
+    cancel: str = ""
+    state: str = ""
+    accepted: tuple[str, ...] = ()
+    done: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    busy: tuple[str, ...] = ()
+    output: str = ""
+    message: str = ""
+    poll_s: float = 0.0
+    #: 0: as the workspace's run time.
+    limit_s: float = 0.0
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -79,9 +103,11 @@ class Spec(msgspec.Struct, frozen=True):
     registry: Registry = Registry()
     limits: Limits = Limits()
     repeatable: bool = True
+    cancel_on_hangup: bool = True
     writable_paths: tuple[str, ...] = ()
     account: str = ""
     scale: Scale = Scale()
+    jobs: tuple[JobRule, ...] = ()
 
     def __repr__(self) -> str:
         """Without environment and credentials: values end up in logs and tracebacks."""

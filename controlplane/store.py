@@ -10,9 +10,10 @@ closed). Writes raise it at the call if the queue is full or closed, and through
 
 import asyncio
 from asyncio import Future
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import msgspec
@@ -20,12 +21,27 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from controlplane import store_fleet, store_tasks
+from controlplane import store_fleet, store_jobs, store_tasks, store_usage, store_webhooks
 from controlplane.errors import Unavailable
 from controlplane.migrations import check_current
-from controlplane.model import ENDED, Attempt, Node, Replica, Route, State, Task, Token, Workspace
+from controlplane.model import (
+    ENDED,
+    Attempt,
+    Job,
+    Node,
+    Price,
+    Replica,
+    Route,
+    State,
+    Task,
+    Token,
+    Webhook,
+    WebhookSecret,
+    Workspace,
+)
 from controlplane.store_database import connect_to, is_down, is_lost, reason, unavailable
-from controlplane.store_tasks import End, Page, TaskQuery, check_move
+from controlplane.store_tasks import End, Page, PassedOn, TaskQuery, check_move
+from controlplane.store_usage import Usage, UsageQuery
 from controlplane.store_writer import Writer
 
 __all__ = ["End", "Page", "Store", "TaskQuery"]
@@ -60,6 +76,8 @@ class Store:
         self._reads = 0
         self._reads_fail = False
         self._closed = False
+        #: Set when a webhook has been written.
+        self.webhook_news = asyncio.Event()
         self._writer = Writer(self._writing.connect)
 
     async def close(self) -> None:
@@ -77,19 +95,21 @@ class Store:
 
     # Tasks.
 
-    def add_task(self, task: Task) -> Future[Task | None]:
+    def add_task(self, task: Task, *, ends_soon: bool = False) -> Future[Task | None]:
         """Record a new task: QUEUED with attempt 0, or RUNNING with attempt 1 and the columns of its assignment.
 
         Gives None; or, if the workspace has a task with this `idempotency_key`, that task (nothing is added), or
         Conflict if its `request_hash` is another. So a task with a key must not be started before the future is done;
-        one without may.
+        one without may. If its end is likely to come in a moment (`ends_soon`) both are written at once, which costs
+        little more than one of them; at the latest the task is written HOLD_S later.
         """
         if (task.state, task.attempt) not in ((State.QUEUED, 0), (State.RUNNING, 1)):
             raise ValueError(f"a new task is not {task.state!r} with attempt {task.attempt}")
         # A copy: the caller may change its task before the writer comes to it.
         row = task.__dict__.copy()
         del row["number"]
-        return self._writer.put(store_tasks.add, row, key=task.id, size_bytes=len(task.request_body or b""))
+        put = self._writer.hold if ends_soon else self._writer.put
+        return put(store_tasks.add, row, key=task.id, size_bytes=len(task.request_body or b""))
 
     def assign(
         self, task_id: str, number: int, *, replica_id: str, node_addr: str, assign_time: datetime, reason: str
@@ -105,14 +125,25 @@ class Store:
         }
         return self._writer.put(store_tasks.assign, move, key=task_id)
 
-    def finish(self, attempt: Attempt, end: End) -> Future[None]:
-        """RUNNING -> its end, and `attempt` into the ledger.
+    def finish(self, attempt: Attempt, end: End, webhook: Webhook | None = None) -> Future[None]:
+        """RUNNING -> its end, `attempt` into the ledger, and the webhook that is to tell of it.
 
         Raises StaleAttempt if that attempt of the task is not the one running; the same end given again is no error.
         """
         move = _end(attempt.task_id, State.RUNNING, end) | {"of_attempt": attempt.number}
         item = move, _without_nul(attempt)
         size_bytes = len(end.response_body or b"")
+        if webhook is not None:
+            told = item, webhook.__dict__.copy()
+            writing = self._writer.put(store_webhooks.finish, told, key=attempt.task_id, size_bytes=size_bytes)
+            writing.add_done_callback(self._say_webhook)
+            return writing
+        held = self._writer.held(attempt.task_id)
+        if held is not None:
+            new = {**held.item, **move}
+            return self._writer.put(
+                store_tasks.add_ended, (new, item[1]), key=attempt.task_id, size_bytes=size_bytes, first=held
+            )
         return self._writer.put(store_tasks.finish, item, key=attempt.task_id, size_bytes=size_bytes)
 
     def requeue(self, attempt: Attempt) -> Future[None]:
@@ -123,9 +154,17 @@ class Store:
         move = _move(attempt.task_id, State.RUNNING, State.QUEUED) | {"of_attempt": attempt.number}
         return self._writer.put(store_tasks.requeue, (move, _without_nul(attempt)), key=attempt.task_id)
 
-    def end_queued(self, task_id: str, end: End) -> Future[None]:
+    def end_queued(self, task_id: str, end: End, webhook: Webhook | None = None) -> Future[None]:
         """QUEUED -> FAILED or CANCELLED. Raises StaleAttempt if it is not queued; the same end again is no error."""
-        return self._writer.put(store_tasks.end_queued, _end(task_id, State.QUEUED, end), key=task_id)
+        move = _end(task_id, State.QUEUED, end)
+        if webhook is not None:
+            writing = self._writer.put(store_webhooks.end_queued, (move, webhook.__dict__.copy()), key=task_id)
+            writing.add_done_callback(self._say_webhook)
+            return writing
+        return self._writer.put(store_tasks.end_queued, move, key=task_id)
+
+    def _say_webhook(self, _: Future[None]) -> None:
+        self.webhook_news.set()
 
     async def task(self, task_id: str) -> Task | None:
         """The task, with its inline bodies."""
@@ -164,9 +203,98 @@ class Store:
         """
         return await self._read(store_tasks.expirable, before, limit)
 
+    async def tasks_passed_on(self, since: datetime, before: datetime, limit: int = 500) -> list[PassedOn]:
+        """Streamed tasks that ended between these and have, or had, bodies in the body store; oldest first."""
+        return await self._read(store_tasks.passed_on, since, before, limit)
+
+    def put_job(self, row: Job) -> Future[None]:
+        """Remember under which id a container works on a task. A later job of the same id takes its place."""
+        return self._write(store_jobs.put, row.model_copy())
+
+    async def job(self, workspace_uid: str, job_id: str) -> Job | None:
+        """What a container of the workspace knows by that id, as long as its task's bodies are kept."""
+        return await self._read(store_jobs.job, workspace_uid, job_id)
+
+    async def jobs_of(self, task_id: str) -> list[Job]:
+        """The jobs that the task has become, by attempt."""
+        return await self._read(store_jobs.jobs_of, task_id)
+
     def expire_bodies(self, task_ids: Sequence[str], now: datetime) -> Future[None]:
-        """Delete the inline bodies of ended tasks and set their `expire_time`."""
+        """Delete the inline bodies and the jobs of ended tasks, and set their `expire_time`."""
         return self._write(store_tasks.expire, tuple(task_ids), now)
+
+    # Usage.
+
+    async def usage(self, query: UsageQuery) -> AsyncGenerator[list[Usage], None]:
+        """What the receipts asked for add up to, in order of `query.by`, in pages; the sum of nothing is one page."""
+        after: Usage | None = None
+        while True:
+            page = await self._read(store_usage.usage, query, after)
+            yield page
+            if len(page) < store_usage.PAGE_ROWS:
+                return
+            after = page[-1]
+
+    async def receipts(self, query: UsageQuery) -> AsyncGenerator[list[Attempt], None]:
+        """The receipts asked for, by workspace and then in order of their recording, in pages; at least one."""
+        after: Attempt | None = None
+        while True:
+            page = await self._read(store_usage.receipts, query, after)
+            yield page
+            if len(page) < store_usage.PAGE_ROWS:
+                return
+            after = page[-1]
+
+    def put_price(self, row: Price) -> Future[None]:
+        """Add the price, or replace that of the same model and time."""
+        return self._write(store_usage.put_price, row.model_copy())
+
+    async def prices(self) -> list[Price]:
+        """All, by model and time."""
+        return await self._read(store_usage.prices)
+
+    # Webhooks.
+
+    def keep_webhook(self, row: Webhook) -> Future[None]:
+        """What came of a try. Nothing happens if a later one is known."""
+        return self._writer.put(store_webhooks.keep, row.__dict__.copy(), key=row.task_id)
+
+    async def webhook(self, task_id: str) -> Webhook | None:
+        """The webhook of a task that has ended, if it has one."""
+        return await self._read(store_webhooks.webhook, task_id)
+
+    async def webhooks_due(
+        self,
+        before: datetime,
+        limit: int,
+        *,
+        tasks: Collection[str] = (),
+        hosts: Collection[str] = (),
+        workspaces: Collection[str] = (),
+    ) -> list[Webhook]:
+        """Webhooks to be posted before then, the longest due first; not of these tasks, hosts and workspaces."""
+        read = partial(store_webhooks.due, tasks=tasks, hosts=hosts, workspaces=workspaces)
+        return await self._read(read, before, limit)
+
+    async def next_webhook_time(self, after: datetime) -> datetime | None:
+        """When the first is due of those due after then."""
+        return await self._read(store_webhooks.next_time, after)
+
+    async def waiting_webhooks(self, limit: int) -> int:
+        """How many are to be posted; counted up to a limit."""
+        return await self._read(store_webhooks.waiting, limit)
+
+    async def webhook_secret(self, workspace_uid: str) -> WebhookSecret | None:
+        """What the workspace's webhooks are signed with, if that has been made."""
+        return await self._read(store_webhooks.secret, workspace_uid)
+
+    def add_webhook_secret(self, row: WebhookSecret) -> Future[WebhookSecret]:
+        """The workspace's secret: this one, if it had none."""
+        return self._write(store_webhooks.add_secret, row.model_copy())
+
+    def put_webhook_secret(self, row: WebhookSecret) -> Future[None]:
+        """Replace the workspace's secret, which it has."""
+        return self._write(store_webhooks.put_secret, row.model_copy())
 
     # The fleet.
 
@@ -225,6 +353,10 @@ class Store:
     async def replicas(self) -> list[Replica]:
         """Those not known to be gone, by time of creation."""
         return await self._read(store_fleet.replicas_there)
+
+    async def replica(self, replica_id: str) -> Replica | None:
+        """The one with that id, also if it is gone."""
+        return await self._read(store_fleet.replica, replica_id)
 
     # Tokens.
 

@@ -89,6 +89,11 @@ def replicas_there(connection: sa.Connection) -> list[Replica]:
     return read(connection, Replica, "create_time", "id", where=_replica.c.gone_time.is_(None))
 
 
+def replica(connection: sa.Connection, replica_id: str) -> Replica | None:
+    """The one with that id, also if it is gone."""
+    return next(iter(read(connection, Replica, where=_replica.c.id == replica_id)), None)
+
+
 def delete_workspace(connection: sa.Connection, uid: str, now: datetime) -> None:
     """Mark it deleted and delete its routes. Raises NotFound."""
     _stamp(connection, _workspace.c.uid == uid, _workspace.c.delete_time, now)

@@ -18,26 +18,26 @@ from controlplane.model import (
     MICROSECOND,
     NEXT,
     OPEN,
+    PASSED_ON,
     WITH_BODIES,
     Attempt,
     AttemptTable,
+    JobTable,
     State,
     Task,
     TaskTable,
 )
 from controlplane.store_database import table_of
+from controlplane.store_statement import Row, Statement
 
 #: Tasks in a page of a list; the wire's own limit (task.proto, ListTasks).
 PAGE_TASKS: Final = 1000
 #: Tasks in a page of open ones, which come with their bodies.
 OPEN_PAGE_TASKS: Final = 200
 
-#: A row as parameters of a statement.
-Row = Mapping[str, Any]
-
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task ended. `state` is a terminal one; the fields are those of model.Task."""
+    """How a task ended. `state` is a terminal one; the fields are those of model.Task, where nothing else is said."""
 
     state: State
     end_time: datetime
@@ -45,11 +45,24 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
     response_headers_json: bytes = b"[]"
     response_body: bytes | None = None
     response_size: int = 0
+    #: Of a connection that changed its protocol: bytes that went to the container, which count as the request's.
+    passed_size: int = 0
     response_is_utf8: bool = False
     gpu_us: int = 0
     cause: int = 0
     failure_reason: str = ""
     failure_message: str = ""
+
+
+class PassedOn(msgspec.Struct, frozen=True):
+    """A streamed task that has ended, with the sizes of its bodies."""
+
+    task_id: str
+    #: The last attempt's number.
+    attempt: int
+    end_time: datetime
+    request_size: int
+    response_size: int
 
 
 class TaskQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,19 +100,24 @@ _attempt: Final = table_of(AttemptTable)
 _c: Final = _task.c
 
 # Two constructs that say the same: SQLAlchemy has none for both.
-_ADD: Final[Mapping[str, sa.Insert]] = {
-    "sqlite": sqlite.insert(_task).on_conflict_do_nothing().execution_options(preserve_rowcount=True),
-    "postgresql": postgresql.insert(_task).on_conflict_do_nothing().execution_options(preserve_rowcount=True),
+_ADD_OR_NOT: Final[Mapping[str, sa.Insert]] = {
+    "sqlite": sqlite.insert(_task).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(_task).on_conflict_do_nothing(),
 }
-_ADD_ATTEMPT: Final = sa.insert(_attempt)
+_ADD: Final = Statement(
+    _ADD_OR_NOT.__getitem__,
+    columns=[name for name in _c.keys() if name != "number"],  # noqa: SIM118 a ColumnCollection iterates over columns
+)
+_ADD_ATTEMPT: Final = Statement(lambda _: sa.insert(_attempt), columns=_attempt.c.keys())
 
 #: Which task, in which state, at which attempt. Bound names begin with "of_": a column's own name is its new value's.
 _OF: Final = (_c.id == sa.bindparam("of_task")) & (_c.state == sa.bindparam("of_state"))
 _OF_ATTEMPT: Final = _OF & (_c.attempt == sa.bindparam("of_attempt"))
 
 
-def _set(where: sa.ColumnElement[bool], *columns: str, **values: Any) -> sa.Update:
-    return sa.update(_task).where(where).values({name: sa.bindparam(name) for name in columns} | values)
+def _set(where: sa.ColumnElement[bool], *columns: str, **values: Any) -> Statement:
+    update = sa.update(_task).where(where).values({name: sa.bindparam(name) for name in columns} | values)
+    return Statement(lambda _: update)
 
 
 _ASSIGN: Final = _set(
@@ -107,12 +125,19 @@ _ASSIGN: Final = _set(
     *("state", "attempt", "replica_id", "node_addr", "assign_time", "assign_reason"),
     start_time=sa.func.coalesce(_c.start_time, sa.bindparam("assign_time", type_=_c.assign_time.type)),
 )
-_FINISH: Final = _set(_OF_ATTEMPT, *End.__struct_fields__)
+_ENDED_COLUMNS: Final = tuple(name for name in End.__struct_fields__ if name != "passed_size")
+_FINISH: Final = _set(_OF_ATTEMPT, *_ENDED_COLUMNS, request_size=_c.request_size + sa.bindparam("passed_size"))
 _REQUEUE: Final = _set(_OF_ATTEMPT, "state")
-_END_QUEUED: Final = _set(_OF, *End.__struct_fields__)
+_END_QUEUED: Final = _set(_OF, *_ENDED_COLUMNS)
 _EXPIRE: Final = _set(
-    (_c.id == sa.bindparam("of_task")) & sa.text(WITH_BODIES), "expire_time", request_body=None, response_body=None
+    (_c.id == sa.bindparam("of_task")) & sa.text(WITH_BODIES),
+    "expire_time",
+    request_body=sa.null(),
+    response_body=sa.null(),
 )
+
+_job: Final = table_of(JobTable)
+_FORGET_JOBS: Final = sa.delete(_job).where(_job.c.task_id == sa.bindparam("of_task"))
 
 _BY_ID: Final = sa.select(_task).where(_c.id == sa.bindparam("of_task"))
 _BY_KEY: Final = sa.select(_task).where(
@@ -125,6 +150,12 @@ _OPEN_PAGE: Final = (
 _EXPIRABLE: Final = (
     sa.select(_c.id, _c.attempt)
     .where(sa.text(WITH_BODIES), _c.end_time < sa.bindparam("before"))
+    .order_by(_c.end_time)
+    .limit(sa.bindparam("count"))
+)
+_PASSED_ON: Final = (
+    sa.select(_c.id, _c.attempt, _c.end_time, _c.request_size, _c.response_size)
+    .where(sa.text(PASSED_ON), _c.end_time > sa.bindparam("since"), _c.end_time < sa.bindparam("before"))
     .order_by(_c.end_time)
     .limit(sa.bindparam("count"))
 )
@@ -144,7 +175,7 @@ def check_move(before: State, after: State) -> None:
 
 def add(connection: sa.Connection, items: Sequence[Row]) -> Sequence[Task | None]:
     """Insert tasks. For one whose workspace has its key already: that task."""
-    added = connection.execute(_ADD[connection.dialect.name], items).rowcount
+    added = _ADD.run(connection, items)
     if added == len(items):
         return [None] * added
     (new,) = items  # one of several was there: the writer gives them one by one
@@ -161,7 +192,7 @@ def add(connection: sa.Connection, items: Sequence[Row]) -> Sequence[Task | None
 
 def assign(connection: sa.Connection, items: Sequence[Row]) -> Sequence[None]:
     """QUEUED -> RUNNING."""
-    if connection.execute(_ASSIGN, items).rowcount < len(items):
+    if _ASSIGN.run(connection, items) < len(items):
         (new,) = items
         task = _task_of(connection, _BY_ID, of_task=new["of_task"])
         if task is None or any(getattr(task, name) != new[name] for name in ("attempt", "replica_id", "assign_time")):
@@ -174,15 +205,26 @@ def finish(connection: sa.Connection, items: Sequence[tuple[Row, Row]]) -> Seque
     return _leave(connection, _FINISH, items)
 
 
+def add_ended(connection: sa.Connection, items: Sequence[tuple[Row, Row]]) -> Sequence[None]:
+    """Insert tasks that have ended already. Items: the task, the ledger's row."""
+    if _ADD.run(connection, [row for row, _ in items]) == len(items):
+        _ADD_ATTEMPT.run(connection, [row for _, row in items])
+    else:
+        (new,) = [row for _, row in items]
+        if not any(attempt.__dict__ == new for attempt in attempts(connection, new["task_id"])):
+            raise Conflict("The task is there already under another id.")
+    return [None] * len(items)
+
+
 def requeue(connection: sa.Connection, items: Sequence[tuple[Row, Row]]) -> Sequence[None]:
     """RUNNING -> QUEUED. Items: the task's move, the ledger's row."""
     return _leave(connection, _REQUEUE, items)
 
 
-def _leave(connection: sa.Connection, move: sa.Update, items: Sequence[tuple[Row, Row]]) -> Sequence[None]:
+def _leave(connection: sa.Connection, move: Statement, items: Sequence[tuple[Row, Row]]) -> Sequence[None]:
     ledger = [row for _, row in items]
-    if connection.execute(move, [row for row, _ in items]).rowcount == len(items):
-        connection.execute(_ADD_ATTEMPT, ledger)
+    if move.run(connection, [row for row, _ in items]) == len(items):
+        _ADD_ATTEMPT.run(connection, ledger)
     else:
         (new,) = ledger
         if not any(attempt.__dict__ == new for attempt in attempts(connection, new["task_id"])):
@@ -192,18 +234,19 @@ def _leave(connection: sa.Connection, move: sa.Update, items: Sequence[tuple[Row
 
 def end_queued(connection: sa.Connection, items: Sequence[Row]) -> Sequence[None]:
     """QUEUED -> FAILED or CANCELLED."""
-    if connection.execute(_END_QUEUED, items).rowcount < len(items):
+    if _END_QUEUED.run(connection, items) < len(items):
         (new,) = items
         task = _task_of(connection, _BY_ID, of_task=new["of_task"])
-        if task is None or any(getattr(task, name) != new[name] for name in End.__struct_fields__):
+        if task is None or any(getattr(task, name) != new[name] for name in _ENDED_COLUMNS):
             raise StaleAttempt("The task is not queued any more.")
     return [None] * len(items)
 
 
 def expire(connection: sa.Connection, task_ids: Sequence[str], now: datetime) -> None:
-    """Delete the inline bodies of ended tasks."""
+    """Delete the inline bodies of ended tasks, and by which ids their containers knew them."""
     if task_ids:
-        connection.execute(_EXPIRE, [{"of_task": task_id, "expire_time": now} for task_id in task_ids])
+        connection.execute(_FORGET_JOBS, [{"of_task": task_id} for task_id in task_ids])
+        _EXPIRE.run(connection, [{"of_task": task_id, "expire_time": now} for task_id in task_ids])
 
 
 # Reads.
@@ -238,6 +281,12 @@ def expirable(connection: sa.Connection, before: datetime, limit: int) -> list[t
     """Ended tasks that still have their bodies, oldest first: id, last attempt's number."""
     rows = connection.execute(_EXPIRABLE, {"before": before, "count": limit})
     return [(task_id, number) for task_id, number in rows]
+
+
+def passed_on(connection: sa.Connection, since: datetime, before: datetime, limit: int) -> list[PassedOn]:
+    """Streamed tasks that ended between these and have, or had, a body in the body store, oldest first."""
+    rows = connection.execute(_PASSED_ON, {"since": since, "before": before, "count": limit})
+    return [PassedOn(*row) for row in rows]
 
 
 def page(connection: sa.Connection, query: TaskQuery, last: int) -> Page:

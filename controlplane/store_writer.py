@@ -4,6 +4,8 @@ It takes all writes that wait, runs them in one transaction, commits, and then a
 commit (a disk's flush) is shared by all who came while the last one ran. There is no timer: a write that finds the
 thread idle is committed at once.
 
+Some writes may be held for a moment, because another of the same key is likely to follow that can be made one with it.
+
 A batch is first run as if nothing could go wrong, writes of one kind together. If one goes wrong, the batch is rolled
 back and run again write by write, each in a savepoint, so that it fails alone.
 """
@@ -27,6 +29,8 @@ QUEUE_WRITES: Final = 10_000
 QUEUE_BYTES: Final = 256 * 1024 * 1024
 #: Writes in one transaction, so that the first does not wait for ever for the last.
 BATCH_WRITES: Final = 1000
+#: How long a write is held at most.
+HOLD_S: Final = 0.02
 #: The pause after a failure of the database: the first and the longest. What comes meanwhile waits.
 BACKOFF_S: Final = (0.05, 1.0)
 
@@ -42,12 +46,16 @@ Kind = Callable[[sa.Connection, Sequence[Item]], Sequence[Result]]
 
 
 @dataclass(slots=True, eq=False)
-class _Write:
+class Write:
+    """A write that is not done yet, and its caller's future."""
+
     kind: Kind[Any, Any]
     item: Any
     key: str | None
     size_bytes: int
     future: asyncio.Future[Any]
+    #: One that this write does as well. It is answered after it: whoever waits for both has the end first.
+    first: "Write | None" = None
     outcome: Any = None
 
 
@@ -71,10 +79,13 @@ class Writer:
         self._queue_bytes = queue_bytes
         self._backoff_s = backoff_s
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[_Write] = deque()
+        self._queue: deque[Write] = deque()
         # Only touched in the loop's thread: what is in the queue or in the running batch.
         self._waiting = 0
         self._waiting_bytes = 0
+        #: By key, in order of age, with when they must go.
+        self._held: dict[str | None, tuple[Write, float]] = {}
+        self._release_timer: asyncio.TimerHandle | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._connection: sa.Connection | None = None
@@ -88,28 +99,81 @@ class Writer:
         return self._waiting
 
     def put(
-        self, kind: Kind[Item, Result], item: Item, *, key: str | None = None, size_bytes: int = 0
+        self,
+        kind: Kind[Item, Result],
+        item: Item,
+        *,
+        key: str | None = None,
+        size_bytes: int = 0,
+        first: Write | None = None,
     ) -> asyncio.Future[Result]:
         """Put a write into the queue. The future is done once it is on disk, or refused.
+
+        `first`: a held write that this one does as well; it shares its outcome.
 
         Writes take effect in the order of the calls, as far as anyone can tell: those with different keys touch
         different rows, so that one may be done before another. One without a key stays in its place.
         Raises Unavailable if the queue is full or closed. A caller that goes away leaves the write where it is.
         """
-        if self._closing.is_set():
-            raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
-        if self._waiting >= self._queue_writes or self._waiting_bytes + size_bytes > self._queue_bytes:
-            raise Unavailable("The database is slower than what comes in; try again soon.", retry_after_s=1.0)
+        self._admit(size_bytes)
+        if first is not None:
+            del self._held[first.key]
+        elif self._held:
+            self._release(key)
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting += 1
-        self._waiting_bytes += size_bytes
-        self._queue.append(_Write(kind, item, key, size_bytes, future))
+        self._queue.append(Write(kind, item, key, size_bytes, future, first))
         if not self._wake.is_set():
             self._wake.set()
         return future
 
+    def hold(self, kind: Kind[Item, Result], item: Item, *, key: str, size_bytes: int = 0) -> asyncio.Future[Result]:
+        """As `put`, but up to HOLD_S later, or when the next write of this key or of none comes."""
+        self._admit(size_bytes)
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._held[key] = Write(kind, item, key, size_bytes, future), self._loop.time() + HOLD_S
+        if self._release_timer is None:
+            self._release_timer = self._loop.call_later(HOLD_S, self._release_old)
+        return future
+
+    def held(self, key: str) -> Write | None:
+        """The held write of this key, for one that does it as well (`put`, `first`)."""
+        held = self._held.get(key)
+        return None if held is None else held[0]
+
+    def _admit(self, size_bytes: int) -> None:
+        if self._closing.is_set():
+            raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
+        if self._waiting >= self._queue_writes or self._waiting_bytes + size_bytes > self._queue_bytes:
+            raise Unavailable("The database is slower than what comes in; try again soon.", retry_after_s=1.0)
+        self._waiting += 1
+        self._waiting_bytes += size_bytes
+
+    def _release(self, key: str | None) -> None:
+        """Let the held write of this key go; without a key all of them."""
+        if key is None:
+            self._queue.extend(write for write, _ in self._held.values())
+            self._held.clear()
+        elif (held := self._held.pop(key, None)) is not None:
+            self._queue.append(held[0])
+
+    def _release_old(self) -> None:
+        self._release_timer = None
+        now = self._loop.time()
+        while self._held:
+            key, (write, until) = next(iter(self._held.items()))
+            if until > now:
+                self._release_timer = self._loop.call_at(until, self._release_old)
+                return
+            del self._held[key]
+            self._queue.append(write)
+            self._wake.set()
+
     async def close(self) -> None:
         """Commit what waits, refuse what comes. Returns when every future is done."""
+        # Before the thread is told: what it finds when it is told is the last that it does.
+        self._release(None)
+        if self._release_timer is not None:
+            self._release_timer.cancel()
         self._closing.set()
         self._wake.set()
         await asyncio.shield(self._ended)
@@ -141,7 +205,7 @@ class Writer:
                 pause_s = min(max(2 * pause_s, self._backoff_s[0]), self._backoff_s[1])
                 self._closing.wait(pause_s)
 
-    def _commit(self, batch: list[_Write]) -> bool:
+    def _commit(self, batch: list[Write]) -> bool:
         """Do the batch and answer it. False if the database does not answer."""
         used = self._connection is not None
         up = True
@@ -163,7 +227,7 @@ class Writer:
         self._call(self._answer, batch)
         return up
 
-    def _write(self, batch: list[_Write]) -> None:
+    def _write(self, batch: list[Write]) -> None:
         if self._connection is None:
             self._connection = self._connect()
         try:
@@ -206,18 +270,26 @@ class Writer:
 
     # In the loop's thread.
 
-    def _answer(self, batch: Iterable[_Write]) -> None:
+    def _answer(self, batch: Iterable[Write]) -> None:
         for write in batch:
-            self._waiting -= 1
-            self._waiting_bytes -= write.size_bytes
-            if write.future.done():  # the caller went away; the write was done all the same
-                continue
-            if isinstance(write.outcome, BaseException):
-                write.future.set_exception(write.outcome)
-            else:
-                write.future.set_result(write.outcome)
+            self._answer_one(write)
+            if write.first is not None:
+                write.first.outcome = write.outcome
+                self._answer_one(write.first)
+
+    def _answer_one(self, write: Write) -> None:
+        self._waiting -= 1
+        self._waiting_bytes -= write.size_bytes
+        future, outcome = write.future, write.outcome
+        if future.done():  # the caller went away; the write was done all the same
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _end(self) -> None:
+        self._release(None)
         left = list(self._queue)
         self._queue.clear()
         for write in left:
@@ -227,12 +299,12 @@ class Writer:
             self._ended.set_result(None)
 
 
-def _runs(batch: Iterable[_Write]) -> list[list[_Write]]:
+def _runs(batch: Iterable[Write]) -> list[list[Write]]:
     """Bring writes of one kind together as far as nobody can tell: none passes one with its own key or without a key.
 
     A run is executed as one statement with many rows, which costs a third of as many statements.
     """
-    runs: list[list[_Write]] = []
+    runs: list[list[Write]] = []
     last_of_kind: dict[Kind[Any, Any], int] = {}
     last_of_key: dict[str, int] = {}
     for write in batch:

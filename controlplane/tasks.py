@@ -8,17 +8,19 @@ others line up in the store's queue), so memory never runs ahead of the disk by 
 import asyncio
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime
 from math import inf
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 
-from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task
+from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task, Told, Webhook, made
+from controlplane.prices import cost_of
+from controlplane.receipts import Terms
 from controlplane.retries import NO_HISTORY, History
 from controlplane.slots import AttemptResult, Failure, Headers, Request, Response
-from controlplane.spec import Limits
+from controlplane.spec import JobRule, Limits
 from controlplane.store import End
 
 
@@ -41,6 +43,10 @@ class NewTask(msgspec.Struct, frozen=True):
     operation: str = ""
     #: The response is passed on as it comes, and the caller wants its head as soon as there is one.
     streamed: bool = False
+    #: The replica that is asked after a job of its own; empty: any. No other could answer, and none waits for a slot.
+    pin: str = ""
+    #: Where its end is to be told; empty: nowhere.
+    callback_url: str = ""
 
 
 class TaskView(msgspec.Struct, frozen=True):
@@ -62,6 +68,8 @@ class TaskView(msgspec.Struct, frozen=True):
     queue_position: int = 0
     #: Only while QUEUED: why, in words.
     waiting_for: str = ""
+    #: Only while QUEUED: how long it will likely wait still, in seconds; 0: not known.
+    expected_wait_s: float = 0.0
 
 
 class Phase(enum.Enum):
@@ -100,12 +108,34 @@ FOLLOWING: Final[dict[Phase, frozenset[Phase]]] = {
 UNASSIGNED: Final = frozenset({Phase.RECORDING, Phase.WAITING})
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Waiter:
+class Answer(asyncio.Future[TaskView]):
+    """What a caller waits for. That he cancels it is his hanging up."""
+
+    #: Not a callback of the future's: nearly nobody hangs up, and the others need not pay for it.
+    left: Callable[[], None] | None = None
+
+    def cancel(self, msg: object = None) -> bool:
+        """Hang up."""
+        cancelled = super().cancel(msg)
+        if cancelled and self.left is not None:
+            # Later, as a callback would be: not within whatever cancels.
+            self.get_loop().call_soon(self.left)
+            self.left = None
+        return cancelled
+
+
+class _Open(msgspec.Struct, eq=False):
+    """Made and changed on the hot path: a dataclass with so many fields takes five times as long to make."""
+
+    # Nothing of a customer's belongs in a log.
+    __repr__ = object.__repr__
+
+
+class Waiter(_Open):
     """A caller who waits for a task. `seen`: the (attempt, state) of which it knows; any other is worth telling."""
 
     task: "OpenTask"
-    future: "asyncio.Future[TaskView]"
+    future: Answer
     #: Monotonic seconds.
     deadline: float
     #: Its going away cancels the task.
@@ -115,11 +145,17 @@ class Waiter:
     streamed: bool = False
 
 
+class Meter(_Open):
+    """Bytes that have gone each way on a connection that has changed its protocol. Of the bytes nothing is kept."""
+
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+
 # In both of the following, names that end in `_at` are monotonic seconds, inf: never.
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class OpenAttempt:
+class OpenAttempt(_Open):
     """The attempt that a task has a slot for."""
 
     id: str
@@ -128,12 +164,16 @@ class OpenAttempt:
     node_addr: str
     node_ip: str
     gpu_ids: tuple[str, ...]
+    #: When its task entered the queue for it.
+    queue_time: datetime
     assign_time: datetime
     reason: str
     #: Since when the node may be at work on it.
     given_at: float
     #: When the node should long have ended it.
     run_at: float = inf
+    #: From how long on it is slow, in microseconds.
+    slow_us: float = inf
     #: When to believe no longer that it goes on, and then why.
     lost_at: float = inf
     lost_by: Failure | None = None
@@ -143,6 +183,12 @@ class OpenAttempt:
     head: Response | None = None
     #: Its result has come: to be acknowledged once what follows from it is on disk.
     answered: bool = False
+    #: Under which its container works on it by itself, once the node has said so.
+    job_id: str = ""
+    #: If its container has changed the protocol.
+    meter: Meter | None = None
+    #: When it is clear that nobody comes to read the response that `head` begins.
+    unread_at: float = inf
 
     @property
     def delivery(self) -> Delivery:
@@ -150,8 +196,7 @@ class OpenAttempt:
         return Delivery.SENT if self.sent else Delivery.SENT_PARTLY
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class OpenTask:
+class OpenTask(_Open):
     """A task that has not ended."""
 
     id: str
@@ -174,12 +219,22 @@ class OpenTask:
     recorded: bool = False
     #: Its response is passed on as it comes.
     streamed: bool = False
+    #: By which rules it may become a job of its container's.
+    jobs: tuple[JobRule, ...] = ()
+    #: No other replica may get it.
+    pin: str = ""
+    #: The one caller that it is for went away, or might: that ends it, unless its workspace says otherwise.
+    cancel_on_hangup: bool = False
+    #: Where its end is to be told; empty: nowhere.
+    callback_url: str = ""
 
     #: Number of the current or last attempt.
     number: int = 0
     attempt: OpenAttempt | None = None
     start_time: datetime | None = None
     history: History = NO_HISTORY
+    #: When it entered the queue again, after an attempt.
+    queue_time: datetime | None = None
     #: Replicas on which it has failed.
     avoid: tuple[str, ...] = ()
     #: GPU time of failed attempts that the customer's side caused.
@@ -205,7 +260,9 @@ class OpenTask:
     failure: Failure | None = None
     response: Response | None = None
 
-    waiters: list[Waiter] = field(default_factory=list)
+    waiters: list[Waiter] = []
+    #: Streams on which the caller that it is for reads its response.
+    readers: int = 0
     timer: float = inf
 
     def move(self, phase: Phase) -> None:
@@ -233,7 +290,7 @@ class OpenTask:
         when = self.write_at
         if phase is Phase.RUNNING:
             attempt = self.current
-            when = min(when, self.total_at, attempt.run_at, attempt.lost_at)
+            when = min(when, self.total_at, attempt.run_at, attempt.lost_at, attempt.unread_at)
         elif phase is Phase.WAITING:
             when = min(when, self.total_at, self.queue_at, self.ready_at)
         if self.recorded:
@@ -241,7 +298,7 @@ class OpenTask:
                 when = min(when, waiter.deadline)
         return when
 
-    def view(self, position: int = 0, waiting_for: str = "") -> TaskView:
+    def view(self, position: int = 0, waiting_for: str = "", expected_wait_s: float = 0.0) -> TaskView:
         """The task as it is on disk."""
         end = self.end if self.phase is Phase.ENDED else None
         return TaskView(
@@ -256,14 +313,15 @@ class OpenTask:
             response=None if end is None else self.response,
             queue_position=position,
             waiting_for=waiting_for,
+            expected_wait_s=expected_wait_s,
         )
 
 
 def row_of(task: OpenTask, new: NewTask) -> Task:
     """The row of a new task, with its first attempt if it has one."""
     request, attempt = new.request, task.attempt
-    # Made in one go, as below: setting a field of a row costs as much as making a tenth of it.
-    return Task(
+    return made(
+        Task,
         id=task.id,
         workspace_uid=task.workspace_uid,
         state=task.state,
@@ -284,6 +342,8 @@ def row_of(task: OpenTask, new: NewTask) -> Task:
         origin_url=new.origin_url,
         operation=new.operation,
         streamed=task.streamed,
+        cancel_on_hangup=task.cancel_on_hangup,
+        callback_url=task.callback_url,
         attempt=task.number,
         replica_id="" if attempt is None else attempt.replica_id,
         node_addr="" if attempt is None else attempt.node_addr,
@@ -324,19 +384,33 @@ def view_of_row(row: Task, position: int = 0, waiting_for: str = "") -> TaskView
 
 
 def ledger_row(
-    task_id: str,
-    attempt: OpenAttempt,
+    task: OpenTask,
     delivery: Delivery,
     end_time: datetime,
-    gpu_us: int,
+    passed_us: int,
+    terms: Terms,
     *,
     result: AttemptResult | None,
     failure: Failure | None,
 ) -> Attempt:
-    """The ledger's row of an attempt that has ended, with what its node said of it, if it did."""
+    """The receipt of an attempt that has ended, with what its node said of it, if it did.
+
+    Nothing in it took longer than `passed_us`, the time that has passed here, whatever the node's clock says. What the
+    platform caused is shown and costs nothing.
+    """
+    attempt = task.current
     response = None if result is None else result.response
-    return Attempt(
-        task_id=task_id,
+    gpu_us = 0
+    if attempt.gpu_ids:
+        if result is not None:
+            gpu_us = min(result.gpu_us, passed_us)
+        elif failure is not None and failure.cause is Cause.CUSTOMER and delivery is not Delivery.NOT_SENT:
+            # Nobody has measured it, and others may have shared the GPUs: its least share of them until now.
+            gpu_us = passed_us // terms.concurrency
+    is_free = failure is not None and failure.cause is Cause.PLATFORM
+    return made(
+        Attempt,
+        task_id=task.id,
         number=attempt.number,
         replica_id=attempt.replica_id,
         node_addr=attempt.node_addr,
@@ -345,20 +419,36 @@ def ledger_row(
         delivery=delivery,
         assign_time=attempt.assign_time,
         end_time=end_time,
-        sent_after_us=0 if result is None else result.sent_after_us,
-        first_byte_after_us=0 if result is None else result.first_byte_after_us,
-        last_byte_after_us=0 if result is None else result.last_byte_after_us,
+        sent_after_us=0 if result is None else min(result.sent_after_us, passed_us),
+        first_byte_after_us=0 if result is None else min(result.first_byte_after_us, passed_us),
+        last_byte_after_us=0 if result is None else min(result.last_byte_after_us, passed_us),
         gpu_us=gpu_us,
         http_status=0 if response is None else response.status,
         cause=0 if failure is None else failure.cause,
         failure_reason="" if failure is None else failure.reason,
         failure_message="" if failure is None else failure.message,
         reason=attempt.reason,
+        queue_time=attempt.queue_time,
+        workspace_uid=task.workspace_uid,
+        account=terms.account,
+        gpu_model=terms.gpu_model,
+        gpu_count=len(attempt.gpu_ids),
+        price_nanos=terms.price_nanos,
+        cost_nanos=0 if is_free else cost_of(gpu_us, terms.price_nanos),
     )
 
 
-def end_of(state: State, end_time: datetime, gpu_us: int, response: Response | None, failure: Failure | None) -> End:
+def end_of(
+    state: State,
+    end_time: datetime,
+    gpu_us: int,
+    response: Response | None,
+    failure: Failure | None,
+    *,
+    meter: Meter | None = None,
+) -> End:
     """What a task's row says of its end."""
+    passed = Meter() if meter is None else meter
     if response is not None:
         return End(
             state=state,
@@ -367,6 +457,7 @@ def end_of(state: State, end_time: datetime, gpu_us: int, response: Response | N
             response_headers_json=_to_json(response.headers),
             response_body=_inline(response),
             response_size=response.size,
+            passed_size=passed.request_bytes,
             response_is_utf8=response.is_utf8,
             gpu_us=gpu_us,
         )
@@ -374,10 +465,32 @@ def end_of(state: State, end_time: datetime, gpu_us: int, response: Response | N
     return End(
         state=state,
         end_time=end_time,
+        response_size=passed.response_bytes,
+        passed_size=passed.request_bytes,
         gpu_us=gpu_us,
         cause=failure.cause,
         failure_reason=failure.reason,
         failure_message=failure.message,
+    )
+
+
+def content_type_of(row: Task) -> str:
+    """The Content-Type of a row's response; empty: it has none."""
+    headers = _headers_of(row.response_headers_json)
+    return next((value.decode("latin-1") for name, value in headers if name.lower() == "content-type"), "")
+
+
+def webhook_of(task: OpenTask, end: End) -> Webhook | None:
+    """The webhook that is to tell of the task's end, if anybody is to be told."""
+    if not task.callback_url:
+        return None
+    return Webhook(
+        task_id=task.id,
+        workspace_uid=task.workspace_uid,
+        host=(urlsplit(task.callback_url).hostname or "").lower(),
+        state=Told.WAITING,
+        create_time=end.end_time,
+        next_time=end.end_time,
     )
 
 

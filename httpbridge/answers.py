@@ -45,7 +45,8 @@ def ruling(task: pb.Task, response: http_pb2.HttpResponse) -> Ruling:
     """How a task stands, in the documented numbers."""
     if task.state == pb.TASK_STATE_COMPLETED:
         status = response.status
-        if 200 <= status < 300:
+        # 101: a connection that was passed through, and is over.
+        if 200 <= status < 300 or status == 101:
             return _SUCCESS
         msg = f"The container answered with HTTP status {status}; its answer is in data"
         return Ruling(status if 400 <= status < 500 else 502, status, msg)
@@ -61,6 +62,11 @@ def seconds_taken(task: pb.Task, now: datetime) -> float:
     """From acceptance to the end, or to now."""
     end = task.end_time.ToDatetime(UTC) if task.HasField("end_time") else now
     return max(0.0, (end - task.create_time.ToDatetime(UTC)).total_seconds())
+
+
+def expected_wait_s(task: pb.Task) -> float:
+    """How long it will likely wait still, to the millisecond; 0: not known."""
+    return task.expected_wait.ToMilliseconds() / 1000
 
 
 class Answers:
@@ -82,6 +88,9 @@ class Answers:
         data, encoding = text_of(response.body)
         seconds = int(seconds_taken(task, now))
         answer = envelope.Queried(result_code, msg, task.task_id, data, encoding, response.body.size, seconds)
+        if task.state == pb.TASK_STATE_QUEUED:
+            answer.queue_position, answer.waiting_for = task.queue_position, task.waiting_for
+            answer.expected_wait_s = expected_wait_s(task) or UNSET
         return await self._reply(envelope.encode(answer), task, response, workspace_id, 200)
 
     async def _reply(
@@ -89,7 +98,8 @@ class Answers:
     ) -> Reply:
         headers = {"Retry-After": _retry_after(response)} if status == 429 else None
         content: bytes | AsyncGenerator[bytes, None] = json
-        if is_cut(response.body):
+        # Of a connection that was passed through only the size is kept.
+        if is_cut(response.body) and response.status != 101:
             try:
                 content = await self.with_response(json, "data", task.task_id, workspace_id, response.body)
             except BridgeError as error:

@@ -105,7 +105,7 @@ class Batch:
     def call_off(self, task_id: str) -> None:
         """TaskService.Cancel, unanswered: of a task whose caller has gone. Nothing happens while we are cut off."""
         with contextlib.suppress(Unavailable):
-            self._add(len(task_id)).cancel.task_id = task_id
+            self._add(len(task_id)).cancel.MergeFrom(pb.CancelRequest(task_id=task_id, hangup=True))
 
     def _add(self, size: int) -> pb.Call:
         if not self.is_up:

@@ -1,11 +1,13 @@
 """Reading what a caller sends, within limits of size, time and memory.
 
-A body is held whole, because its payload has to be taken out of its envelope. What all bodies over 64 KiB may hold
-together is therefore one number, the budget; a call that finds it used up is told to come again, its body unread.
+A body that is small, or has no large string to be passed on as it comes (see `opening`), is held whole, because its
+payload has to be taken out of its envelope. What all bodies over 64 KiB may hold together is therefore one number, the
+budget; a call that finds it used up is told to come again, its body unread.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from math import inf
 from typing import Final
 
 from aiohttp import StreamReader, web
@@ -101,11 +103,34 @@ class BodyReader:
 
         Raises SlowClient, BadRequest.
         """
+        async for piece in self._pieces(request, inf):
+            yield piece
+
+    async def limited_pieces(self, request: web.BaseRequest) -> AsyncGenerator[bytes, None]:
+        """The same with the limits of size and time. Raises TooLarge, SlowClient, BadRequest."""
+        self._check(request.content_length or 0)
+        size = 0
+        async for piece in self._pieces(request, self._total_limit_s):
+            size += len(piece)
+            self._check(size)
+            yield piece
+
+    async def hold(self, begun: bytes, rest: AsyncIterator[bytes], hold: Hold) -> bytearray:
+        """The whole of a body that has begun to come, its size taken from `hold`. Raises Unavailable besides."""
+        body = bytearray(begun)
+        async for piece in rest:
+            self._admit(len(body) + len(piece), hold)
+            body += piece
+        return body
+
+    async def _pieces(self, request: web.BaseRequest, limit_s: float) -> AsyncGenerator[bytes, None]:
         await _ask_for(request)
         content = request.content
+        loop = asyncio.get_running_loop()
+        end = loop.time() + limit_s
         while True:
             try:
-                async with asyncio.timeout(self._stall_limit_s):
+                async with asyncio.timeout_at(min(end, loop.time() + self._stall_limit_s)):
                     chunk = await content.readany()
             except TimeoutError:
                 raise SlowClient from None
@@ -116,9 +141,12 @@ class BodyReader:
             for at in range(0, len(chunk), wire.CHUNK_BYTES):
                 yield chunk[at : at + wire.CHUNK_BYTES]
 
-    def _admit(self, size: int, hold: Hold) -> None:
+    def _check(self, size: int) -> None:
         if size > self._limit_bytes:
             raise TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")
+
+    def _admit(self, size: int, hold: Hold) -> None:
+        self._check(size)
         if size > wire.INLINE_BYTES:
             hold.grow_to(size)
 

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from math import inf
-from typing import Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -46,6 +46,7 @@ _REASONS: Final[dict[str, type[errors.BridgeError]]] = {
     "NOT_FOUND": errors.NotFound,
     "CONFLICT": errors.Conflict,
     "EXPIRED": errors.Gone,
+    "JOB_LOST": errors.Gone,
     "TOO_LARGE": errors.TooLarge,
     "QUEUE_FULL": errors.TooMany,
     "RATE_LIMITED": errors.TooMany,
@@ -230,9 +231,12 @@ class ControlPlane:
                         offset += len(event.data)
                         broken = 0
                         yield event.data
-                        if offset >= size:
-                            # The stream itself goes on until the task ends.
-                            return
+                    elif offset >= size and event.task.state in (pb.TASK_STATE_QUEUED, pb.TASK_STATE_RUNNING):
+                        # The stream goes on until the task ends. Else read it to its end: of a stream that is cancelled
+                        # with something unread grpc.aio keeps a chunk's memory for ever.
+                        return
+                if offset >= size:
+                    return
                 raise errors.Unavailable("The body ended early; ask again")
             except grpc.aio.AioRpcError as error:
                 refused = translated(error)
@@ -244,7 +248,7 @@ class ControlPlane:
                 events.cancel()
 
     async def store(
-        self, begun: bytes, rest: AsyncIterator[bytes], *, workspace_id: str, size: int
+        self, begun: bytes, rest: AsyncIterator[bytes], *, workspace_id: str = "", route: str = "", size: int = 0
     ) -> pb.UploadResponse:
         """TaskService.Upload of a body as it comes, `size` bytes or, at 0, nobody knows how many.
 
@@ -252,20 +256,19 @@ class ControlPlane:
         """
         call = self._bodies.Upload(metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
         try:
-            await call.write(pb.UploadRequest(workspace_id=workspace_id, size=size, discard=True))
-            # It comes with the refusal, too, and then has nothing in it.
-            if any(key == wire.UPLOAD_ID for key, _ in await call.initial_metadata()):
-                for at in range(0, len(begun), wire.CHUNK_BYTES):
-                    await call.write(pb.UploadRequest(data=begun[at : at + wire.CHUNK_BYTES]))
-                async for piece in rest:
-                    await call.write(pb.UploadRequest(data=piece))
-                await call.write(pb.UploadRequest(last=True))
-                await call.done_writing()
+            await call.write(pb.UploadRequest(workspace_id=workspace_id, route=route, size=size, discard=True))
+            agreed = dict(await call.initial_metadata())
+            # It comes with a refusal, too, and then has nothing in it.
+            if wire.UPLOAD_ID in agreed:
+                await _write_all(call, begun, rest, limit=int(agreed[wire.UPLOAD_LIMIT]))
             return await _answer(call)
         except asyncio.InvalidStateError:
             # It ended under us; it says why.
             return await _answer(call)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INTERNAL and wire.ERROR not in dict(error.trailing_metadata() or ()):
+                # What grpc.aio says of a write to a stream that the other side has ended.
+                raise errors.Unavailable("The body could not be stored; send it again") from None
             raise translated(error) from None
         finally:
             call.cancel()
@@ -278,6 +281,7 @@ class ControlPlane:
         """
         loop = asyncio.get_running_loop()
         offset = running = 0
+        state = pb.TASK_STATE_UNSPECIFIED
         give_up_at = inf
         while True:
             began, begun_at = loop.time(), offset
@@ -286,8 +290,8 @@ class ControlPlane:
             try:
                 async for event in events:
                     if event.HasField("task"):
-                        running = event.task.attempt
-                        if event.task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
+                        running, state = event.task.attempt, event.task.state
+                        if state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
                             raise TaskEnded(event.task)
                         if attempt and running != attempt:
                             raise errors.BadGateway("The node that sent the response was lost", task_id=task_id)
@@ -298,8 +302,8 @@ class ControlPlane:
                         raise errors.BridgeError
                     offset += len(event.data)
                     yield event
-                    if event.task.state == pb.TASK_STATE_COMPLETED:
-                        return
+                if state == pb.TASK_STATE_COMPLETED:
+                    return
                 raise errors.Unavailable("The response ended early")
             except grpc.aio.AioRpcError as error:
                 refused, now = translated(error), loop.time()
@@ -362,6 +366,25 @@ async def _answer(call: Awaitable[Answer]) -> Answer:
         return await call
     except grpc.aio.AioRpcError as error:
         raise translated(error) from None
+
+
+async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, limit: int) -> None:
+    """All of a body. Raises TooLarge: of a refusal that comes while we write, grpc.aio may not tell the reason."""
+    size = 0
+
+    async def write(piece: bytes) -> None:
+        nonlocal size
+        size += len(piece)
+        if size > limit:
+            raise errors.TooLarge(f"The body is larger than {limit} bytes, the most that this workspace takes")
+        for at in range(0, len(piece), wire.CHUNK_BYTES):
+            await call.write(pb.UploadRequest(data=piece[at : at + wire.CHUNK_BYTES]))
+
+    await write(begun)
+    async for piece in rest:
+        await write(piece)
+    await call.write(pb.UploadRequest(last=True))
+    await call.done_writing()
 
 
 def _raise_error(answer: pb.Answer) -> None:

@@ -61,13 +61,8 @@ def open_(body: bytes | bytearray, content_type: str, content_encoding: str = ""
 
     Whether it is JSON is seen by the type and, where that says little, by the body.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
-    says_json = media_type == JSON or media_type.endswith("+json")
-    if (
-        not body
-        or content_encoding.lower() not in ("", "identity")
-        or not (says_json or (media_type in _MAY_BE_JSON and _OBJECT.match(body)))
-    ):
+    says_json = said_to_be_json(body, content_type, content_encoding)
+    if says_json is None:
         return Payload(body, content_type, "")
     try:
         return _open_json(body, content_type if says_json else JSON)
@@ -75,8 +70,32 @@ def open_(body: bytes | bytearray, content_type: str, content_encoding: str = ""
         return Payload(body, content_type, "")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if says_json:
-            raise BadRequest(f"The body is not valid JSON: {_where(error)}") from None
+            raise BadRequest(f"The body is not valid JSON: {where(error)}") from None
         return Payload(body, content_type, "")
+
+
+def said_to_be_json(body: bytes | bytearray, content_type: str, content_encoding: str) -> bool | None:
+    """Whether a body, of which this is the beginning, says that it is JSON; None: it is no envelope, whatever it is."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    says_json = media_type == JSON or media_type.endswith("+json")
+    if (
+        not body
+        or content_encoding.lower() not in ("", "identity")
+        or not (says_json or (media_type in _MAY_BE_JSON and _OBJECT.match(body)))
+    ):
+        return None
+    return says_json
+
+
+def address_beside(body: bytes, data: bytes) -> str | None:
+    """The address in an envelope; None if its `data` is, as JSON, another than that. Raises BadRequest."""
+    try:
+        envelope = _ENVELOPE.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"The body is not valid JSON: {where(error)}") from None
+    if envelope.data is UNSET or bytes(envelope.data) != data:
+        return None
+    return "" if envelope.btc_address is UNSET else _address(envelope.btc_address)
 
 
 def _open_json(body: bytes | bytearray, content_type: str) -> Payload:
@@ -124,7 +143,8 @@ def _type_of(body: bytes) -> str:
     return JSON
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
+    """What is wrong with JSON, in words."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
@@ -196,6 +216,10 @@ class Queried(Struct):
     data_encoding: str | UnsetType
     result_size: int
     seconds: int = field(name="task_dursion")
+    #: While it is queued.
+    queue_position: int | UnsetType = field(name="queuePosition", default=UNSET)
+    waiting_for: str | UnsetType = field(name="waitingFor", default=UNSET)
+    expected_wait_s: float | UnsetType = field(name="expectedWait", default=UNSET)
 
 
 class Cancelled(Struct):

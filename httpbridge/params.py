@@ -25,6 +25,9 @@ _NODE_ADDR: Final = re.compile(r"0x[0-9A-Fa-f]{40}")
 _SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _COUNT: Final = re.compile(r"[0-9]{1,9}")
 _CURSOR: Final = re.compile(r"[\x21-\x7e]{1,512}")
+#: The rest is judged by the control plane, whose operator says where such may lead.
+_CALLBACK: Final = re.compile(r"https?://[\x21-\x7e]+")
+_CALLBACK_CHARS: Final = 2048
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
 
 
@@ -168,3 +171,20 @@ def idempotency_key(value: str | None) -> str:
     if _KEY.fullmatch(value) is None:
         raise BadRequest("Idempotency-Key is 1 to 255 printable ASCII characters")
     return value
+
+
+def callback_url(value: str | None, header: str | None) -> str:
+    """Where a task's end is to be posted: `callback_url` or the X-NGPU-Callback-Url header; "" without either.
+
+    Raises BadRequest.
+    """
+    if value is not None and header is not None and value != header:
+        raise BadRequest("callback_url and X-NGPU-Callback-Url are not the same: give one of them")
+    url = header if value is None else value
+    if url is None:
+        return ""
+    if len(url) > _CALLBACK_CHARS or _CALLBACK.fullmatch(url) is None:
+        raise BadRequest(
+            "callback_url is a URL of up to 2048 printable ASCII characters, e.g. https://example.com/ended"
+        )
+    return url

@@ -27,6 +27,7 @@ from httpbridge.calls import ControlPlane, TaskEnded
 from httpbridge.errors import BadGateway, NotFound, Unauthorized
 from httpbridge.passed import Live, Passed
 from httpbridge.reply import Reply
+from httpbridge.submit import CALLBACK_URL
 from httpbridge.tunnel import Tunnel
 
 OPERATION: Final = "run"
@@ -56,6 +57,7 @@ class Raw:
             port=params.port(fields.get("X-NGPU-Port"), "X-NGPU-Port"),
             streamed=True,
             cancel_on_hangup=True,
+            callback_url=params.callback_url(None, fields.get(CALLBACK_URL)),
         )
         request.wait.seconds = WAIT_S
         passed = request.request

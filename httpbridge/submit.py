@@ -3,6 +3,7 @@
 Everything that can be refused is refused before the body is read, and everything else before a task exists.
 """
 
+from contextlib import aclosing
 from typing import Final
 from urllib.parse import unquote
 
@@ -12,14 +13,17 @@ from ngpu.v1 import task_pb2 as pb
 from httpbridge import credentials, envelope, headers, origin, params
 from httpbridge.answers import ACCEPTED_MSG, Answers
 from httpbridge.app import USER, Call
-from httpbridge.bodies import BodyReader, Budget
+from httpbridge.bodies import BodyReader, Budget, Hold
 from httpbridge.calls import ControlPlane
+from httpbridge.envelope import Payload
 from httpbridge.errors import BadRequest, NotFound, Unauthorized
+from httpbridge.opening import HEAD_BYTES, WHOLE_BYTES, Opening, Superseded
 from httpbridge.reply import Reply
 
 SCHEDULING_TASK: Final = "schedulingTask"
+CALLBACK_URL: Final = "X-NGPU-Callback-Url"
 #: The parameters that are ours; all others are the container's.
-OWN: Final = frozenset({"paramUrl", "paramPort", "taskMode"})
+OWN: Final = frozenset({"paramUrl", "paramPort", "taskMode", "callback_url"})
 
 
 class Submission:
@@ -54,6 +58,7 @@ class Submission:
         own, request.request.query = params.split_query(call.query, OWN)
         port = params.port(own.get("paramPort"))
         sync = params.is_sync(own.get("taskMode"), default=True)
+        request.callback_url = params.callback_url(own.get("callback_url"), call.request.headers.get(CALLBACK_URL))
         if workspace_id:
             request.workspace_id = workspace_id
             request.port = port
@@ -73,6 +78,7 @@ class Submission:
         own, query = params.split_query(call.query, OWN)
         path, own_query = params.container_path(own.get("paramUrl", ""))
         request = pb.ScheduleRequest(workspace_id=workspace_id, port=params.port(own.get("paramPort")))
+        request.callback_url = params.callback_url(own.get("callback_url"), call.request.headers.get(CALLBACK_URL))
         request.request.path = path
         request.request.query = f"{own_query}&{query}" if own_query and query else own_query or query
         sync = params.is_sync(own.get("taskMode"), default=False)
@@ -85,13 +91,17 @@ class Submission:
             if request.route:
                 raise BadRequest("An Idempotency-Key belongs to a workspace: send the Authorization header too")
             request.idempotency_key = key
+        if request.callback_url and request.route:
+            # What is posted is signed in the name of the workspace, and a stranger may not have that done.
+            raise BadRequest("A callback_url belongs to a workspace: send the Authorization header too")
         request.request.method = "POST"
         headers.forward(call.request.raw_headers, fields.get("Connection", ""), request.request)
         origin.fill(request.origin, call, operation, self._trusted_proxies)
         if sync:
             request.wait.FromNanoseconds(self._sync_wait_ns)
-            # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains.
-            request.cancel_on_hangup = not key
+            # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains;
+            # and who is told of its end need not wait for it.
+            request.cancel_on_hangup = not (key or request.callback_url)
         try:
             await self._add_body(call, request)
             response = await self._control_plane.schedule(request)
@@ -109,22 +119,19 @@ class Submission:
 
     async def _add_body(self, call: Call, request: pb.ScheduleRequest) -> None:
         """Read the caller's body and put the container's into `request`, or store it where it is large."""
-        fields = call.request.headers
         with self._budget.hold() as hold:
-            payload = envelope.open_(
-                await self._reader.read(call.request, hold),
-                fields.get("Content-Type", ""),
-                fields.get("Content-Encoding", ""),
-            )
+            payload = await self._payload(call, request, hold)
             if payload.btc_address:
                 request.btc_address = payload.btc_address
-            elif "BtcAddress" in fields:
-                request.btc_address = credentials.btc_address(fields["BtcAddress"])
+            elif "BtcAddress" in call.request.headers:
+                request.btc_address = credentials.btc_address(call.request.headers["BtcAddress"])
             if payload.content_type:
                 request.request.headers.add(
                     name="Content-Type", value=payload.content_type.encode("utf-8", "surrogateescape")
                 )
             body = request.request.body
+            if body.upload_id:
+                return
             body.size = len(payload.body)
             if body.size <= wire.INLINE_BYTES:
                 body.inline = bytes(payload.body)
@@ -132,3 +139,28 @@ class Submission:
                 body.upload_id = await self._control_plane.upload(
                     payload.body, workspace_id=request.workspace_id, route=request.route
                 )
+
+    async def _payload(self, call: Call, request: pb.ScheduleRequest, hold: Hold) -> Payload:
+        """What the container gets; its body is not in it, but stored, if it could go on as it came."""
+        fields, length = call.request.headers, call.request.content_length
+        sent_as = fields.get("Content-Type", ""), fields.get("Content-Encoding", "")
+        if (length is not None and length <= WHOLE_BYTES) or call.request.content.is_eof():
+            return envelope.open_(await self._reader.read(call.request, hold), *sent_as)
+        async with aclosing(self._reader.limited_pieces(call.request)) as pieces:
+            opening = Opening(pieces, *sent_as)
+            if not await opening.begin(hold, HEAD_BYTES if length else WHOLE_BYTES):
+                hold.grow_to(length or 0)
+                return envelope.open_(await self._reader.hold(opening.begun, pieces, hold), *sent_as)
+            try:
+                await self._pass_on(opening, request)
+            except Superseded as other:
+                return other.payload
+            return Payload(b"", opening.content_type, opening.btc_address)
+
+    async def _pass_on(self, opening: Opening, request: pb.ScheduleRequest) -> None:
+        """Store the container's body as it comes."""
+        async with aclosing(opening.pieces()) as pieces:
+            stored = await self._control_plane.store(
+                b"", pieces, workspace_id=request.workspace_id, route=request.route
+            )
+        request.request.body.upload_id, request.request.body.size = stored.upload_id, stored.size

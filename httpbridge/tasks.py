@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import credentials, envelope, params, times
-from httpbridge.answers import STATES, SUCCESS_MSG, Answers, is_cut, seconds_taken, text_of
+from httpbridge.answers import STATES, SUCCESS_MSG, Answers, expected_wait_s, is_cut, seconds_taken, text_of
 from httpbridge.app import Call
 from httpbridge.bodies import Budget, Hold
 from httpbridge.calls import ControlPlane
@@ -125,7 +125,8 @@ class Tasks:
         answer = {"result_code": 200, "msg": SUCCESS_MSG, key: info}
         json = envelope.encode(answer)
         answered = detail.response.body
-        if not is_cut(answered):
+        # Of a connection that was passed through only the sizes are kept.
+        if not is_cut(answered) or detail.response.status == 101:
             return Reply(json, task_id=task_id)
         try:
             content = await self._answers.with_response(json, "response", task_id, workspace_id, answered)
@@ -137,9 +138,8 @@ class Tasks:
     async def _sent(self, detail: pb.GetDetailResponse, workspace_id: str, hold: Hold) -> tuple[bytes, bool]:
         """What the container got, and whether it is past its retention."""
         sent = detail.request.body
-        if not is_cut(sent):
+        if not is_cut(sent) or detail.response.status == 101:
             return sent.inline, False
-        hold.grow_to(sent.size)
         rest = self._control_plane.body(
             detail.task.task_id,
             workspace_id,
@@ -147,10 +147,13 @@ class Tasks:
             size=sent.size,
             part=pb.WatchRequest.PART_REQUEST,
         )
-        try:
-            return b"".join([sent.inline, *[chunk async for chunk in rest]]), False
-        except Gone:
-            return b"", True
+        async with aclosing(rest):
+            try:
+                first = await anext(rest)
+                hold.grow_to(sent.size)
+                return b"".join([sent.inline, first, *[chunk async for chunk in rest]]), False
+            except Gone:
+                return b"", True
 
     def _info(self, detail: pb.GetDetailResponse, sent: bytes, *, owned: bool) -> envelope.Detailed:
         task = detail.task
@@ -171,10 +174,13 @@ class Tasks:
             "httpStatus": detail.response.status,
             "queuePosition": task.queue_position,
             "waitingFor": task.waiting_for,
+            "expectedWait": expected_wait_s(task),
             "why": last.reason,
             "error": _failure(task.failure) if task.HasField("failure") else None,
             "attempts": [self._attempt(attempt) for attempt in detail.attempts],
         }
+        if detail.HasField("webhook"):
+            ext["webhook"] = self._webhook(detail.webhook)
         if request_encoding:
             ext["requestEncoding"] = request_encoding
         if response_encoding:
@@ -201,12 +207,13 @@ class Tasks:
         )
 
     def _attempt(self, attempt: pb.Attempt) -> dict[str, object]:
-        return {
+        said: dict[str, object] = {
             "number": attempt.number,
             "replica": attempt.replica_id,
             "nodeAddr": attempt.node_addr,
             "nodeIp": attempt.node_ip,
             "delivery": pb.Delivery.Name(attempt.delivery).removeprefix("DELIVERY_").lower(),
+            "queueTime": self._shown(attempt.queue_time) if attempt.HasField("queue_time") else "",
             "assignTime": self._shown(attempt.assign_time),
             "endTime": self._shown(attempt.end_time) if attempt.HasField("end_time") else "",
             "sentSeconds": attempt.sent_after_us / 1e6,
@@ -214,9 +221,33 @@ class Tasks:
             "lastByteSeconds": attempt.last_byte_after_us / 1e6,
             "gpuSeconds": attempt.gpu_us / 1e6,
             "gpuIds": list(attempt.gpu_ids),
+            "gpuModel": attempt.gpu_model,
+            "cost": attempt.cost,
             "httpStatus": attempt.http_status,
             "why": attempt.reason,
             "error": _failure(attempt.failure) if attempt.HasField("failure") else None,
+        }
+        if attempt.job_id:
+            said["job"] = attempt.job_id
+        return said
+
+    def _webhook(self, webhook: pb.Webhook) -> dict[str, object]:
+        return {
+            "id": webhook.id,
+            "url": webhook.url,
+            "state": pb.WebhookState.Name(webhook.state).removeprefix("WEBHOOK_STATE_").lower(),
+            "tries": webhook.tries,
+            "nextTime": self._shown(webhook.next_time) if webhook.HasField("next_time") else "",
+            "log": [
+                {
+                    "number": one.number,
+                    "time": self._shown(one.time),
+                    "seconds": one.duration.ToTimedelta().total_seconds(),
+                    "httpStatus": one.http_status,
+                    "error": one.error,
+                }
+                for one in webhook.log
+            ],
         }
 
     def _shown(self, moment: Timestamp) -> str:

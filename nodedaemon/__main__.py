@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -26,6 +27,7 @@ from nodedaemon.engine.docker import DockerEngine
 from nodedaemon.engine.process import ProcessEngine
 from nodedaemon.errors import ConfigFault, NodeError, NotEnrolled, Revoked, StateDirBusy
 from nodedaemon.execute import Executor
+from nodedaemon.flight import Recorder
 from nodedaemon.gpus import Gpus
 from nodedaemon.identity import Identity
 from nodedaemon.journal import Journal
@@ -38,6 +40,8 @@ from nodedaemon.spool import Spool
 
 #: For the control plane to acknowledge the last results when the daemon stops.
 LAST_ACKS_S: Final = 2.0
+#: Objects that may be made before the collector looks for cycles among the young: hardly anything here is in one.
+GC_OBJECTS: Final = 20_000
 #: For containers to stop when the daemon is to leave nothing behind.
 STOP_CONTAINERS_S: Final = 60.0
 
@@ -63,7 +67,8 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     dialler = Dialler(settings.controlplane, tls=settings.with_tls, tls_ca=settings.tls_ca)
     bulk_channel = dialler.channel()
     bulk = Bulk(bulk_channel)
-    executor = Executor(places=replicas, relay=relay, bulk=bulk, spool=spool, journal=journal)
+    recorder = Recorder(logs=engine, replicas=replicas, gpus=gpus, tell=bulk.record)
+    executor = Executor(places=replicas, relay=relay, bulk=bulk, spool=spool, journal=journal, record=recorder.keep)
     replicas.on_exit(executor.container_exited)
 
     # What speaks.
@@ -94,6 +99,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
                 group.create_task(replicas.run(), name="replicas"),
                 group.create_task(executor.run(), name="executor"),
                 group.create_task(spool.run(), name="spool"),
+                group.create_task(recorder.run(), name="flights"),
             ]
             speaking = group.create_task(_speak(gpus, machine, replicas, session), name="session")
             await stop.wait()
@@ -277,6 +283,9 @@ def run(  # noqa: PLR0917, typer takes them by name
     log.set_up(settings.log_level, settings.log_format)
     _raise_open_files()
     with _told(), _alone(settings.state_dir):
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
         asyncio.run(_until_signal(settings, stop_containers=stop_containers))
 
 

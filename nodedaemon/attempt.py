@@ -9,6 +9,7 @@ from ngpu.v1 import node_pb2, task_pb2
 from nodedaemon.connection import Address
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.engine import Exit
+from nodedaemon.jobs import Job
 
 #: How long an attempt may run if its Start does not say.
 RUN_TIME_LIMIT_MS: Final = 3_600_000
@@ -19,6 +20,9 @@ class Places(Protocol):
 
     def address(self, replica_id: str, port: int) -> Address | None:
         """Where to reach that port of a ready replica."""
+
+    def container_id(self, replica_id: str) -> str:
+        """The container that it has now; empty: none."""
 
     def gpu_ids(self, replica_id: str) -> tuple[str, ...]:
         """Its GPUs."""
@@ -67,8 +71,14 @@ class Attempt:
         self.replica_id = start.replica_id
         self.port = start.port
         self.limit_s = (start.run_time_limit_ms or RUN_TIME_LIMIT_MS) / 1000
+        #: Longer than this is slow, and recorded; 0: never.
+        self.record_after_s = start.record_after_ms / 1000
         self.course = course
         self.accepted_at = accepted_at
+        #: What it may become; None: its container's answer is the end of it.
+        self.job: Job | None = None
+        #: Of its time, what was over before this daemon began.
+        self.before_s = 0.0
         self.gpu_clock: GpuClock | None = None
         self.gpu_entered = 0.0
         self.gpu_held_s = 0.0
@@ -88,7 +98,7 @@ class Attempt:
     def leave_gpus(self) -> None:
         """It holds them no more."""
         if self.gpu_clock is not None:
-            self.gpu_held_s = self.gpu_clock.leave(self.gpu_entered)
+            self.gpu_held_s += self.gpu_clock.leave(self.gpu_entered)
             self.gpu_clock = None
 
     def outlasted(self, *, held_up: bool) -> None:
@@ -105,6 +115,8 @@ class Attempt:
         if why is not None:
             result.ClearField("response")
             result.failure.CopyFrom(why.failure())
+        if self.job is not None:
+            result.job_id = self.job.id
         result.delivery = course.delivery
         if course.sent_at:
             result.sent_after_us = _us(course.sent_at - since)

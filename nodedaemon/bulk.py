@@ -14,7 +14,19 @@ import structlog
 from ngpu.v1 import http_pb2, node_pb2
 
 from nodedaemon.course import CUSTOMER, PLATFORM, NoAnswer
-from nodedaemon.dial import Backoff, LinkLost, Metadata, bearer, read, reason_of, stub_of, words_of, write
+from nodedaemon.dial import (
+    CALL_LIMIT_S,
+    Backoff,
+    LinkLost,
+    Metadata,
+    ask,
+    bearer,
+    read,
+    reason_of,
+    stub_of,
+    words_of,
+    write,
+)
 from nodedaemon.spool import Body
 
 DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.DeliverRequest, node_pb2.DeliverResponse]"
@@ -134,6 +146,11 @@ class Bulk:
                 _check(fault)
                 log.info("deliver_broken", attempt=attempt_id, size=body.size, reason=words_of(fault))
             await asyncio.sleep(backoff.next())
+
+    async def record(self, message: node_pb2.RecordRequest) -> None:
+        """Tell what is kept of an attempt. Raises AioRpcError, LinkLost."""
+        await self._open.wait()
+        await ask(self._stub.Record(message, metadata=self._metadata, timeout=CALL_LIMIT_S))
 
     async def tunnel(self, attempt_id: str, head: http_pb2.HttpResponse) -> Tunnel:
         """The way to the caller for the bytes after the container's 101, whose head this is. It cannot be resumed."""

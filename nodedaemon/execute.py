@@ -22,9 +22,11 @@ from ngpu.v1 import http_pb2, node_pb2, task_pb2
 from nodedaemon.attempt import Attempt, GpuClock, Places, exited
 from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+from nodedaemon.deadlines import Deadlines
 from nodedaemon.dial import read, write
 from nodedaemon.engine import Exit
 from nodedaemon.http1 import BadRequest, request_head
+from nodedaemon.jobs import Job, Jobs
 from nodedaemon.journal import Journal
 from nodedaemon.relay import Exchange, Relay
 from nodedaemon.spool import Body, Spool
@@ -44,7 +46,7 @@ EXIT_NEWS_S: Final = 1.0
 class Executor:
     """Runs attempts and keeps their results until they are acknowledged. `run` must be running before the first start.
 
-    `ended` counts attempts by reason of failure, "" for answers.
+    `ended` counts attempts by reason of failure, "" for answers. `record` hears of those that failed or were slow.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Executor:
         bulk: Bulk,
         spool: Spool,
         journal: Journal,
+        record: Callable[[Attempt], None] = lambda _: None,
         monotonic: Callable[[], float] = time.monotonic,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -63,16 +66,20 @@ class Executor:
         self._bulk = bulk
         self._spool = spool
         self._journal = journal
+        self._record = record
+        self._jobs = Jobs(relay=relay, places=places, journal=journal, monotonic=monotonic)
         self._monotonic = monotonic
         self._clock_ns = clock_ns
         self._group: asyncio.TaskGroup
         self._running: dict[str, Attempt] = {}
+        self._deadlines = Deadlines()
         # By replica, for as long as an attempt holds its GPUs.
         self._gpu_clocks: WeakValueDictionary[str, GpuClock] = WeakValueDictionary()
         # Of attempts, running or ended, whose body is on its way to the control plane: their results wait for it.
         self._deliveries: dict[str, asyncio.Task[None]] = {}
         # What the next frames carry; the results themselves lie in the spool.
         self._results: deque[str] = deque()
+        self._begun: deque[str] = deque()
         self._sent: dict[str, None] = {}
         self._sent_ripe = False
         self._sent_timer: asyncio.TimerHandle | None = None
@@ -89,8 +96,13 @@ class Executor:
                 body, result = self._spool.body(attempt_id), self._spool.result(attempt_id)
                 if body and result:
                     self._deliver_soon(attempt_id, result.response, body)
-            for attempt_id in self._journal.interrupted:
-                if attempt_id not in self._spool:
+            left = [attempt_id for attempt_id in self._journal.interrupted if attempt_id not in self._spool]
+            jobs = {attempt_id: Job.noted(self._journal.notes.get(attempt_id, b"")) for attempt_id in left}
+            at_once = Counter(job.start.replica_id for job in jobs.values() if job)
+            for attempt_id, job in jobs.items():
+                if job is not None:
+                    self._go_on(job, at_once[job.start.replica_id])
+                else:
                     # At least one byte may have gone out, and what came of it nobody knows.
                     result = node_pb2.Result(attempt_id=attempt_id, delivery=task_pb2.DELIVERY_SENT)
                     words = "The node's daemon was killed while the container worked on the request."
@@ -106,6 +118,8 @@ class Executor:
             return
         course = Course(functools.partial(self._note_sent, start.attempt_id), self._monotonic)
         attempt = Attempt(start, course, self._monotonic())
+        if start.HasField("job"):
+            attempt.job = Job.of(start, self._clock_ns())
         try:
             exchange = self._exchange(attempt, start)
         except NoAnswer as why:
@@ -113,6 +127,21 @@ class Executor:
             return
         self._running[attempt.id] = attempt
         attempt.task = self._group.create_task(self._run(attempt, exchange), name=attempt.id)
+
+    def _go_on(self, job: Job, at_once: int) -> None:
+        """With a job that an earlier daemon began, one of so many on its replica."""
+        attempt_id, now = job.start.attempt_id, self._monotonic()
+        course = Course(functools.partial(self._note_sent, attempt_id), self._monotonic)
+        passed_s = min(max(0.0, (self._clock_ns() - job.begun_ns) / 1e9), job.start.run_time_limit_ms / 1000)
+        attempt = Attempt(job.start, course, now - passed_s)
+        attempt.job = job
+        attempt.before_s = passed_s
+        course.sent_at = course.first_byte_at = attempt.accepted_at
+        course.answered()
+        # How they shared the GPUs until now nobody knows any more.
+        attempt.gpu_held_s = passed_s / at_once
+        self._running[attempt_id] = attempt
+        attempt.task = self._group.create_task(self._run(attempt, None), name=attempt_id)
 
     def cancel(self, attempt_id: str) -> None:
         """End an attempt; its result follows. Of one that has ended it changes nothing."""
@@ -179,6 +208,7 @@ class Executor:
         self._results = deque(i for i in self._spool.attempts() if i not in self._deliveries)
         self._sent = dict.fromkeys(i for i, attempt in self._running.items() if attempt.course.sent_at)
         self._sent_ripe = True
+        self._begun = deque(i for i, attempt in self._running.items() if attempt.job is not None)
         self._frame_due.set()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear(call), name="execute: hear")
@@ -199,12 +229,18 @@ class Executor:
         while True:
             await self._frame_due.wait()
             self._frame_due.clear()
-            while self._results or (self._sent and self._sent_ripe):
+            while self._results or self._begun or (self._sent and self._sent_ripe):
                 await write(call, self._frame())
 
     def _frame(self) -> node_pb2.ExecuteRequest:
         frame = node_pb2.ExecuteRequest()
         items = size = 0
+        while self._begun and items < wire.BATCH_ITEMS:
+            begun = self._running.get(self._begun.popleft())
+            # The result of one that has ended says it, too.
+            if begun is not None and begun.job is not None and begun.job.id:
+                frame.jobs.add(attempt_id=begun.id, job_id=begun.job.id)
+                items += 1
         while self._results and items < wire.BATCH_ITEMS and size < wire.BATCH_BYTES:
             attempt_id = self._results.popleft()
             result = self._spool.result(attempt_id)
@@ -250,14 +286,16 @@ class Executor:
             open_body=functools.partial(self._open_body, attempt),
             upload=self._bulk.fetch(attempt.id, len(inline), body.size) if body.size > len(inline) else None,
             limit_bytes=start.response_body_limit_bytes,
-            streamed=start.streamed,
+            streamed=start.streamed and attempt.job is None,
             open_tunnel=functools.partial(self._bulk.tunnel, attempt.id) if switches else None,
         )
 
-    async def _run(self, attempt: Attempt, exchange: Exchange) -> None:
+    async def _run(self, attempt: Attempt, exchange: Exchange | None) -> None:
+        """`exchange` is None where an earlier daemon did it."""
         attempt.stepped = True
         result = node_pb2.Result(attempt_id=attempt.id)
-        timer = asyncio.get_running_loop().call_later(attempt.limit_s, self._time_over, attempt)
+        left_s = attempt.limit_s - attempt.before_s
+        self._deadlines.set(attempt.id, left_s, functools.partial(self._time_over, attempt))
         why = attempt.interruption
         try:
             if why is None:
@@ -267,19 +305,32 @@ class Executor:
             if why is None:
                 raise
             attempt.task.uncancel()
+            if attempt.job is not None:
+                await self._jobs.call_off(attempt.job, why)
         except Exception:
             log.exception("attempt_broken", attempt=attempt.id)
             why = NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")
         finally:
-            timer.cancel()
+            self._deadlines.remove(attempt.id)
             attempt.leave_gpus()
             del self._running[attempt.id]
         self._end(attempt, result, why)
 
-    async def _relayed(self, attempt: Attempt, exchange: Exchange, response: http_pb2.HttpResponse) -> NoAnswer | None:
+    async def _relayed(
+        self, attempt: Attempt, exchange: Exchange | None, response: http_pb2.HttpResponse
+    ) -> NoAnswer | None:
         """Fills in `response`, or says why there is none."""
         try:
-            await self._relay.run(exchange, attempt.course, response)
+            if exchange is not None:
+                await self._relay.run(exchange, attempt.course, response)
+            if attempt.job is not None:
+                await self._jobs.follow(
+                    attempt.job,
+                    attempt.course,
+                    response,
+                    begun=functools.partial(self._job_begun, attempt),
+                    open_body=functools.partial(self._open_body, attempt),
+                )
         except NoAnswer as why:
             attempt.leave_gpus()
             return await self._explained(attempt, why) if why.reason == "CONNECTION_CLOSED" else why
@@ -292,6 +343,9 @@ class Executor:
         except OSError as fault:
             words = f"The node could not note the attempt in its journal: {fault.strerror}."
             raise NoAnswer("INTERNAL", PLATFORM, words) from None
+        self._hold_gpus(attempt)
+
+    def _hold_gpus(self, attempt: Attempt) -> None:
         if attempt.gpu_clock is None and self._places.gpu_ids(attempt.replica_id):
             clock = self._gpu_clocks.setdefault(attempt.replica_id, GpuClock(self._monotonic))
             attempt.gpu_clock, attempt.gpu_entered = clock, clock.enter()
@@ -324,6 +378,14 @@ class Executor:
         else:
             attempt.fill(result, why)
             self._add(result)
+            if self._is_remarkable(attempt, why):
+                self._record(attempt)
+
+    def _is_remarkable(self, attempt: Attempt, why: NoAnswer | None) -> bool:
+        """It has failed, or it was slow."""
+        if why is not None:
+            return why.reason != "CANCELLED"
+        return 0 < attempt.record_after_s <= self._monotonic() - attempt.accepted_at
 
     def _add(self, result: node_pb2.Result) -> None:
         seconds, result.end_time.nanos = divmod(self._clock_ns(), 1_000_000_000)
@@ -403,6 +465,11 @@ class Executor:
         self._sent[attempt_id] = None
         if self._sent_timer is None:
             self._sent_timer = asyncio.get_running_loop().call_later(SENT_DELAY_S, self._ripen_sent)
+
+    def _job_begun(self, attempt: Attempt) -> None:
+        self._hold_gpus(attempt)
+        self._begun.append(attempt.id)
+        self._frame_due.set()
 
     def _ripen_sent(self) -> None:
         self._sent_timer = None

@@ -165,7 +165,7 @@ async def _receive(connection: Connection, exchange: Exchange, course: Course, r
         data = connection.take()
         response.body.inline = data
         response.body.size = len(data)
-        response.body.is_utf8 = _is_utf8(data)
+        response.body.is_utf8 = is_utf8(data)
         return
     response.body.size = answer.length or 0
     sink = exchange.open_body(response)
@@ -245,7 +245,8 @@ def _check_limit(size: int, limit: int) -> None:
         )
 
 
-def _is_utf8(data: bytes) -> bool:
+def is_utf8(data: bytes) -> bool:
+    """Is the whole of it valid UTF-8?"""
     try:
         data.decode()
     except UnicodeDecodeError:

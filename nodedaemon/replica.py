@@ -6,6 +6,7 @@ What goes wrong in one is that one's message and nobody else's trouble.
 import asyncio
 import dataclasses
 import enum
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ PROBE_S, PROBE_LIMIT_S = 0.01, 1.0
 RETRY_S = 1.0
 #: How much of a container's last words goes into the message.
 LAST_LINES, LAST_CHARS = 10, 2000
+#: Events of one replica that are remembered.
+EVENTS_KEPT = 64
 #: Progress when the image is here, and when the container runs.
 PULLED, STARTED = 90, 95
 
@@ -68,6 +71,15 @@ class ReplicaReport:
     restarts: int = 0
     spec_hash: str = ""
     image_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a replica. `at`: the daemon's monotonic clock."""
+
+    at: float
+    state: State
+    message: str
 
 
 class Contact:
@@ -140,6 +152,8 @@ class Replica:
         self._starts = 0
         self._was_ready = False
         self._nudge = asyncio.Event()
+        #: The last ones, for the flight recorder.
+        self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
 
     @property
     def ready(self) -> bool:
@@ -313,6 +327,8 @@ class Replica:
         return "; ".join(remarks)
 
     def _say(self, state: State, progress: int = 0, message: str = "") -> None:
+        if (state, message) != (self._state, self._message):
+            self.events.append(Event(self._means.monotonic(), state, message))
         if (state, progress, message) != (self._state, self._progress, self._message):
             self._state, self._progress, self._message = state, progress, message
             self._means.changed()

@@ -155,10 +155,19 @@ class Replicas:
             return None
         return replica.container.addresses.get(port)
 
+    def container_id(self, replica_id: str) -> str:
+        """The container that a replica has now; empty: none."""
+        replica = self._kept.get(replica_id)
+        return replica.container.container_id if replica and replica.container else ""
+
     def gpu_ids(self, replica_id: str) -> tuple[str, ...]:
         """GPUs of a replica; () if it has none or is unknown."""
         replica = self._kept.get(replica_id)
         return replica.assignment.gpu_ids if replica else ()
+
+    def kept(self, replica_id: str) -> Replica | None:
+        """The replica, if it is looked after here."""
+        return self._kept.get(replica_id)
 
     def on_exit(self, callback: Callable[[Exit], None]) -> None:
         """Have `callback` called, in the event loop, for every container that ended otherwise than by our order."""

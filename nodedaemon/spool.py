@@ -1,14 +1,15 @@
 """What was done and is not yet acknowledged: results, and bodies too large to ride inside them.
 
 A result lives in memory while its acknowledgement is awaited, which takes milliseconds; one that has waited longer than
-SETTLE_S, or that is there when the daemon stops, is written to a file of its own and survives the daemon. Bodies are
-append-only files from their first byte. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a
-result is of an attempt that a killed daemon left (see `journal`) and is deleted.
+SETTLE_S, or that is there when the daemon stops, is written to a file of its own and survives the daemon. So it is with
+bodies, as long as they are small and few: past HELD_BYTES, or ALL_HELD_BYTES of all together, a body is an append-only
+file. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a result is of an attempt that a
+killed daemon left (see `journal`) and is deleted.
 
-Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk; past that the writer of
-a body waits, and so its container does. One exception keeps a full spool from standing still for ever: the oldest body
-may always grow, so it is the limit and one body at most. Results in memory take at most MEMORY_BYTES; past that, too,
-no further attempt may start here (`full`).
+Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk, bodies in memory counted
+as if they were there; past that the writer of a body waits, and so its container does. One exception keeps a full spool
+from standing still for ever: the oldest body may always grow, so it is the limit and one body at most. Results in
+memory take at most MEMORY_BYTES; past that, too, no further attempt may start here (`full`).
 """
 
 import asyncio
@@ -38,6 +39,10 @@ log = structlog.get_logger()
 SETTLE_S: Final = 1.0
 #: Results in memory; past it no further attempt may start.
 MEMORY_BYTES: Final = 64 * 1024 * 1024
+#: A body is held in memory up to this size, ...
+HELD_BYTES: Final = 8 * 1024 * 1024
+#: ... and as long as all that are held have no more than this.
+ALL_HELD_BYTES: Final = 16 * 1024 * 1024
 #: A write or read of this size or less is done in the event loop: the page cache takes it faster than a thread wakes.
 IN_LOOP_BYTES: Final = 16 * 1024
 #: At the beginning of a result's file, before its CRC-32 (4 bytes, big-endian) and the message.
@@ -46,26 +51,33 @@ _NUMBERS: Final = itertools.count()
 
 
 class Body:
-    """A response body on disk: one writer, one reader that follows it.
+    """A response body, in memory or on disk: one writer, one reader that follows it.
 
     Opens its file anew for each piece: so nothing is left open while a control plane is gone for long, and a thread
     that still writes for an attempt that was cancelled can never hit a file that is not its own.
     """
 
-    def __init__(self, spool: "Spool", path: Path, size: int, *, ended: bool) -> None:
+    def __init__(self, spool: "Spool", path: Path, size: int, *, ended: bool, on_disk: bool = False) -> None:
         self._spool = spool
         self._path = path
         self._grown: asyncio.Future[None] | None = None
+        # None once it is on disk.
+        self._held: list[bytes] | None = None if on_disk else []
+        self._storing = asyncio.Lock()
         self.size = size
         self.ended = ended
 
     async def write(self, data: bytes) -> None:
         """Append; waits while the spool is full. Raises OSError: the disk is full, say."""
         await self._spool.room(self)
-        if len(data) <= IN_LOOP_BYTES:
-            _append(self._path, data)
+        if self._held is not None and not self._spool.hold(self, len(data)):
+            await self.store()
+        if self._held is not None:
+            self._held.append(data)
+        elif len(data) <= IN_LOOP_BYTES:
+            _append(self._path, [data])
         else:
-            await self._spool.in_thread(_append, self._path, data)
+            await self._spool.in_thread(_append, self._path, [data])
         self.size += len(data)
         self._spool.used_bytes += len(data)
         self._tell()
@@ -83,17 +95,36 @@ class Body:
         wanted = min(wire.CHUNK_BYTES, self.size - offset)
         if wanted <= 0:
             return b""
+        if self._held is not None:
+            return _chunk_at(self._held, offset)
         if wanted <= IN_LOOP_BYTES:
             return _read_at(self._path, offset, wanted)
         return await self._spool.in_thread(_read_at, self._path, offset, wanted)
+
+    async def store(self) -> None:
+        """Bring to disk what is in memory, and from now on what comes. Raises OSError: it stays in memory."""
+        async with self._storing:
+            if self._held is None:
+                return
+            # What was left by a try that failed must go first.
+            self._path.unlink(missing_ok=True)
+            self._path.touch(mode=0o600)
+            await self._spool.in_thread(_append, self._path, self._held)
+            self._let_go()
 
     def delete(self) -> None:
         """Give its room back. What still writes or reads it fails with OSError."""
         # Taking a large file's pages away takes a while, and nobody waits for it.
         self._spool.in_thread(self._path.unlink, True)
+        self._let_go()
         self._spool.used_bytes -= self.size
         self.size = 0
         self.end()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._spool.held_bytes -= sum(map(len, self._held))
+            self._held = None
 
     def _tell(self) -> None:
         if self._grown is not None and not self._grown.done():
@@ -113,7 +144,7 @@ class _Entry:
 class Spool:
     """Keeps results and bodies in `directory`, which it makes. Loads what an earlier daemon left there.
 
-    `used_bytes`: disk taken by bodies and result files. `memory_bytes`: results in memory.
+    `used_bytes`: disk taken by bodies and result files. `memory_bytes`: results in memory. `held_bytes`: bodies there.
     """
 
     def __init__(
@@ -135,6 +166,7 @@ class Spool:
         self._settling = asyncio.Lock()
         self.used_bytes = 0
         self.memory_bytes = 0
+        self.held_bytes = 0
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._load()
 
@@ -168,10 +200,15 @@ class Spool:
 
     def begin_body(self, attempt_id: str) -> Body:
         """A new body, empty. Raises OSError."""
-        path = self._path(attempt_id, "body")
-        path.touch(mode=0o600)
-        body = self._bodies[attempt_id] = Body(self, path, 0, ended=False)
+        body = self._bodies[attempt_id] = Body(self, self._path(attempt_id, "body"), 0, ended=False)
         return body
+
+    def hold(self, body: Body, size: int) -> bool:
+        """Whether so much more of a body may be held in memory; if so it is counted."""
+        if body.size + size > HELD_BYTES or self.held_bytes + size > ALL_HELD_BYTES:
+            return False
+        self.held_bytes += size
+        return True
 
     def body(self, attempt_id: str) -> Body | None:
         """The body begun under that id, if it is still kept."""
@@ -224,6 +261,8 @@ class Spool:
                 continue
             if not entry.on_disk and entry.result is not None:
                 try:
+                    if body := self._bodies.get(attempt_id):
+                        await body.store()
                     await self.in_thread(_store, self._path(attempt_id, "result"), entry.result.SerializeToString())
                 except OSError as fault:
                     failed += 1
@@ -276,7 +315,7 @@ class Spool:
             self._entries[attempt_id] = _Entry(None, size, float("-inf"), on_disk=True)
             self.used_bytes += size + stored
             if stored:
-                self._bodies[attempt_id] = Body(self, body, stored, ended=True)
+                self._bodies[attempt_id] = Body(self, body, stored, ended=True, on_disk=True)
         for path in self._directory.iterdir():
             if path.suffix == ".new" or (path.suffix == ".body" and unquote(path.stem) not in self._bodies):
                 path.unlink()
@@ -291,14 +330,29 @@ def _lost(attempt_id: str) -> node_pb2.Result:
     return node_pb2.Result(attempt_id=attempt_id, delivery=task_pb2.DELIVERY_SENT, failure=failure)
 
 
-def _append(path: Path, data: bytes) -> None:
+def _chunk_at(pieces: list[bytes], offset: int) -> bytes:
+    """From `offset` on, as much as a chunk may have."""
+    found: list[bytes] = []
+    room = wire.CHUNK_BYTES
+    for piece in pieces:
+        if part := piece[offset : offset + room]:
+            found.append(part)
+            room -= len(part)
+            if not room:
+                break
+        offset = max(0, offset - len(piece))
+    return found[0] if len(found) == 1 else b"".join(found)
+
+
+def _append(path: Path, pieces: list[bytes]) -> None:
     # Never O_CREAT: a body that was deleted must not come back.
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        with memoryview(data) as rest:
-            written = 0
-            while written < len(data):
-                written += os.write(fd, rest[written:])
+        for data in pieces:
+            with memoryview(data) as rest:
+                written = 0
+                while written < len(data):
+                    written += os.write(fd, rest[written:])
     finally:
         os.close(fd)
 

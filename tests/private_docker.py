@@ -49,6 +49,16 @@ class PrivateDocker:
                 pytest.skip("needs loop devices, for a small disk")
 
     @property
+    def prefix(self) -> tuple[str, ...]:
+        """Put before a command, it runs in the engine's network: there, ports that it publishes are to be found."""
+        return ("nsenter", f"--net=/run/netns/{self._namespace}")
+
+    @property
+    def host_ip(self) -> str:
+        """This side, as seen from there."""
+        return self._host_ip
+
+    @property
     def api(self) -> docker.APIClient:
         return docker.APIClient(self.url, version="auto")
 

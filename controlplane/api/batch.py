@@ -7,9 +7,9 @@ writer takes whatever is ready when it is free: no timer, so an answer alone wai
 import asyncio
 import functools
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
 
@@ -58,8 +58,7 @@ class Batches:
             calls.wake()
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(msgspec.Struct, frozen=True):
     """What must be kept of a call for its answer. Not its message: that would keep the frame's bodies in memory."""
 
     id: int
@@ -110,9 +109,10 @@ class _Calls:
                 self._begin(call, self._caller.principal)
 
     def _begin(self, message: pb.Call, principal: Principal) -> None:
-        call = _call_of(message)
+        method = message.WhichOneof("method") or ""
+        call = _call_of(message, method)
         try:
-            future = self._future_of(message, principal)
+            future = self._future_of(message, method, principal)
         except Exception as error:
             self._ready.append((call, error))
             self._news.set()
@@ -120,10 +120,10 @@ class _Calls:
             self._open[call.id] = future
             future.add_done_callback(functools.partial(self._done, call))
 
-    def _future_of(self, message: pb.Call, principal: Principal) -> "asyncio.Future[TaskView]":
+    def _future_of(self, message: pb.Call, method: str, principal: Principal) -> "asyncio.Future[TaskView]":
         if message.id in self._open:
             raise InvalidArgument("call.id: is in use by an unanswered call of this stream.")
-        match message.WhichOneof("method"):
+        match method:
             case "schedule":
                 return self._tasks.begin(message.schedule, principal)
             case "query":
@@ -202,8 +202,9 @@ class _Calls:
             future.cancel()
 
 
-def _call_of(message: pb.Call) -> _Call:
-    if message.HasField("query"):
-        return _Call(message.id, "query", message.query.max_inline_bytes, message.query.workspace_id)
-    method = message.WhichOneof("method") or ""
-    return _Call(message.id, method, message.schedule.max_inline_bytes if method == "schedule" else 0)
+def _call_of(message: pb.Call, method: str) -> _Call:
+    if method == "schedule":
+        return _Call(message.id, method, message.schedule.max_inline_bytes)
+    if method == "query":
+        return _Call(message.id, method, message.query.max_inline_bytes, message.query.workspace_id)
+    return _Call(message.id, method)

@@ -5,12 +5,55 @@ In memory only: after a restart the node says the head again and goes on from th
 
 import asyncio
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final, Self
 
 from controlplane.slots import Response
 
 #: Deliveries remembered; past it the oldest is forgotten, which costs its watchers the head until the task's end.
 REMEMBERED: Final = 10_000
+
+#: A node is told no more often than so, in seconds, how much it has delivered: each word costs as much as a chunk.
+SAID_S: Final = 0.02
+
+
+class Progress:
+    """Tells a node how much of a body is stored: at once, if that was not done just before. A context."""
+
+    def __init__(self, write: Callable[[int], Awaitable[None]]) -> None:
+        self._write = write
+        self._size = 0
+        self._over = asyncio.Event()
+        self._telling: asyncio.Task[None] | None = None
+
+    def tell(self, size: int) -> None:
+        """So much is stored."""
+        self._size = size
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(), name="delivery-progress")
+
+    async def _tell(self) -> None:
+        said = -1
+        while said != self._size and not self._over.is_set():
+            said = self._size
+            try:
+                await self._write(said)
+            except Exception:
+                # gRPC has several for a node that has gone, which its reader finds as well.
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SAID_S):
+                    await self._over.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Never cancelled: a write that is under way would be in the way of the next.
+        self._over.set()
+        if self._telling is not None:
+            await asyncio.wait({self._telling})
 
 
 class Deliveries:
@@ -29,6 +72,10 @@ class Deliveries:
         event = self._events.pop(attempt_id, None)
         if event is not None:
             event.set()
+
+    def begun(self, attempt_id: str) -> bool:
+        """It has something in the body store, complete or not."""
+        return attempt_id in self._heads
 
     def complete(self, attempt_id: str, size: int) -> None:
         """All of it is on disk: `size` bytes."""

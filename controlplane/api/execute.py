@@ -10,7 +10,7 @@ from ngpu.v1 import node_pb2 as pb
 
 from controlplane import ids
 from controlplane.api import translate
-from controlplane.api.deliveries import Deliveries
+from controlplane.api.deliveries import Deliveries, Progress
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.nodes import session_of
 from controlplane.api.stored import body_of_request
@@ -67,6 +67,8 @@ class Execution:
     async def _take(self, addr: str, message: pb.ExecuteRequest) -> None:
         for attempt_id in message.sent:
             self._dispatcher.sent(addr, attempt_id)
+        for job in message.jobs:
+            self._dispatcher.begun(addr, job.attempt_id, job.job_id)
         for said in message.results:
             try:
                 result = translate.result_of(said)
@@ -74,6 +76,9 @@ class Execution:
                 raise InvalidArgument(f"A result has a value that this version does not know: {error}.") from error
             if result.response is not None and (len(result.response.body) != result.response.size):
                 result = await self._delivered(result)
+            if result.response is None and self._deliveries.begun(result.attempt_id):
+                # The beginning of an answer that there will never be.
+                await self._bodies.delete(f"{result.attempt_id}.response")
             self._deliveries.forget(result.attempt_id)
             self._dispatcher.result(addr, result)
 
@@ -125,19 +130,26 @@ class Execution:
         head = translate.response_of(message.head)
         self._deliveries.begin(attempt_id, head)
         self._dispatcher.answering(addr, attempt_id, head)
-        while not complete:
-            await stream.write(pb.DeliverResponse(stored_bytes=size))
-            if (message := await stream.read()) is None:
-                return
-            caller.check()
-            if not self._dispatcher.attempt_is_current(addr, attempt_id):
-                raise StaleAttempt
-            if len(message.data) > wire.CHUNK_BYTES:
-                raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-            size = await self._bodies.append(name, message.offset, message.data, limit_bytes=limit)
-            if message.last:
-                size = await self._bodies.seal(name)
-                complete = True
+        try:
+            async with Progress(lambda stored: stream.write(pb.DeliverResponse(stored_bytes=stored))) as progress:
+                while not complete:
+                    progress.tell(size)
+                    if (message := await stream.read()) is None:
+                        return
+                    caller.check()
+                    if not self._dispatcher.attempt_is_current(addr, attempt_id):
+                        raise StaleAttempt
+                    if len(message.data) > wire.CHUNK_BYTES:
+                        raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+                    size = await self._bodies.append(name, message.offset, message.data, limit_bytes=limit, behind=True)
+                    if message.last:
+                        size = await self._bodies.seal(name)
+                        complete = True
+        finally:
+            is_over = not complete and not self._dispatcher.attempt_is_current(addr, attempt_id)
+            # The attempt was given up under it. A sealed body is one that another stream has completed since.
+            if is_over and not await self._bodies.sealed(name):
+                await self._bodies.delete(name)
         self._deliveries.complete(attempt_id, size)
         await stream.write(pb.DeliverResponse(stored_bytes=size, complete=True))
 

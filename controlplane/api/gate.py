@@ -46,6 +46,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.TaskService.Query": _CUSTOMER,
     "ngpu.v1.TaskService.ListTasks": _CUSTOMER,
     "ngpu.v1.TaskService.GetDetail": _CUSTOMER,
+    "ngpu.v1.TaskService.GetFlights": _CUSTOMER,
     "ngpu.v1.TaskService.Watch": _CUSTOMER,
     "ngpu.v1.TaskService.Connect": _CUSTOMER,
     "ngpu.v1.TaskService.Cancel": _CUSTOMER,
@@ -56,6 +57,8 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.WorkspaceService.UpdateWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.DeleteWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.WatchWorkspace": _CUSTOMER,
+    "ngpu.v1.WorkspaceService.GetWebhookSecret": _OWNER,
+    "ngpu.v1.WorkspaceService.RotateWebhookSecret": _OWNER,
     "ngpu.v1.WorkspaceService.PublishRoute": _OPERATOR,
     "ngpu.v1.WorkspaceService.ListRoutes": _FRONT,
     "ngpu.v1.WorkspaceService.DeleteRoute": _OPERATOR,
@@ -67,6 +70,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.NodeService.Fetch": _NODE,
     "ngpu.v1.NodeService.Deliver": _NODE,
     "ngpu.v1.NodeService.Tunnel": _NODE,
+    "ngpu.v1.NodeService.Record": _NODE,
     "ngpu.v1.AssetService.CheckAddress": _CUSTOMER,
     "ngpu.v1.FleetService.ListNodes": _FRONT,
     "ngpu.v1.FleetService.GetNode": _FRONT,
@@ -76,6 +80,10 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.FleetService.ListTokens": _OPERATOR,
     "ngpu.v1.FleetService.RevokeToken": _OPERATOR,
     "ngpu.v1.FleetService.Explain": _OWNER,
+    "ngpu.v1.UsageService.GetUsage": _OWNER,
+    "ngpu.v1.UsageService.ListReceipts": _OWNER,
+    "ngpu.v1.UsageService.SetPrice": _OPERATOR,
+    "ngpu.v1.UsageService.ListPrices": _OWNER,
 }
 
 #: Of an error's message. It travels twice in the trailing metadata, of which gRPC takes no more than 8 KiB.

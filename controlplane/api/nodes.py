@@ -16,9 +16,12 @@ from controlplane.deployer import Deployer
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unauthenticated
 from controlplane.fleet import Fleet, Node
+from controlplane.flights import Flights
 
 #: Changes of what a node should run are told after this long, so that a plan's many changes go in one message.
 DEBOUNCE_S: Final = 0.05
+#: A wait that lasts so much longer than asked for says that we were stopped meanwhile.
+STALL_S: Final = 2.0
 
 _ADDR: Final = re.compile(r"0x[0-9a-fA-F]{40}")
 _NAME: Final = re.compile(r"[a-z0-9.-]{1,63}")
@@ -39,6 +42,7 @@ class Nodes:
         fleet: Fleet,
         deployer: Deployer,
         dispatcher: Dispatcher,
+        flights: Flights,
         report_every_s: float = 5.0,
         timeout_s: float = 15.0,
         monotonic: Callable[[], float] = time.monotonic,
@@ -47,6 +51,7 @@ class Nodes:
         self._fleet = fleet
         self._deployer = deployer
         self._dispatcher = dispatcher
+        self._flights = flights
         self._report_after_ms = round(report_every_s * 1000)
         self._timeout_s = timeout_s
         self._monotonic = monotonic
@@ -121,6 +126,7 @@ class Nodes:
         except ValueError as error:
             raise InvalidArgument(f"The report has a value that this version does not know: {error}.") from error
         self._deployer.report(addr, report)
+        self._flights.hear(addr, report.readings)
         self._dispatcher.held(addr, report.attempt_ids)
 
     def desired(self, addr: str) -> pb.HeartbeatResponse:
@@ -201,8 +207,12 @@ class _Heart:
 
     async def watch_silence(self) -> None:
         """Give the node up once it has been silent for too long."""
-        while (left := self._nodes.silent_for(self._heard)) > 0:  # noqa: ASYNC110, there is nothing to wait for but time
+        while (left := self._nodes.silent_for(self._heard)) > 0:
+            begun = self._nodes.now()
             await asyncio.sleep(left)
+            if self._nodes.now() - begun > left + STALL_S:
+                # It was us who stood still: what it has said meanwhile is yet to be read.
+                self._heard = self._nodes.now()
         self._nodes.give_up(self._addr)
 
 

@@ -11,6 +11,7 @@ from controlplane.api import translate
 from controlplane.api.gate import Caller
 from controlplane.api.owners import Owners
 from controlplane.api.stored import body_of_request, body_of_response, read_whole
+from controlplane.api.webhooks import webhook_of
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NotFound
@@ -53,6 +54,7 @@ class Records:
         if row is None or (owner and row.workspace_uid != owner):
             raise NotFound
         workspace = self._fleet.workspace(row.workspace_uid)
+        ended = await self._store.attempts(row.id)
         # A task's id opens its result, and not whose it is.
         owned = bool(owner) or caller.principal.kind is Kind.OPERATOR
         answer = pb.GetDetailResponse(
@@ -64,9 +66,11 @@ class Records:
             port=row.port,
             origin=pb.Origin(user_ip=row.user_ip if owned else "", url=row.origin_url, operation=row.operation),
             request=http_pb2.HttpRequest(method=row.method, path=row.path, query=row.query),
-            attempts=[translate.attempt_of_row(attempt) for attempt in await self._store.attempts(row.id)],
+            attempts=[translate.attempt_of_row(attempt) for attempt in ended],
         )
         translate.fill_headers(answer.request.headers, translate.headers_of_row(row.request_headers_json))
+        if row.callback_url:
+            answer.webhook.CopyFrom(webhook_of(row, await self._store.webhook(row.id), owned=owned))
         limit = min(request.max_inline_bytes or wire.ANSWER_INLINE_BYTES, wire.ANSWER_INLINE_BYTES)
         name = body_of_request(row.id)
         await self._fill_body(answer.request.body, row, row.request_body, size=row.request_size, name=name, limit=limit)
@@ -81,9 +85,14 @@ class Records:
                 number=row.attempt,
                 replica_id=row.replica_id,
                 node_addr=row.node_addr,
+                queue_time=translate.timestamp(ended[-1].end_time if ended else row.create_time),
                 assign_time=translate.timestamp(row.assign_time),
                 reason=row.assign_reason,
             )
+        if workspace.spec.jobs:
+            jobs = {job.attempt: job.id for job in await self._store.jobs_of(row.id)}
+            for attempt in answer.attempts:
+                attempt.job_id = jobs.get(attempt.number, "")
         return answer
 
     async def _fill_body(
@@ -99,7 +108,10 @@ class Records:
             message.inline = await read_whole(self._bodies, name)
 
     def _task(self, row: Task) -> pb.Task:
-        return translate.task_of_row(row, self._dispatcher.position(row.id) or 0)
+        message = translate.task_of_row(row)
+        if row.state is State.QUEUED and (view := self._dispatcher.waiting(row.id)) is not None:
+            translate.fill_wait(message, view)
+        return message
 
 
 def _states_of(message: pb.ListTasksRequest) -> frozenset[State]:

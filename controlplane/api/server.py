@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from ngpu import wire
-from ngpu.v1 import asset_pb2, fleet_pb2, node_pb2, task_pb2, workspace_pb2
+from ngpu.v1 import asset_pb2, fleet_pb2, node_pb2, task_pb2, usage_pb2, workspace_pb2
 
 from controlplane.api.gate import Gate
 from controlplane.config import split_address
@@ -20,7 +20,7 @@ CONCURRENT_CALLS: Final = 20_000
 #: Every service there is.
 SERVICES: Final[tuple[ServiceDescriptor, ...]] = tuple(
     service
-    for file in (task_pb2, workspace_pb2, node_pb2, asset_pb2, fleet_pb2)
+    for file in (task_pb2, workspace_pb2, node_pb2, asset_pb2, fleet_pb2, usage_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 

@@ -11,14 +11,16 @@ from ngpu import wire
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
-from controlplane import ids
+from controlplane import destinations, ids
 from controlplane.access import Kind, Principal
 from controlplane.api import translate
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.owners import Owners
+from controlplane.api.questions import Questions
 from controlplane.api.requests import TARGET_BYTES, check_size, request_of
 from controlplane.api.stored import body_of_request, body_of_response, read_whole
 from controlplane.bodies import Bodies
+from controlplane.destinations import Rules
 from controlplane.dispatcher import Dispatcher, NewTask, TaskView
 from controlplane.errors import (
     AssetMissing,
@@ -28,6 +30,7 @@ from controlplane.errors import (
     NotFound,
 )
 from controlplane.fleet import Fleet, Workspace
+from controlplane.jobs import Question, question_of
 from controlplane.model import ENDED
 from controlplane.slots import Request
 from controlplane.spec import Spec
@@ -58,7 +61,8 @@ class _Waiting(TypedDict):
 class TaskApi:
     """Schedule, Upload, Query and Cancel.
 
-    `allow_unchecked`: tasks pass whose address could not be checked because no indexer answers.
+    `allow_unchecked`: tasks pass whose address could not be checked because no indexer answers. `destinations`: where
+    their ends may be posted to.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class TaskApi:
         assets: Assets,
         new_task_id: Callable[[], str],
         allow_unchecked: bool = False,
+        destinations: Rules = Rules(),  # noqa: B008 frozen
     ) -> None:
         self._owners = owners
         self._fleet = fleet
@@ -79,8 +84,10 @@ class TaskApi:
         self._store = store
         self._bodies = bodies
         self._assets = assets
+        self._questions = Questions(store, dispatcher)
         self._new_task_id = new_task_id
         self._allow_unchecked = allow_unchecked
+        self._destinations = destinations
 
     # Schedule.
 
@@ -107,6 +114,8 @@ class TaskApi:
         key = message.idempotency_key
         if len(key.encode()) > IDEMPOTENCY_KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: longer than {IDEMPOTENCY_KEY_BYTES} bytes.")
+        if message.callback_url:
+            destinations.host_of(message.callback_url, self._destinations)
         origin = message.origin
         new = NewTask(
             task_id=self._new_task_id(),
@@ -117,18 +126,21 @@ class TaskApi:
             repeatable=message.repeatable if message.HasField("repeatable") else spec.repeatable or bool(key),
             btc_address=message.btc_address,
             idempotency_key=key or None,
-            request_hash=_hash_of(port, request) if key else None,
+            request_hash=_hash_of(port, request, message.callback_url) if key else None,
             user_ip=origin.user_ip[:RECORD_CHARS],
             origin_url=origin.url[:TARGET_BYTES],
             operation=origin.operation[:RECORD_CHARS],
             streamed=message.streamed,
+            callback_url=message.callback_url,
         )
         waiting: _Waiting = {"wait_s": wait_s, "cancel_on_hangup": message.cancel_on_hangup}
         body = message.request.body
-        if not (body.upload_id or new.btc_address):
+        rules = spec.jobs
+        question = question_of(rules, request.method, request.path, request.query) if rules else None
+        if not (body.upload_id or new.btc_address or question):
             return self._dispatcher.accept(new, **waiting)
         # Not given the message itself: it would keep its whole frame in memory.
-        later = self._begin_later(new, spec, waiting, upload_id=body.upload_id, expected=body.size)
+        later = self._begin_later(new, spec, waiting, question, upload_id=body.upload_id, expected=body.size)
         return asyncio.create_task(later, name=f"schedule-{new.task_id}")
 
     def _target(self, message: pb.ScheduleRequest, principal: Principal) -> tuple[Workspace, int, str | None]:
@@ -153,17 +165,27 @@ class TaskApi:
         return workspace, port or ports[0], path
 
     async def _begin_later(
-        self, new: NewTask, spec: Spec, waiting: _Waiting, *, upload_id: str, expected: int
+        self,
+        new: NewTask,
+        spec: Spec,
+        waiting: _Waiting,
+        question: Question | None,
+        *,
+        upload_id: str,
+        expected: int,
     ) -> TaskView:
         if new.btc_address:
             await self._check_assets(new.btc_address)
+        if question is not None and not upload_id:
+            return await self._questions.ask(new, question, **waiting)
         if not upload_id:
             return await self._dispatcher.submit(new, **waiting)
         if new.request.body:
             raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
         _check_upload_id(upload_id)
         try:
-            size = await self._bodies.seal(upload_id)
+            # On disk it is with its new name.
+            size = await self._bodies.seal(upload_id, durable=False)
         except NotFound:
             raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
         if expected not in {0, size}:
@@ -237,15 +259,16 @@ class TaskApi:
             _check_upload_id(upload_id)
             if await self._bodies.size(upload_id) is None:
                 raise NotFound("upload_id: there is no such upload, or a task has taken it.")
-        await stream.accept(((wire.UPLOAD_ID, upload_id),))
+        await stream.accept(((wire.UPLOAD_ID, upload_id), (wire.UPLOAD_LIMIT, str(limit))))
         keep = not message.discard
         try:
             while message is not None:
                 if len(message.data) > wire.CHUNK_BYTES:
                     raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-                size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit)
+                size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit, behind=True)
                 keep = keep or message.last
                 message = await stream.read()
+            await self._bodies.flush(upload_id)
         finally:
             if not keep:
                 # An append that was cancelled may still be under way: the deletion waits for it.
@@ -287,6 +310,9 @@ class TaskApi:
     async def end(self, request: pb.CancelRequest, principal: Principal) -> TaskView:
         """Cancel the task that a Cancel speaks of."""
         await self._owners.task(request.task_id, request.workspace_id, principal)
+        if request.hangup:
+            self._dispatcher.hang_up(request.task_id)
+            return await self._dispatcher.query(request.task_id)
         return await self._dispatcher.cancel(request.task_id)
 
 
@@ -303,10 +329,10 @@ def _check_upload_id(upload_id: str) -> None:
         raise NotFound("upload_id: there is no such upload.")
 
 
-def _hash_of(port: int, request: Request) -> bytes:
+def _hash_of(port: int, request: Request, callback_url: str) -> bytes:
     """Of what an idempotency key must always come with. Of headers only Content-Type: others change from try to try."""
     kinds = [value for name, value in request.headers if name.lower() == "content-type"]
-    parts = (str(port), request.method, request.path, request.query)
+    parts = (str(port), request.method, request.path, request.query, callback_url)
     digest = hashlib.sha256("\0".join(parts).encode() + b"\0" + b"\0".join(kinds) + b"\0")
     digest.update(request.body)
     return digest.digest()

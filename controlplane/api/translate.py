@@ -15,9 +15,11 @@ from controlplane import model, report
 from controlplane.deployer import Assignment
 from controlplane.dispatcher import TaskView
 from controlplane.explain import Decision
+from controlplane.jobs import resolved
 from controlplane.model import EPOCH, MICROSECOND
+from controlplane.prices import amount_text
 from controlplane.slots import AttemptResult, Failure, Headers, Response, Start
-from controlplane.spec import GpuNeed, Limits, Readiness, Registry, Scale, Spec
+from controlplane.spec import GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec
 
 _HEADERS = msgspec.json.Decoder(Headers)
 _DEFAULT = Spec(name="", image="", ports=())
@@ -67,8 +69,15 @@ def fill_task(message: task_pb2.Task, view: TaskView) -> None:
     if view.failure is not None:
         fill_failure(message.failure, view.failure.cause, view.failure.reason, view.failure.message)
     if view.state is model.State.QUEUED:
-        message.queue_position = view.queue_position
-        message.waiting_for = view.waiting_for
+        fill_wait(message, view)
+
+
+def fill_wait(message: task_pb2.Task, view: TaskView) -> None:
+    """Set a queued task's place and why it waits within a message that is being built."""
+    message.queue_position = view.queue_position
+    message.waiting_for = view.waiting_for
+    if view.expected_wait_s:
+        message.expected_wait.CopyFrom(duration(view.expected_wait_s))
 
 
 def fill_failure(message: task_pb2.Failure, cause: int, reason: str, words: str) -> None:
@@ -101,8 +110,12 @@ def fill_start(message: node_pb2.Start, start: Start) -> None:
     message.replica_id = start.replica_id
     message.port = start.port
     message.run_time_limit_ms = round(start.run_time_limit_s * 1000)
+    if start.record_after_s < start.run_time_limit_s:
+        message.record_after_ms = round(start.record_after_s * 1000)
     message.response_body_limit_bytes = start.response_body_limit_bytes
     message.streamed = start.streamed
+    if start.job is not None:
+        message.job.CopyFrom(job_rule(start.job))
     plain, request = start.request, message.request
     request.method = plain.method
     request.path = plain.path
@@ -112,7 +125,7 @@ def fill_start(message: node_pb2.Start, start: Start) -> None:
     request.body.inline = plain.body
 
 
-def task_of_row(row: model.Task, queue_position: int = 0) -> task_pb2.Task:
+def task_of_row(row: model.Task) -> task_pb2.Task:
     """A recorded task on the wire."""
     message = task_pb2.Task(
         task_id=row.id,
@@ -121,7 +134,6 @@ def task_of_row(row: model.Task, queue_position: int = 0) -> task_pb2.Task:
         create_time=timestamp(row.create_time),
         start_time=timestamp(row.start_time),
         end_time=timestamp(row.end_time),
-        queue_position=queue_position,
     )
     if row.failure_reason:
         fill_failure(message.failure, row.cause, row.failure_reason, row.failure_message)
@@ -145,6 +157,10 @@ def attempt_of_row(row: model.Attempt) -> task_pb2.Attempt:
         gpu_ids=msgspec.json.decode(row.gpu_ids_json, type=list[str]),
         http_status=row.http_status,
         reason=row.reason,
+        queue_time=timestamp(row.queue_time),
+        gpu_model=row.gpu_model,
+        price=amount_text(row.price_nanos),
+        cost=amount_text(row.cost_nanos),
     )
     if row.failure_reason:
         fill_failure(message.failure, row.cause, row.failure_reason, row.failure_message)
@@ -174,6 +190,7 @@ def result_of(message: node_pb2.Result) -> AttemptResult:
         last_byte_after_us=message.last_byte_after_us,
         gpu_us=message.gpu_us,
         end_time=time_of(message.end_time) if message.HasField("end_time") else None,
+        job_id=message.job_id,
     )
 
 
@@ -245,8 +262,12 @@ def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:
             response_body_bytes=limits.response_body_bytes or default.response_body_bytes,
             queue_length=limits.queue_length or default.queue_length,
             max_attempts=limits.max_attempts or default.max_attempts,
+            rate=limits.rate or default.rate,
         ),
         repeatable=message.repeatable if message.HasField("repeatable") else _DEFAULT.repeatable,
+        cancel_on_hangup=(
+            message.cancel_on_hangup if message.HasField("cancel_on_hangup") else _DEFAULT.cancel_on_hangup
+        ),
         writable_paths=tuple(message.writable_paths),
         account=message.account,
         scale=Scale(
@@ -255,6 +276,50 @@ def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:
             seconds_of(message.scale.idle_time) or _DEFAULT.scale.idle_time_s,
             seconds_of(message.scale.queue_wait) or _DEFAULT.scale.queue_wait_s,
         ),
+        jobs=tuple(resolved(_job_rule_of(rule)) for rule in message.jobs),
+    )
+
+
+def _job_rule_of(message: workspace_pb2.JobRule) -> JobRule:
+    return JobRule(
+        preset=message.preset,
+        start=message.start,
+        id=tuple(message.id),
+        ask=message.ask,
+        cancel=message.cancel,
+        state=message.state,
+        accepted=tuple(message.accepted),
+        done=tuple(message.done),
+        running=tuple(message.running),
+        waiting=tuple(message.waiting),
+        failed=tuple(message.failed),
+        busy=tuple(message.busy),
+        output=message.output,
+        message=message.message,
+        poll_s=seconds_of(message.poll),
+        limit_s=seconds_of(message.limit),
+    )
+
+
+def job_rule(plain: JobRule) -> workspace_pb2.JobRule:
+    """A rule for jobs on the wire."""
+    return workspace_pb2.JobRule(
+        preset=plain.preset,
+        start=plain.start,
+        id=plain.id,
+        ask=plain.ask,
+        cancel=plain.cancel,
+        state=plain.state,
+        accepted=plain.accepted,
+        done=plain.done,
+        running=plain.running,
+        waiting=plain.waiting,
+        failed=plain.failed,
+        busy=plain.busy,
+        output=plain.output,
+        message=plain.message,
+        poll=duration(plain.poll_s),
+        limit=duration(plain.limit_s) if plain.limit_s else None,
     )
 
 
@@ -287,10 +352,13 @@ def spec(plain: Spec, *, secrets: bool) -> workspace_pb2.WorkspaceSpec:
             response_body_bytes=plain.limits.response_body_bytes,
             queue_length=plain.limits.queue_length,
             max_attempts=plain.limits.max_attempts,
+            rate=plain.limits.rate,
         ),
         repeatable=plain.repeatable,
+        cancel_on_hangup=plain.cancel_on_hangup,
         writable_paths=plain.writable_paths,
         account=plain.account,
+        jobs=[job_rule(rule) for rule in plain.jobs],
     )
     if plain.scale.max_replicas:
         message.scale.min_replicas = plain.scale.min_replicas

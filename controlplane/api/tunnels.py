@@ -1,7 +1,8 @@
 """Connections that have changed their protocol (101): the node's end and the caller's, joined while both last.
 
-Nothing is kept: each message that one end has sent is given to the other before the next is read, so a slow end holds
-back its own connection and nobody else. When one of the two ends, for whatever reason, both are over.
+Nothing is kept but how many bytes went each way. Each message that one end has sent is given to the other before the
+next is read, so a slow end holds back its own connection and nobody else. When one of the two ends, for whatever
+reason, both are over.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from controlplane.api.nodes import session_of
 from controlplane.api.owners import Owners
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NotFound, StaleAttempt
+from controlplane.tasks import Meter
 
 #: How long the node's end waits for the caller's.
 CONNECT_LIMIT_S: Final = 10.0
@@ -27,10 +29,9 @@ CONNECT_LIMIT_S: Final = 10.0
 class Tunnels:
     """Serves Tunnel and Connect. `tunnels` are those that are up or wait for their caller, by attempt."""
 
-    def __init__(self, owners: Owners, dispatcher: Dispatcher, *, connect_limit_s: float = CONNECT_LIMIT_S) -> None:
+    def __init__(self, owners: Owners, dispatcher: Dispatcher) -> None:
         self._owners = owners
         self._dispatcher = dispatcher
-        self._connect_limit_s = connect_limit_s
         self.tunnels: dict[str, _Tunnel] = {}
 
     async def tunnel(self, stream: Stream[node_pb2.TunnelRequest, node_pb2.TunnelResponse], caller: Caller) -> None:
@@ -44,12 +45,13 @@ class Tunnels:
             raise StaleAttempt
 
         async def give(data: bytes) -> None:
+            tunnel.meter.request_bytes += len(data)
             await stream.write(node_pb2.TunnelResponse(data=data))
 
         tunnel = self.tunnels[attempt_id] = _Tunnel(give)
         try:
-            self._dispatcher.answering(addr, attempt_id, translate.response_of(first.head))
-            await _before(tunnel.taken, self._connect_limit_s)
+            self._dispatcher.answering(addr, attempt_id, translate.response_of(first.head), tunnel.meter)
+            await asyncio.wait({tunnel.taken}, timeout=CONNECT_LIMIT_S)
             if tunnel.to_caller is None:
                 raise NotFound("The task's caller has gone.")
             await tunnel.carry(stream, tunnel.to_caller)
@@ -68,6 +70,7 @@ class Tunnels:
             raise NotFound("The task has no connection to be taken.")
 
         async def give(data: bytes) -> None:
+            tunnel.meter.response_bytes += len(data)
             await stream.write(pb.ConnectResponse(data=data))
 
         tunnel.take(give)
@@ -83,6 +86,7 @@ class _Tunnel:
     def __init__(self, to_node: Callable[[bytes], Awaitable[None]]) -> None:
         self.to_node = to_node
         self.to_caller: Callable[[bytes], Awaitable[None]] | None = None
+        self.meter = Meter()
         loop = asyncio.get_running_loop()
         self.taken: asyncio.Future[None] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()
@@ -115,8 +119,3 @@ async def _carry(stream: Stream[Any, Any], give: Callable[[bytes], Awaitable[Non
         if len(message.data) > wire.CHUNK_BYTES:
             raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
         await give(message.data)
-
-
-async def _before(future: "asyncio.Future[None]", limit_s: float) -> None:
-    """Until it is done or the time is over."""
-    await asyncio.wait({future}, timeout=limit_s)

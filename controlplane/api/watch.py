@@ -6,7 +6,7 @@ attempt is never mixed with the bytes of the next: then the watcher is told to b
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any, Final, TypeVar
 
 from ngpu import wire
@@ -49,13 +49,15 @@ class Watch:
         """See task.proto. Unavailable besides: what was read is of an attempt that was lost; begin anew."""
         view = await self._owners.task(request.task_id, request.workspace_id, caller.principal)
         promised = sent = 0
+        reading = self._dispatcher.reading(view.task_id) if request.cancel_on_hangup else nullcontext()
         try:
-            async with aclosing(self._watch(view, request.part, request.offset)) as events:
-                async for event in events:
-                    if event.HasField("head"):
-                        promised = event.head.body.size
-                    sent = max(sent, event.offset + len(event.data))
-                    yield event
+            with reading:
+                async with aclosing(self._watch(view, request.part, request.offset)) as events:
+                    async for event in events:
+                        if event.HasField("head"):
+                            promised = event.head.body.size
+                        sent = max(sent, event.offset + len(event.data))
+                        yield event
         except BaseException:
             # Many hang up as soon as they have all that was promised: that cancels nothing.
             if request.cancel_on_hangup and not 0 < promised <= sent:
@@ -90,8 +92,10 @@ class Watch:
         if part == pb.WatchRequest.PART_UNSPECIFIED and view.response is not None:
             if not begun:
                 yield _head(view.response)
-            async for event in self._recorded(view, view.response, offset):
-                yield event
+            # What went over a connection that changed its protocol was counted, not kept.
+            if view.response.status != 101:
+                async for event in self._recorded(view, view.response, offset):
+                    yield event
         yield _state(view)
 
     async def _next(self, view: TaskView) -> TaskView:
@@ -112,9 +116,10 @@ class Watch:
         if head is None:
             return
         yield _head(head)
-        async with aclosing(self._bodies.follow(body_of_response(view.task_id, view.attempt), offset)) as chunks:
+        name = body_of_response(view.task_id, view.attempt)
+        async with aclosing(self._bodies.follow(name, offset, until=changed)) as chunks:
             try:
-                while chunk := await _unless(changed, _next_chunk(chunks)):
+                async for chunk in chunks:
                     yield pb.WatchResponse(data=chunk, offset=offset)
                     offset += len(chunk)
             except NotFound:
@@ -154,10 +159,6 @@ class Watch:
                 offset += len(chunk)
         except NotFound:
             raise Expired from None
-
-
-async def _next_chunk(chunks: AsyncIterator[bytes]) -> bytes:
-    return await anext(chunks, b"")
 
 
 async def _unless(changed: asyncio.Task[TaskView], what: Coroutine[Any, Any, T]) -> T | None:

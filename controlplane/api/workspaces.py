@@ -37,7 +37,7 @@ class WorkspaceApi:
 
     async def get_workspace(self, request: pb.GetWorkspaceRequest, caller: Caller) -> pb.GetWorkspaceResponse:
         """See workspace.proto."""
-        workspace = self._find(request.workspace, caller.principal)
+        workspace = self.find(request.workspace, caller.principal)
         return pb.GetWorkspaceResponse(workspace=self._message(workspace, caller.principal))
 
     async def list_workspaces(self, request: pb.ListWorkspacesRequest, caller: Caller) -> pb.ListWorkspacesResponse:
@@ -50,21 +50,21 @@ class WorkspaceApi:
 
     async def scale_workspace(self, request: pb.ScaleWorkspaceRequest, caller: Caller) -> pb.ScaleWorkspaceResponse:
         """See workspace.proto."""
-        found = self._find(request.workspace, caller.principal)
+        found = self.find(request.workspace, caller.principal)
         workspace = await self._fleet.scale_workspace(found.uid, request.replicas)
         _log.info("workspace_scaled", workspace=workspace.uid, replicas=request.replicas, by=caller.principal.id)
         return pb.ScaleWorkspaceResponse(workspace=self._message(workspace, caller.principal))
 
     async def update_workspace(self, request: pb.UpdateWorkspaceRequest, caller: Caller) -> pb.UpdateWorkspaceResponse:
         """See workspace.proto."""
-        found = self._find(request.workspace, caller.principal)
+        found = self.find(request.workspace, caller.principal)
         workspace = await self._fleet.replace_workspace(found.uid, translate.spec_of(request.spec))
         _log.info("workspace_updated", workspace=workspace.uid, generation=workspace.generation, by=caller.principal.id)
         return pb.UpdateWorkspaceResponse(workspace=self._message(workspace, caller.principal))
 
     async def delete_workspace(self, request: pb.DeleteWorkspaceRequest, caller: Caller) -> pb.DeleteWorkspaceResponse:
         """See workspace.proto."""
-        workspace = await self._fleet.delete_workspace(self._find(request.workspace, caller.principal).uid)
+        workspace = await self._fleet.delete_workspace(self.find(request.workspace, caller.principal).uid)
         _log.info("workspace_deleted", workspace=workspace.uid, name=workspace.name, by=caller.principal.id)
         return pb.DeleteWorkspaceResponse()
 
@@ -72,7 +72,7 @@ class WorkspaceApi:
         self, request: pb.WatchWorkspaceRequest, caller: Caller
     ) -> AsyncIterator[pb.WatchWorkspaceResponse]:
         """See workspace.proto."""
-        uid = self._find(request.workspace, caller.principal).uid
+        uid = self.find(request.workspace, caller.principal).uid
         while True:
             version = self._fleet.workspace_changes.version(uid)
             yield pb.WatchWorkspaceResponse(workspace=self._message(self._fleet.workspace(uid), caller.principal))
@@ -96,7 +96,7 @@ class WorkspaceApi:
         _log.info("route_deleted", route=request.name[:128], by=caller.principal.id)
         return pb.DeleteRouteResponse()
 
-    def _find(self, key: str, principal: Principal) -> Workspace:
+    def find(self, key: str, principal: Principal) -> Workspace:
         """By id or name; by id alone for services, which pass on what their callers sent as credential.
 
         For a workspace itself also by nothing at all. Raises NotFound.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from controlplane.ctl import assets, explain, nodes, routes, tasks, tokens, workspaces
+from controlplane.ctl import assets, explain, nodes, prices, record, routes, tasks, tokens, usage, workspaces
 
 app = typer.Typer(
     name="ngpu",
@@ -38,8 +38,11 @@ for _name, _module in (
     ("node", nodes),
     ("token", tokens),
     ("asset", assets),
+    ("price", prices),
 ):
     app.add_typer(_module.app, name=_name)
+app.command("usage")(usage.usage)
+tasks.app.command("record")(record.record)
 
 
 @app.command()

@@ -80,7 +80,14 @@ def follow(
 def news(task: pb.Task) -> str:
     """What there is to say of a task that has not ended."""
     if task.state == pb.TASK_STATE_QUEUED:
-        return f"queued, {task.queue_position} before it" + (f": {task.waiting_for}" if task.waiting_for else "")
+        wait = f", about {duration_text(task.expected_wait.ToTimedelta().total_seconds())} to go"
+        return "".join(
+            (
+                f"queued, {task.queue_position} before it",
+                wait if task.HasField("expected_wait") else "",
+                f": {task.waiting_for}" if task.waiting_for else "",
+            )
+        )
     return state_name(task.state)
 
 

@@ -17,6 +17,7 @@ from ngpu.v1.asset_pb2_grpc import AssetServiceStub
 from ngpu.v1.fleet_pb2_grpc import FleetServiceStub
 from ngpu.v1.http_pb2 import Error
 from ngpu.v1.task_pb2_grpc import TaskServiceStub
+from ngpu.v1.usage_pb2_grpc import UsageServiceStub
 from ngpu.v1.workspace_pb2_grpc import WorkspaceServiceStub
 
 from controlplane.ctl.output import Output
@@ -102,6 +103,11 @@ class Session(AbstractContextManager["Session"]):
     def assets(self) -> AssetServiceStub:
         """AssetService."""
         return AssetServiceStub(self._channel)
+
+    @cached_property
+    def usage(self) -> UsageServiceStub:
+        """UsageService."""
+        return UsageServiceStub(self._channel)
 
     def call(self, method: Callable[..., Answer], request: Any, *, limit_s: float = CALL_LIMIT_S) -> Answer:
         """One answer. `request` is an iterator for Upload. Raises Problem."""

@@ -19,8 +19,10 @@ from ngpu.v1 import task_pb2 as pb
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from controlplane.ctl import webhooks
+from controlplane.ctl.attempts import attempts_shown
 from controlplane.ctl.command import connected
-from controlplane.ctl.output import as_json, cell, facts, short, table
+from controlplane.ctl.output import as_json, cell, facts, table
 from controlplane.ctl.problem import Exit, Problem
 from controlplane.ctl.results import ENDED, check_outcome, follow, news, sink_for, state_name
 from controlplane.ctl.session import Session
@@ -88,6 +90,7 @@ def submit(
     port: Annotated[int, typer.Option(min=0, max=65535, help="One of the workspace's ports; 0 is its first.")] = 0,
     btc_address: Annotated[str, typer.Option(help="Must hold a configured asset, or the task is refused.")] = "",
     idempotency_key: Annotated[str, typer.Option(help="Same key, same task: makes it safe to repeat this.")] = "",
+    callback_url: Annotated[str, typer.Option(metavar="URL", help="POST the task's end there, signed.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
     output: OutputFile = None,
     timeout: Limit = "10m",
@@ -115,6 +118,7 @@ def submit(
         port=port,
         btc_address=btc_address,
         idempotency_key=idempotency_key,
+        callback_url=callback_url,
         request=http_pb2.HttpRequest(method=method.upper(), headers=_headers(header or [])),
     )
     if path:
@@ -257,29 +261,14 @@ def _shown(answer: pb.GetDetailResponse, now: datetime) -> RenderableType:
     if task.state == pb.TASK_STATE_COMPLETED:
         response = answer.response
         lines.append(("answer", f"status {response.status}, {_body_text(response.headers, response.body)}"))
-    head = facts(task.task_id, lines)
-    if not answer.attempts:
-        return head
-    rows = []
-    for one in answer.attempts:
-        state = one.failure.message or (f"status {one.http_status}" if one.http_status else "in progress")
-        node = f"{short(one.node_addr)} {one.node_ip}".strip()
-        delivery = pb.Delivery.Name(one.delivery).removeprefix("DELIVERY_").lower().replace("_", " ")
-        gpu = duration_text(one.gpu_us / 1e6) if one.gpu_ids else ""
-        rows.append(
-            (
-                one.number,
-                node,
-                one.replica_id,
-                delivery,
-                duration_text(one.last_byte_after_us / 1e6) if one.last_byte_after_us else "",
-                gpu,
-                state,
-                one.reason,
-            )
-        )
-    columns = ("ATTEMPT", "NODE", "REPLICA", "DELIVERY", "TOOK", "GPU", "OUTCOME", "WHY THERE")
-    return Group(head, "", table(*columns, rows=rows, right=("ATTEMPT", "TOOK", "GPU")))
+    if answer.HasField("webhook"):
+        lines.append(("webhook", webhooks.text(answer.webhook)))
+    parts: list[RenderableType] = [facts(task.task_id, lines)]
+    if answer.attempts:
+        parts.append(attempts_shown(answer.attempts))
+    if answer.webhook.log:
+        parts += ["", webhooks.log(answer.webhook)]
+    return Group(*parts)
 
 
 def _body_text(headers: Iterable[http_pb2.Header], body: http_pb2.Body) -> str:

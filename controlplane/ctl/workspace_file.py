@@ -10,6 +10,8 @@
     model = "RTX 4090"
     count = 1
 
+A container that answers at once and works on is declared with `async = "ngpu-classic"`, or with tables [[async]].
+
 Only what the file alone can tell is judged here: names, types, units. The rest is the control plane's to judge.
 """
 
@@ -91,6 +93,41 @@ def _duration(value: object) -> object:
     return duration_message(parse_duration(value))
 
 
+def _strings(value: object) -> list[str]:
+    """Text or a number, or several."""
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if not isinstance(word, str | int | float):
+            raise _wrong("text or a number, or a list of them", word)
+    return [str(word).lower() if isinstance(word, bool) else str(word) for word in words]
+
+
+def _job_rules(value: object) -> list[dict[str, Any]]:
+    """A preset's name, or rules as tables."""
+    if isinstance(value, str):
+        return [{"preset": value}]
+    rules = value if isinstance(value, list) else [value]
+    return [_job_rule(rule) for rule in rules]
+
+
+def _job_rule(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong('a preset, such as "ngpu-classic", or tables, [[async]]', value)
+    rule = {}
+    for name, content in value.items():
+        if name not in _JOB_KEYS:
+            near = difflib.get_close_matches(name, _JOB_KEYS, 1, cutoff=0.5)
+            raise ValueError(
+                f"{name}: is not known; "
+                + (f"did you mean {near[0]}?" if near else f"known are {', '.join(_JOB_KEYS)}")
+            )
+        try:
+            rule[name] = _JOB_KEYS[name](content)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return rule
+
+
 def _wrong(wanted: str, value: object, what: str = "") -> ValueError:
     return ValueError(f"{what}must be {wanted}, not {_kind(value)}")
 
@@ -129,8 +166,10 @@ _KEYS: Final[Mapping[str, _Key]] = {
     "memory": _Key("memory_bytes", parse_size),
     "shm": _Key("shm_bytes", parse_size),
     "repeatable": _Key("repeatable", _truth),
+    "cancel_on_hangup": _Key("cancel_on_hangup", _truth),
     "writable_paths": _Key("writable_paths", _list_of(_text, '["/data"]')),
     "account": _Key("account", _text),
+    "async": _Key("jobs", _job_rules),
     "gpu.model": _Key("model", _text),
     "gpu.count": _Key("count", _count),
     "gpu.memory": _Key("min_memory_bytes", parse_size),
@@ -151,6 +190,26 @@ _KEYS: Final[Mapping[str, _Key]] = {
     "limits.response_body": _Key("response_body_bytes", parse_size),
     "limits.queue_length": _Key("queue_length", _count),
     "limits.max_attempts": _Key("max_attempts", _count),
+    "limits.rate": _Key("rate", _count),
+}
+#: Of a table [[async]]; fields of JobRule.
+_JOB_KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
+    "preset": _text,
+    "start": _text,
+    "id": _strings,
+    "ask": _text,
+    "cancel": _text,
+    "state": _text,
+    "accepted": _strings,
+    "done": _strings,
+    "running": _strings,
+    "waiting": _strings,
+    "failed": _strings,
+    "busy": _strings,
+    "output": _text,
+    "message": _text,
+    "poll": _duration,
+    "limit": _duration,
 }
 _SECTIONS: Final = frozenset(key.partition(".")[0] for key in _KEYS if "." in key)
 #: What other tools call it, where likeness alone would guess wrong.

@@ -210,6 +210,8 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
             f"request {size_text(limits.request_body_bytes)}, response {size_text(limits.response_body_bytes)}",
         ),
         ("attempts", f"up to {limits.max_attempts}{'' if spec.repeatable else ', never again once sent'}"),
+        ("hang-up", "cancels" if spec.cancel_on_hangup else "does not cancel"),
+        ("async", ", ".join(f"{rule.start} ({rule.preset})" if rule.preset else rule.start for rule in spec.jobs)),
         ("account", spec.account),
         ("tasks", f"{workspace.queued_tasks} queued, {workspace.running_tasks} running"),
         ("created", f"{time_text(workspace.create_time)} ({age_text(workspace.create_time, now)})"),

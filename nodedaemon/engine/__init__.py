@@ -14,6 +14,9 @@ from nodedaemon.errors import NodeError
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
 
+#: Of what `Engine.log_of` gives.
+LOG_WINDOW_BYTES: Final = 128 * 1024
+
 #: (host, port) under which a port of a container is reached from this machine.
 Address = tuple[str, int]
 
@@ -192,7 +195,7 @@ class NeverReady(EngineError):
 
 
 class Engine(Protocol):
-    """Eight verbs. Every order can be given twice. All raise EngineDown when nothing answers.
+    """Nine verbs. Every order can be given twice. All raise EngineDown when nothing answers.
 
     No call blocks the event loop.
     """
@@ -232,6 +235,13 @@ class Engine(Protocol):
 
     async def logs(self, replica_id: str, *, lines: int) -> str:
         """The last lines its container wrote, at most 16 KiB; "" if there are none."""
+        ...
+
+    async def log_of(self, replica_id: str, *, since: float, until: float) -> tuple[str, str]:
+        """What its container wrote between these (Unix seconds), each line with its time; at most LOG_WINDOW_BYTES.
+
+        The second says why it is empty, or not of just that time; "": it is.
+        """
         ...
 
     async def images(self) -> list[CachedImage]:

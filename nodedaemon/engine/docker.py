@@ -27,6 +27,7 @@ import docker.types
 import docker.utils
 
 from nodedaemon.engine import (
+    LOG_WINDOW_BYTES,
     Assignment,
     CachedImage,
     Container,
@@ -62,6 +63,8 @@ CALL_S: Final = 60
 PULL_SILENCE_S: Final = 300.0
 QUICK_THREADS, SLOW_THREADS = 8, 16
 LOG_ANSWER_BYTES: Final = 16 * 1024
+#: What `log_of` looks through at most.
+LOG_WINDOW_LINES: Final = 2000
 IMAGES_TOLD: Final = 500
 #: Of an image's /etc/passwd, each of at most 2 MiB.
 PASSWD_PIECES: Final = 2
@@ -232,6 +235,24 @@ class DockerEngine:
             return b""
 
         return (await self._call(ask))[-LOG_ANSWER_BYTES:].decode(errors="replace")
+
+    async def log_of(self, replica_id: str, *, since: float, until: float) -> tuple[str, str]:
+        """As Engine."""
+
+        def ask(api: docker.APIClient) -> tuple[bytes, str]:
+            with contextlib.suppress(docker.errors.NotFound):
+                for container_id in self._find(api, replica_id):
+                    kept = b""
+                    # Piece by piece: there may be much of it, and only the end is wanted.
+                    for piece in api.logs(
+                        container_id, since=since, until=until, tail=LOG_WINDOW_LINES, timestamps=True, stream=True
+                    ):
+                        kept = (kept + piece)[-LOG_WINDOW_BYTES:]
+                    return kept, "" if kept else "it wrote nothing in that time"
+            return b"", "its container is gone"
+
+        log, why = await self._call(ask)
+        return log.decode(errors="replace"), why
 
     async def images(self) -> list[CachedImage]:
         """As Engine."""

@@ -31,6 +31,8 @@ AUTHORIZATION: Final = "authorization"
 ERROR: Final = "ngpu-error-bin"
 #: Initial metadata of an Upload that was accepted: what to go on with, should the stream break.
 UPLOAD_ID: Final = "ngpu-upload-id"
+#: Beside it: the most bytes that it may have.
+UPLOAD_LIMIT: Final = "ngpu-upload-limit"
 #: Carried from edge to node in logs.
 REQUEST_ID: Final = "x-request-id"
 

@@ -2,7 +2,7 @@
 
 Each has its place there between two marks, `begin NAME` and `end NAME`; what stands around them is written by people. A
 benchmark that fails leaves that in its place, with the date. Run it when the machine has nothing else to do: each says
-above its table if it had. --full takes about 45 minutes on two cores, --quick about five.
+above its table if it had. --full takes about an hour on two cores, --quick about five minutes.
 """
 
 import argparse
@@ -39,6 +39,7 @@ SECTIONS = (
     Section("profile", "chain", ("--profile", "--seconds", "15"), full_only=True),
     Section("durable", "durable"),
     Section("memory", "memory"),
+    Section("soak", "soak", full_only=True),
     Section("heartbeats", "heartbeats"),
     Section("placement", "placement"),
     Section("routing", "routing"),

@@ -79,6 +79,8 @@ class Chain:
     def __init__(self, ours: product.Product, options: argparse.Namespace) -> None:
         self.ours = ours
         self.seconds: float = options.seconds
+        self.only: str = options.only
+        self.works = [work for work in WORKS if work[0].startswith(self.only)]
         self.figures = sheet.Figures()
         time.sleep(2)
         self.figures.keep("idle_mib", loads.rss_mib(ours.pids))
@@ -139,7 +141,7 @@ class Chain:
         """All works of a peer, which is up only for that long."""
         with self.peer_up(key, name, script, tool) as one:
             self.load(one, "w1", 16, 1)  # warm
-            for work, path, connections in WORKS:
+            for work, path, connections in self.works:
                 self.measure(one, work, path, connections)
 
     @contextmanager
@@ -164,10 +166,11 @@ class Chain:
         short = {"w1_c64": [self.nginx, self.aiohttp, self.ngpu, *raw], "w3_c8": [self.nginx, self.ngpu, *raw]}
         steps: list[tuple[str, Callable[[], None]]] = [
             (f"{work} {one.name}", partial(self.measure, one, work, path, connections))
-            for work, path, connections in WORKS
+            for work, path, connections in self.works
             for one in (short.get(work, [self.ngpu]) if quick else self.steady)
         ]
-        steps.append(("small beside large", self.small_beside_large))
+        if self.only in ("", "w3"):
+            steps.append(("small beside large", self.small_beside_large))
         return steps
 
     def curves(self) -> None:
@@ -270,7 +273,8 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
                 f"{name} {sheet.number(peak)}" for name, peak in zip(product.PROGRAMS, memory.peaks_mib, strict=True)
             )
             for work, title in (("w1_c64", "W1 c=64"), ("w3_c8", "W3 c=8")):
-                print(f"\nCPU us a request, {title}: {product.cpu_words(chain.figures, work)}.")
+                if chain.figures.get(f"{work}_rps") is not None:
+                    print(f"\nCPU us a request, {title}: {product.cpu_words(chain.figures, work)}.")
             print(f"\nMemory of the three: idle {sheet.number(chain.figures['idle_mib'])} MiB, peak "
                   f"{sheet.number(memory.peak_mib)} MiB ({each}).")  # fmt: skip
     return chain.figures
@@ -285,6 +289,9 @@ def main() -> int:
         default=",".join(key for key, *_ in PEERS),
         metavar="LIST",
         help='of the full form; default all: %(default)s; "" for none',
+    )
+    parser.add_argument(
+        "--only", default="", choices=("w1", "w2", "w3"), help="of the works; W3 with small requests beside large ones"
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="instead: W1 over concurrency, as a table and as this PNG"

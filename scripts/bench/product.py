@@ -126,11 +126,7 @@ class Product:
 
     def workspace(self, name: str, spec: str) -> str:
         """A new workspace, ready. Gives its id."""
-        path = self.platform.state / f"{name}.toml"
-        path.write_text(spec)
-        self.platform.ngpu("workspace", "create", str(path), "--wait", "--timeout", f"{READY_LIMIT_S:.0f}s")
-        workspace_id: str = self.platform.ngpu("workspace", "show", name)["workspace"]["id"]
-        return workspace_id
+        return workspace(self.platform, name, spec)
 
     @property
     def programs(self) -> dict[str, int]:
@@ -195,6 +191,15 @@ class Product:
         # A string, as the documents have it: with the envelope it is `size` and some.
         path.write_text(json.dumps({"btc_address": "", "data": "x" * size}))
         return path
+
+
+def workspace(platform: Platform, name: str, spec: str) -> str:
+    """A new workspace, ready. Gives its id."""
+    path = platform.state / f"{name}.toml"
+    path.write_text(spec)
+    platform.ngpu("workspace", "create", str(path), "--wait", "--timeout", f"{READY_LIMIT_S:.0f}s")
+    workspace_id: str = platform.ngpu("workspace", "show", name)["workspace"]["id"]
+    return workspace_id
 
 
 @contextlib.contextmanager

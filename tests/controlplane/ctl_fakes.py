@@ -15,6 +15,7 @@ from ngpu import wire
 from ngpu.v1 import asset_pb2, http_pb2
 from ngpu.v1 import fleet_pb2 as fleet
 from ngpu.v1 import task_pb2 as task
+from ngpu.v1 import usage_pb2 as usage
 from ngpu.v1 import workspace_pb2 as workspace
 
 TOKEN = "operator-token"
@@ -66,7 +67,7 @@ class FakeControlPlane:
         self.opened: Counter[str] = Counter()
         self.gone = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.SERVER_OPTIONS)
-        for file in (workspace, fleet, task, asset_pb2):
+        for file in (workspace, fleet, task, asset_pb2, usage):
             for service in file.DESCRIPTOR.services_by_name.values():
                 handlers = {method.name: self._handler(method) for method in service.methods}
                 self._server.add_generic_rpc_handlers(

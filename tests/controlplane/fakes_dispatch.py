@@ -8,14 +8,16 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
-from controlplane.census import Replica, Workspace
+from controlplane.census import Node, Replica, Workspace
 from controlplane.dispatcher import Dispatcher, NewTask, TaskView
 from controlplane.errors import NotFound, Unavailable
 from controlplane.migrations import migrate
-from controlplane.model import Cause, Delivery, State
+from controlplane.model import Attempt, Cause, Delivery, State
+from controlplane.receipts import Terms, TermsOf, free_of_charge
 from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import AttemptResult, Failure, Request, Response, Slots, Start
 from controlplane.spec import Limits, Spec
@@ -76,6 +78,9 @@ class FakeFleet:
 
     def state_of(self, replica: Replica) -> ReplicaReport:
         return self.reports[replica.id]
+
+    def node(self, key: str) -> Node:
+        return Node(key, f"name-of-{key}", START)
 
 
 class FakeLink:
@@ -208,7 +213,7 @@ class FlakyStore:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
-        if name not in {"add_task", "assign", "finish", "requeue", "end_queued"}:
+        if name not in {"add_task", "assign", "finish", "requeue", "end_queued", "put_job"}:
             return method
 
         def write(*args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
@@ -224,6 +229,17 @@ class FlakyStore:
         return write
 
 
+class FakeRecorder:
+    """Remembers what was to be kept: (attempt, kind)."""
+
+    def __init__(self) -> None:
+        self.slow_s = inf
+        self.kept: list[tuple[str, str]] = []
+
+    def keep(self, row: Attempt, kind: str) -> None:
+        self.kept.append((f"{row.task_id}.{row.number}", kind))
+
+
 class World:
     """A control plane's dispatcher and all around it; `restart` is kill -9 and a new start."""
 
@@ -236,6 +252,9 @@ class World:
         self.numbers = 0
         #: How much of queued tasks' requests is kept in memory, from the next start on.
         self.held_bytes = 1 << 20
+        #: On which terms attempts run, for their receipts.
+        self.terms: TermsOf = free_of_charge
+        self.recorder = FakeRecorder()
         self.store: Store
         self.flaky: FlakyStore
         self.dispatcher: Dispatcher
@@ -251,10 +270,16 @@ class World:
             clock=self.clock.utcnow,
             monotonic=self.clock.monotonic,
             jitter=lambda: 0.0,
+            terms=self._terms,
             held_bytes=self.held_bytes,
+            recorder=self.recorder,
+            account_queue_length=10,
         )
         await self.dispatcher.start()
         self._runner = asyncio.create_task(self.dispatcher.run(), name="dispatcher")
+
+    def _terms(self, *asked: Any) -> Terms:
+        return self.terms(*asked)
 
     async def kill(self) -> None:
         """The process is gone; nodes do not know it yet. What it wrote is on disk, what it had in mind is lost."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ngpu import wire
 
-from controlplane.bodies import READ_BYTES, Bodies
+from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, READ_BYTES, Bodies
 from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
 
 MIB = 1024 * 1024
@@ -129,6 +129,108 @@ async def test_a_cancelled_append_is_whole_or_not_there(bodies: Bodies) -> None:
         await bodies.append(NAME, size, b"y", limit_bytes=2 * MIB)
     except OutOfRange:
         assert await bodies.size(NAME) == len(data)
+
+
+# Pieces that come behind.
+
+
+async def behind(bodies: Bodies, *pieces: bytes) -> None:
+    size = await bodies.size(NAME) or 0
+    for piece in pieces:
+        size = await bodies.append(NAME, size, piece, limit_bytes=1 << 40, behind=True)
+
+
+def written(tmp_path: Path) -> int:
+    (path,) = tmp_path.rglob(f"{NAME}*")
+    return path.stat().st_size
+
+
+async def test_what_came_behind_is_written_together_and_soon(bodies: Bodies, tmp_path: Path) -> None:
+    await behind(bodies, b"a", *[b"x" * 1000] * 10)
+    assert written(tmp_path) == 1
+    while written(tmp_path) < 10_001:
+        await asyncio.sleep(BEHIND_S)
+    await behind(bodies, b"y" * BEHIND_BYTES, b"z")
+    assert await bodies.seal(NAME) == 10_001 + BEHIND_BYTES + 1
+    assert await whole(bodies, NAME) == b"a" + b"x" * 10_000 + b"y" * BEHIND_BYTES + b"z"
+
+
+async def test_what_came_behind_is_counted_before_it_is_written(bodies: Bodies, tmp_path: Path) -> None:
+    await behind(bodies, b"abc", b"def")
+    with pytest.raises(OutOfRange, match="6"):
+        await bodies.append(NAME, 3, b"x", limit_bytes=100, behind=True)
+    with pytest.raises(TooLarge):
+        await bodies.append(NAME, 6, b"x" * 95, limit_bytes=100, behind=True)
+    assert not await bodies.sealed(NAME)
+    assert written(tmp_path) == 3
+    # Who asks gets what is in the file, so what is said survives a kill.
+    assert await bodies.size(NAME) == 6
+    assert written(tmp_path) == 6
+
+
+async def test_readers_have_what_came_behind_from_memory(bodies: Bodies, tmp_path: Path) -> None:
+    async with aclosing(bodies.follow(NAME)) as chunks, aclosing(bodies.follow(NAME, 4)) as late:
+        await behind(bodies, b"abc", b"def")
+        assert [await anext(chunks), await anext(chunks)] == [b"abc", b"def"]
+        assert await anext(late) == b"ef"
+        assert written(tmp_path) == 3
+        await behind(bodies, b"ghi")
+        assert [await anext(chunks), await anext(late)] == [b"ghi", b"ghi"]
+
+
+async def test_many_bodies_behind_wait_for_the_disk(bodies: Bodies) -> None:
+    names = [f"upload-{number:032x}" for number in range(100)]
+    for name in names:
+        await bodies.append(name, 0, b"", limit_bytes=MIB, behind=True)
+    piece = bytes(wire.CHUNK_BYTES)
+    most = 0
+    for name in names:
+        for at in range(0, 3 * len(piece), len(piece)):
+            await bodies.append(name, at, piece, limit_bytes=MIB, behind=True)
+            most = max(most, bodies.behind_bytes)
+    assert most <= ALL_BEHIND_BYTES + len(piece)
+    for name in names:
+        assert await bodies.seal(name, durable=False) == 3 * len(piece)
+    assert bodies.behind_bytes == 0
+
+
+async def test_who_wrote_behind_is_told_that_it_failed(bodies: Bodies) -> None:
+    await behind(bodies, b"x" * 1000)
+    with file_size_limit(1500):
+        await bodies.append(NAME, 1000, b"y" * 1000, limit_bytes=MIB, behind=True)
+        with pytest.raises(Unavailable, match="disk"):
+            await bodies.seal(NAME)
+    assert await bodies.size(NAME) == 1000
+    await behind(bodies, b"z" * 1000)
+    await bodies.seal(NAME)
+    assert await whole(bodies, NAME) == b"x" * 1000 + b"z" * 1000
+
+
+async def test_a_deleted_body_does_not_come_back_from_behind(bodies: Bodies, tmp_path: Path) -> None:
+    await behind(bodies, b"abc", b"def")
+    await bodies.delete(NAME)
+    assert await bodies.append(NAME, 0, b"new", limit_bytes=100) == 3
+    await bodies.seal(NAME)
+    assert await whole(bodies, NAME) == b"new"
+    assert bodies.behind_bytes == 0
+
+
+async def test_a_stop_writes_what_came_behind(tmp_path: Path) -> None:
+    bodies = await Bodies.open(tmp_path / "bodies")
+    await behind(bodies, b"abc", b"def")
+    await bodies.close()
+    assert written(tmp_path) == 6
+
+
+async def test_a_reader_can_be_ended(bodies: Bodies) -> None:
+    await behind(bodies, b"abc")
+    over = asyncio.get_running_loop().create_future()
+    reader = bodies.follow(NAME, until=over)
+    assert await anext(reader) == b"abc"
+    more = asyncio.ensure_future(anext(reader, b"nothing"))
+    await asyncio.sleep(0)
+    over.set_result(None)
+    assert await more == b"nothing"
 
 
 # Following.

@@ -97,12 +97,18 @@ async def test_queue_is_first_come_first_served_and_shows_positions_and_reasons(
     for _ in range(4):
         world.submit()
     await world.settle()
-    assert [world.dispatcher.position(f"t{n}") for n in range(1, 5)] == [None, 0, 1, 2]
+    waiting = [world.dispatcher.waiting(f"t{n}") for n in range(1, 5)]
+    assert [view and view.queue_position for view in waiting] == [None, 0, 1, 2]
     view = await world.dispatcher.query("t3")
     assert (view.state, view.queue_position, view.waiting_for) == (State.QUEUED, 1, "the only replica is busy")
+    assert view.expected_wait_s == 0
+    await world.advance(4)
     for number in range(1, 5):
         node.answer(f"t{number}.1")
         await world.settle()
+        if number == 1:
+            # By then it is known how long one takes.
+            assert (await world.dispatcher.query("t4")).expected_wait_s == 2 * 4
     assert node.given == ["t1.1", "t2.1", "t3.1", "t4.1"]
 
 
@@ -110,7 +116,8 @@ async def test_waiting_task_says_what_its_replicas_do(world: World) -> None:
     world.fleet.add_replica("r1", WS, "n1", ReplicaState.PULLING)
     world.fleet.reports["r1"] = ReplicaReport("r1", ReplicaState.PULLING, progress=40)
     view = await world.submit(wait_s=0)
-    assert view.waiting_for == "no replica is ready: 1 pulling (40 %)"
+    words = "no replica is ready: 1 pulling (40 %); next is replica r1 on node name-of-n1, which pulls its image, 40 %"
+    assert (view.waiting_for, view.expected_wait_s) == (words, 0)
 
 
 async def test_full_queue_refuses_and_says_when_to_try_again(world: World) -> None:

@@ -361,7 +361,8 @@ async def test_queued_tasks_queue_again_in_order_after_a_restart(world: World) -
     for _ in range(3):
         await world.submit(wait_s=0)
     await world.restart()
-    assert [world.dispatcher.position(f"t{n}") for n in (1, 2, 3)] == [0, 1, 2]
+    waiting = [world.dispatcher.waiting(f"t{n}") for n in (1, 2, 3)]
+    assert [view and view.queue_position for view in waiting] == [0, 1, 2]
     node = world.node("n1", r1=3)
     await node.has("t1.1", "t2.1", "t3.1")
     assert node.running["t1.1"].request.body == b"body"

@@ -7,11 +7,13 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlmodel import SQLModel
 
 import controlplane.model
+from controlplane import migrations
 from controlplane.errors import Unavailable
-from controlplane.migrations import check_current, migrate
+from controlplane.migrations import check_current, migrate, migrate_apart
 from controlplane.store_database import connect_to
 from tests.controlplane.databases import KINDS, fresh_database
 
@@ -62,6 +64,22 @@ def test_migrating_again_changes_nothing(url: str) -> None:
     check_current(url)
 
 
+def test_migrating_apart_is_migrating(url: str) -> None:
+    migrate_apart(url)
+    check_current(url)
+    migrate_apart(url)
+
+
+def test_scripts_are_found_by_the_names_of_their_files(url: str) -> None:
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    by_alembic = [script.revision for script in scripts.walk_revisions()]
+    files = sorted((Path(migrations.__file__).parent / "versions").glob("*.py"), reverse=True)
+    assert [file.name.partition("_")[0] for file in files] == by_alembic
+    migrate(url)
+    execute(url, f"UPDATE alembic_version SET version_num = '{by_alembic[0]}'")
+    check_current(url)
+
+
 def test_a_database_that_was_not_migrated_is_refused_with_what_to_do(url: str) -> None:
     with pytest.raises(Unavailable, match="ngpu-controlplane migrate"):
         check_current(url)
@@ -70,7 +88,7 @@ def test_a_database_that_was_not_migrated_is_refused_with_what_to_do(url: str) -
 def test_a_database_of_a_newer_version_is_refused(url: str) -> None:
     migrate(url)
     execute(url, "UPDATE alembic_version SET version_num = '9999'")
-    for refused in (check_current, migrate):
+    for refused in (check_current, migrate, migrate_apart):
         with pytest.raises(Unavailable, match="newer version"):
             refused(url)
 

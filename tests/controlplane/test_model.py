@@ -68,4 +68,7 @@ def test_a_row_does_not_show_credentials_and_bodies() -> None:
 
 
 def test_every_table_is_declared_once() -> None:
-    assert set(SQLModel.metadata.tables) == {"workspace", "route", "node", "replica", "token", "task", "attempt"}
+    assert set(SQLModel.metadata.tables) == {
+        *("workspace", "route", "node", "replica", "token"),
+        *("task", "attempt", "price", "job", "webhook", "webhook_secret"),
+    }

@@ -46,6 +46,11 @@ NOT_SENT, PARTLY, SENT, ANSWERED = Delivery
         (History(2, 9), True, SENT, CUSTOMER, "CONNECTION_CLOSED", AGAIN),
         (History(0, PLATFORM_ATTEMPTS), True, SENT, PLATFORM, "NODE_LOST", "ATTEMPTS_USED_UP"),
         (History(0, PLATFORM_ATTEMPTS), False, NOT_SENT, PLATFORM, "NODE_LOST", "ATTEMPTS_USED_UP"),
+        # A refusal is none of them.
+        (History(3, PLATFORM_ATTEMPTS - 1, refusals=99), True, ANSWERED, PLATFORM, "BUSY", AGAIN),
+        (History(0, 0, refusals=1), False, ANSWERED, PLATFORM, "BUSY", AGAIN),
+        (History(0, 0, frozenset({"n1", "n2"}), 1), True, ANSWERED, PLATFORM, "BUSY", AGAIN),
+        (History(1, 0), True, ANSWERED, CUSTOMER, "JOB_FAILED", "JOB_FAILED"),
         # Poison.
         (History(2, 0, frozenset({"n1"})), True, SENT, CUSTOMER, "CONTAINER_EXITED", AGAIN),
         (History(2, 0, frozenset({"n1", "n2"})), True, SENT, CUSTOMER, "CONTAINER_EXITED", "CONTAINER_EXITED"),
@@ -73,6 +78,9 @@ def test_history_counts_by_cause_and_remembers_where_containers_died() -> None:
     history = after(history, delivery=NOT_SENT, cause=CUSTOMER, reason="CONNECT_FAILED", node_addr="n3")
     assert history == History(1, 2, frozenset({"n1"}))
     assert history.failures == 3
+    history = after(history, delivery=ANSWERED, cause=PLATFORM, reason="BUSY", node_addr="n1")
+    assert history == History(1, 2, frozenset({"n1"}), refusals=1)
+    assert history.failures == 4
 
 
 def test_backoff_doubles_up_to_a_limit_and_jitter_takes_up_to_half() -> None:

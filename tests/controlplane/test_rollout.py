@@ -26,6 +26,7 @@ from controlplane.rollout import (
     World,
     lost_nodes,
     plan,
+    we_are_cut_off,
 )
 from controlplane.room import view_of
 from controlplane.spec import GIB, GpuNeed, Spec
@@ -641,8 +642,9 @@ def ages(*silent_s: float) -> list[Node]:
         ([14.9, 0], 0),
         ([15, 0], 1),
         ([15], 1),
-        # Two are no mass, even if they are all.
-        ([20, 20], 2),
+        # Two that are all, or two of three, as for attempts (slots.most_are_silent); one is not.
+        ([20, 20], 0),
+        ([20, 20, 0], 0),
         ([20, 20, 0, 0, 0], 2),
         # More than half at once: we are cut off.
         ([20, 20, 20], 0),
@@ -653,10 +655,21 @@ def ages(*silent_s: float) -> list[Node]:
         # Those long lost are not counted as fallen silent now.
         ([9999, 9999, 9999, 20, 0, 0], 4),
         ([9999, 20, 20, 20, 0], 1),
+        # The first of those cut off at once: the others were heard a little later, and as little as it since.
+        ([15, 13, 11, 10, 0], 0),
+        ([15, 5, 4, 0], 1),
     ],
 )
 def test_who_is_lost(silent_s: list[float], lost: int) -> None:
     assert len(lost_nodes(ages(*silent_s), NOW_S, 15.0)) == lost
+
+
+def test_after_a_mass_silence_all_have_as_long_again_to_come_back() -> None:
+    nodes = ages(20, 20, 0, 0)
+    assert we_are_cut_off(ages(20, 20, 20, 0), NOW_S, 15.0)
+    assert not we_are_cut_off(nodes, NOW_S, 15.0)
+    assert lost_nodes(nodes, NOW_S, 15.0, cut_off_s=NOW_S - 14) == set()
+    assert lost_nodes(nodes, NOW_S, 15.0, cut_off_s=NOW_S - 15) == {"n0", "n1"}
 
 
 def test_a_revoked_node_is_not_counted() -> None:

@@ -1,6 +1,6 @@
 """What is free follows from what nodes say they hold, and from nothing else."""
 
-from controlplane.slots import Replica, Slots, Start
+from controlplane.slots import SILENCE_END_S, Replica, Slots, Start
 
 NOW = 1000.0
 
@@ -114,6 +114,19 @@ def test_most_are_silent_means_more_than_are_there_and_more_than_one() -> None:
         gone.append(slots.most_are_silent(NOW + 1, 120.0))
     assert gone == [False, False, True, True, True]
     assert not slots.most_are_silent(NOW + 120, 120.0)
+
+
+def test_after_a_mass_silence_the_others_have_a_while_to_come_back() -> None:
+    slots = Slots()
+    for addr in ("n1", "n2", "n3"):
+        link = Nowhere()
+        slots.connect(addr, link, "", (), NOW)
+        slots.disconnect(addr, link, NOW)
+    assert slots.most_are_silent(NOW + 1, 120.0)
+    for addr in ("n1", "n2"):
+        slots.connect(addr, Nowhere(), "", (), NOW + 2)
+    assert slots.most_are_silent(NOW + 2, 120.0)
+    assert not slots.most_are_silent(NOW + 1 + SILENCE_END_S, 120.0)
 
 
 def test_paces_are_averages_of_replica_and_workspace() -> None:

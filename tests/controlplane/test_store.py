@@ -17,6 +17,7 @@ from controlplane.migrations import migrate
 from controlplane.model import (
     Attempt,
     Delivery,
+    Job,
     State,
     Task,
 )
@@ -143,6 +144,26 @@ async def test_the_hot_path_need_not_await_the_insert(store: Store) -> None:
     assert (task.state, task.end_time, task.response_body) == (State.COMPLETED, NOW + SECOND, b"answer")
     assert (task.response_is_utf8, task.gpu_us, task.start_time) == (True, 10_000_000_000, NOW)
     assert await store.attempts("t1") == [ledger("t1")]
+
+
+async def test_a_task_that_ends_soon_is_written_with_its_end(store: Store) -> None:
+    added = store.add_task(running("t1"), ends_soon=True)
+    finished = store.finish(ledger("t1"), completed())
+    await asyncio.gather(added, finished)
+    task = await known(store, "t1")
+    assert (task.state, task.end_time, task.response_body) == (State.COMPLETED, NOW + SECOND, b"answer")
+    assert (task.attempt, task.start_time, task.replica_id) == (1, NOW, "r-1")
+    assert await store.attempts("t1") == [ledger("t1")]
+    await store.finish(ledger("t1"), completed())  # given twice
+
+
+async def test_a_task_that_does_not_end_soon_after_all_is_written(store: Store) -> None:
+    assert await store.add_task(running("t1"), ends_soon=True) is None
+    assert (await known(store, "t1")).state is State.RUNNING
+    added = store.add_task(running("t2"), ends_soon=True)
+    await store.requeue(ledger("t2"))
+    assert added.done()
+    assert (await known(store, "t2")).state is State.QUEUED
 
 
 async def test_what_the_caller_does_with_its_task_afterwards_is_not_recorded(store: Store) -> None:
@@ -431,6 +452,27 @@ async def test_bodies_past_their_retention_go_and_the_rest_stays(store: Store) -
     assert (task.state, task.response_size) == (State.COMPLETED, 6)
     assert (await known(store, "t3")).request_body is not None  # it has not ended
     await store.expire_bodies([], NOW)
+
+
+async def test_job_is_known_by_its_id_until_its_tasks_bodies_go(store: Store) -> None:
+    def job(task_id: str, **columns: Any) -> Job:
+        values: dict[str, Any] = {"workspace_uid": "w", "id": "j", "attempt": 1, "replica_id": "r", "node_addr": "n"}
+        return Job(task_id=task_id, **(values | columns))
+
+    for task_id in ("t1", "t2"):
+        await store.add_task(running(task_id))
+        await store.finish(ledger(task_id), completed())
+    for _ in range(2):
+        await store.put_job(job("t1"))
+    assert await store.job("w", "j") == job("t1")
+    assert (await store.job("w", "i"), await store.job("x", "j")) == (None, None)
+    # A container that counts has begun anew.
+    await store.put_job(job("t2", attempt=3, replica_id="r2"))
+    await store.put_job(job("t2", id="i", attempt=2))
+    assert await store.job("w", "j") == job("t2", attempt=3, replica_id="r2")
+    assert [(known.id, known.attempt) for known in await store.jobs_of("t2")] == [("i", 2), ("j", 3)]
+    await store.expire_bodies(["t1", "t2"], NOW)
+    assert await store.jobs_of("t2") == []
 
 
 # Its own life.

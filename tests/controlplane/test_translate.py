@@ -15,7 +15,7 @@ from controlplane.dispatcher import TaskView
 from controlplane.explain import Candidate, Decision
 from controlplane.model import Cause, Delivery, State
 from controlplane.slots import Failure, Request, Response, Start
-from controlplane.spec import GIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec
+from controlplane.spec import GIB, GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC)
 
@@ -33,11 +33,31 @@ FULL = Spec(
     shm_bytes=GIB,
     readiness=Readiness("/ready", 8000, 30.5),
     registry=Registry("user", "password"),
-    limits=Limits(1.5, 2.0, 3.0, 4, 5, 6, 7),
+    limits=Limits(1.5, 2.0, 3.0, 4, 5, 6, 7, 8),
     repeatable=False,
     writable_paths=("/cache",),
     account="acme",
     scale=Scale(1, 5, 60.0, 2.5),
+    jobs=(
+        JobRule(
+            preset="ngpu-classic",
+            start="POST /render",
+            id=("/id", "/job/id"),
+            ask="GET /jobs/{id}",
+            cancel="DELETE /jobs/{id}",
+            state="/status",
+            accepted=("taken",),
+            done=("ok", "HTTP 200"),
+            running=("runs",),
+            waiting=("waits",),
+            failed=("failed",),
+            busy=("HTTP 503",),
+            output="/out",
+            message="/why",
+            poll_s=0.5,
+            limit_s=9.0,
+        ),
+    ),
 )
 
 

@@ -273,3 +273,59 @@ async def test_a_bug_in_a_write_does_not_end_the_writer(database: Database, writ
         await writer.put(wrong, None)
     await writer.put(insert, "after")
     assert database.lines() == ["after"]
+
+
+def insert_both(connection: sa.Connection, items: Sequence[str]) -> Sequence[str]:
+    """What does a held write as well as its own."""
+    return insert(connection, items)
+
+
+async def test_a_held_write_is_done_with_the_one_that_takes_it_in(database: Database, writer: Writer) -> None:
+    first = writer.hold(insert, "a", key="k")
+    held = writer.held("k")
+    assert held is not None
+    both = writer.put(insert_both, f"{held.item}+b", key="k", first=held)
+    assert await first == await both == "a+b"
+    assert (database.lines(), database.commits, writer.waiting) == (["a+b"], 1, 0)
+    assert writer.held("k") is None
+
+
+async def test_a_held_write_shares_a_failure(writer: Writer) -> None:
+    first = writer.hold(insert, "a", key="k")
+    both = writer.put(insert_both, "refused", key="k", first=writer.held("k"))
+    for outcome in await asyncio.gather(first, both, return_exceptions=True):
+        assert isinstance(outcome, Conflict)
+
+
+async def test_a_held_write_waits_for_nobody_long(database: Database, writer: Writer) -> None:
+    assert await writer.hold(insert, "a", key="k") == "a"
+    assert (database.lines(), writer.waiting) == (["a"], 0)
+
+
+@pytest.mark.parametrize("key", ["k", None])
+async def test_no_write_passes_a_held_one_of_its_key(database: Database, writer: Writer, key: str | None) -> None:
+    first = writer.hold(insert, "a", key="k")
+    await writer.put(insert, "b", key=key)
+    assert first.done()
+    assert database.lines() == ["a", "b"]
+
+
+async def test_close_commits_what_is_held(database: Database, writer: Writer) -> None:
+    first = writer.hold(insert, "a", key="k")
+    await writer.close()
+    assert await first == "a"
+    with pytest.raises(Unavailable):
+        writer.hold(insert, "b", key="k")
+    assert database.lines() == ["a"]
+
+
+async def test_a_held_write_stays_where_the_one_after_it_is_refused(database: Database, gate: Gate) -> None:
+    writer = Writer(database.engine.connect, queue_writes=2)
+    try:
+        await gate.close(writer)
+        first = writer.hold(insert, "a", key="k")
+        with pytest.raises(Unavailable):
+            writer.put(insert_both, "a+b", key="k", first=writer.held("k"))
+        assert await gate.open(first) == ["a"]
+    finally:
+        await writer.close()

@@ -117,6 +117,9 @@ class FakeControlPlane(
         self.scheduled: list[pb.ScheduleRequest] = []
         self.abandoned: list[int] = []
         self.uploads: dict[str, bytes] = {}
+        self.upload_requests: list[pb.UploadRequest] = []
+        #: An upload broke that nobody will go on with.
+        self.discarded = asyncio.Event()
         self.frames: list[int] = []
         self.batches = 0
         self.page_size = 1000
@@ -332,18 +335,25 @@ class FakeControlPlane(
         await self._admit(context, "Upload")
         upload_id = f"upload-{next(self._numbers):032x}"
         body = b""
-        first = True
+        first = None
         async for piece in request_iterator:
+            self.upload_requests.append(piece)
             assert len(piece.data) <= wire.CHUNK_BYTES
-            if first and piece.workspace_id not in self.workspaces and piece.route not in self.routes:
+            if first is None and piece.workspace_id not in self.workspaces and piece.route not in self.routes:
                 await self._refuse(context, Refused(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "no such workspace"))
-            first = False
             body += piece.data
-            if len(body) > self.body_limit:
+            if max(len(body), piece.size) > self.body_limit:
                 await self._refuse(
                     context, Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_LARGE", "the workspace takes less")
                 )
-        self.uploads[upload_id] = body
+            if first is None:
+                first = piece
+                agreed = ((wire.UPLOAD_ID, upload_id), (wire.UPLOAD_LIMIT, str(self.body_limit)))
+                await context.send_initial_metadata(agreed)
+        if first is not None and first.discard and not self.upload_requests[-1].last:
+            self.discarded.set()
+        else:
+            self.uploads[upload_id] = body
         return pb.UploadResponse(upload_id=upload_id, size=len(body))
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> AsyncIterator[pb.ListTasksResponse]:  # noqa: N802
@@ -452,13 +462,13 @@ class FakeControlPlane(
     def _uncalled(self, request: Any, context: Any) -> Any:
         raise AssertionError(f"the bridge has no business calling this with {request!r}")
 
-    Schedule = Query = Cancel = _uncalled
+    Schedule = Query = Cancel = GetFlights = _uncalled
 
     def Connect(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise AssertionError("the bridge has no business calling this")
 
     CreateWorkspace = UpdateWorkspace = ListWorkspaces = ScaleWorkspace = DeleteWorkspace = WatchWorkspace = _uncalled
-    PublishRoute = ListRoutes = DeleteRoute = _uncalled
+    PublishRoute = ListRoutes = DeleteRoute = GetWebhookSecret = RotateWebhookSecret = _uncalled
 
     async def _admit(self, context: Any, method: str = "") -> None:
         metadata = dict(context.invocation_metadata())

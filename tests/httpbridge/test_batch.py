@@ -146,6 +146,22 @@ async def test_who_no_longer_waits_is_reported_once() -> None:
     await stopped(run)
 
 
+async def test_caller_of_a_task_who_has_gone_is_told_of_as_such_and_not_as_a_cancel() -> None:
+    streams = Streams()
+    batch = Batch(streams.open)
+    run = await running(batch)
+    batch.call_off("t")
+    await settle()
+    [frame] = streams.opened[0].sent
+    assert [call.cancel for call in frame.calls] == [pb.CancelRequest(task_id="t", hangup=True)]
+    # Nobody waits for its answer.
+    assert batch.in_flight == 0
+    streams.opened[0].answer(1)
+    await settle()
+    assert batch.is_up
+    await stopped(run)
+
+
 async def test_who_goes_before_his_call_is_sent_has_never_called() -> None:
     streams = Streams()
     batch = Batch(streams.open)

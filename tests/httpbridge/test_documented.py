@@ -155,7 +155,8 @@ async def test_task_query(bridge: Bridge, fake: FakeControlPlane, path: str) -> 
     task_id = fake.add_task(state=pb.TASK_STATE_QUEUED)
     status, answer, _ = await bridge.get(path + task_id)
     assert status == 200
-    assert_documented(answer, QUERY_RESPONSE, more={"result_size", "task_dursion"})
+    # While it waits it says more.
+    assert_documented(answer, QUERY_RESPONSE, more={"result_size", "task_dursion", "queuePosition", "waitingFor"})
     assert answer["result_code"] == 100
     assert (answer["result_size"], answer["task_dursion"]) == (0, 0)
 

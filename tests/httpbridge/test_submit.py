@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from urllib.parse import quote
 
 import aiohttp
 import grpc
@@ -294,6 +295,50 @@ async def test_a_key_belongs_to_a_workspace(bridge: Bridge, fake: FakeControlPla
     status, answer, _ = await bridge.post("/user/img2img", json={}, headers={"Idempotency-Key": "1"})
     assert (status, answer["result_code"]) == (400, 400)
     assert not fake.tasks
+
+
+CALLBACK = "https://example.com/ended?a=b"
+
+
+async def test_callback_url_is_passed_on_and_does_not_travel(bridge: Bridge, fake: FakeControlPlane) -> None:
+    quoted = quote(CALLBACK, safe="")
+    header = BEARER | {"X-NGPU-Callback-Url": CALLBACK}
+    await bridge.post(f"/user/schedulingTask?paramUrl=x&callback_url={quoted}&k=v", json={"data": "a"}, headers=BEARER)
+    await bridge.post("/user/schedulingTask?paramUrl=x&k=v", json={"data": "a"}, headers=header)
+    await bridge.post(f"/user/x?callback_url={quoted}&k=v", json={"data": "a"}, headers=header)
+    assert [asked.callback_url for asked in fake.scheduled] == [CALLBACK] * 3
+    for exchange in fake.exchanges:
+        assert exchange.query == "k=v"
+        assert exchange.header("x-ngpu-callback-url") is None
+
+
+@pytest.mark.parametrize("url", ["", "a b", "ü", "x" * 2049])
+async def test_callback_url_that_is_none(bridge: Bridge, fake: FakeControlPlane, url: str) -> None:
+    path = f"/user/schedulingTask?paramUrl=x&callback_url={quote(url)}"
+    status, answer, _ = await bridge.post(path, json={}, headers=BEARER)
+    assert (status, answer["result_code"]) == (400, 400)
+    assert "callback_url" in answer["msg"]
+    assert not fake.tasks
+
+
+async def test_two_callback_urls(bridge: Bridge, fake: FakeControlPlane) -> None:
+    path = "/user/x?callback_url=https://example.com/other"
+    status, _, _ = await bridge.post(path, json={}, headers=BEARER | {"X-NGPU-Callback-Url": CALLBACK})
+    assert status == 400
+    assert not fake.tasks
+
+
+async def test_strangers_have_nothing_posted(bridge: Bridge, fake: FakeControlPlane) -> None:
+    # It would be signed in the workspace's name.
+    status, answer, _ = await bridge.post("/user/img2img", json={}, headers={"X-NGPU-Callback-Url": CALLBACK})
+    assert (status, answer["result_code"]) == (400, 400)
+    assert not fake.tasks
+
+
+async def test_who_is_told_of_the_end_need_not_wait(bridge: Bridge, fake: FakeControlPlane) -> None:
+    await bridge.post("/user/x", json={}, headers=BEARER)
+    await bridge.post("/user/x", json={}, headers=BEARER | {"X-NGPU-Callback-Url": CALLBACK})
+    assert [asked.cancel_on_hangup for asked in fake.scheduled] == [True, False]
 
 
 @pytest.mark.parametrize("how", ["envelope", "payload", "header"])

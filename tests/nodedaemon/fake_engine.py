@@ -78,6 +78,8 @@ class FakeEngine:
         self.stopped: list[str] = []
         self.start_errors: dict[str, EngineError] = {}
         self.last_words: dict[str, str] = {}
+        #: Of which times `log_of` was asked.
+        self.windows: list[tuple[float, float]] = []
         self.lists = 0
         self._down: EngineError | None = None
         self._broken = asyncio.Event()
@@ -183,6 +185,12 @@ class FakeEngine:
     async def logs(self, replica_id: str, *, lines: int) -> str:
         self._answer()
         return self.last_words.get(replica_id, "")
+
+    async def log_of(self, replica_id: str, *, since: float, until: float) -> tuple[str, str]:
+        self._answer()
+        self.windows.append((since, until))
+        words = self.last_words.get(replica_id, "")
+        return words, "" if words else "it wrote nothing in that time"
 
     async def images(self) -> list[CachedImage]:
         self._answer()

@@ -12,7 +12,7 @@ import coincurve
 import grpc
 from eth_hash.auto import keccak
 from ngpu import wire
-from ngpu.v1 import http_pb2, node_pb2, node_pb2_grpc
+from ngpu.v1 import flight_pb2, http_pb2, node_pb2, node_pb2_grpc
 
 from nodedaemon.connection import Address
 from nodedaemon.engine import Assignment, Exit
@@ -136,6 +136,7 @@ class FakeReplicas:
 
     addresses: dict[str, Address] = field(default_factory=dict)
     gpus: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    containers: dict[str, str] = field(default_factory=dict)
     applied: list[Assignment] | None = None
     version: int = 0
     exits: dict[str, Exit] = field(default_factory=dict)
@@ -144,6 +145,9 @@ class FakeReplicas:
 
     def address(self, replica_id: str, port: int) -> Address | None:
         return self.addresses.get(replica_id) if port == 80 else None
+
+    def container_id(self, replica_id: str) -> str:
+        return self.containers.get(replica_id, "")
 
     def gpu_ids(self, replica_id: str) -> tuple[str, ...]:
         return self.gpus.get(replica_id, ())
@@ -232,6 +236,8 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         self.revoked: set[str] = set()
         self.session = ""
         self.logins: list[node_pb2.LoginRequest] = []
+        #: What was recorded, by attempt.
+        self.flights: dict[str, flight_pb2.NodeFlight] = {}
         self._nonces: set[bytes] = set()
         # Heartbeat.
         self.reports: asyncio.Queue[node_pb2.HeartbeatRequest] = asyncio.Queue()
@@ -252,10 +258,11 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         #: Bytes after which the next such stream breaks.
         self.cut_fetch_at = 0
         self.cut_deliver_at = 0
-        self.open_tunnels = False
         self.deliver_limit = 0
         self.taking = asyncio.Event()
         self.taking.set()
+        #: Takes connections that have changed their protocol: the container's bytes in, its own out. None: nobody does.
+        self.caller: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]] | None = None
 
     async def start(self, port: int = 0) -> None:
         port = self.server.add_insecure_port(f"127.0.0.1:{port}")
@@ -383,11 +390,18 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
     async def Tunnel(
         self, requests: AsyncIterator[node_pb2.TunnelRequest], context: Any
     ) -> AsyncIterator[node_pb2.TunnelResponse]:
-        async for _ in requests:
-            if self.open_tunnels:
-                yield node_pb2.TunnelResponse()
-            else:
-                await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "Nobody took the connection.")
+        await self._authenticate(context)
+        first = await anext(aiter(requests))
+        self.heads[first.attempt_id] = first.head
+        if self.caller is None:
+            await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "Nobody took the connection.")
+        async for data in self.caller(request.data async for request in requests):
+            yield node_pb2.TunnelResponse(data=data)
+
+    async def Record(self, request: node_pb2.RecordRequest, context: Any) -> node_pb2.RecordResponse:
+        await self._authenticate(context)
+        self.flights[request.attempt_id] = request.flight
+        return node_pb2.RecordResponse()
 
     async def Deliver(
         self, requests: AsyncIterator[node_pb2.DeliverRequest], context: Any

@@ -319,6 +319,20 @@ async def test_how_it_ended_is_known(
         assert await engine.logs(wanted.replica_id, lines=1) == "bye\n"
 
 
+async def test_the_log_of_a_time_is_that_time_s_alone(node: Node, engine: DockerEngine, echo: str) -> None:
+    begin = time.time()
+    wanted = node.assignment(echo, env={"ECHO_EXIT": "3", "ECHO_SAY": "bye"})
+    await engine.start(wanted, restarts=0)
+    await until_ended(engine, wanted.replica_id)
+    end = time.time() + 1
+    log, why = await engine.log_of(wanted.replica_id, since=begin - 1, until=end)
+    # Each line with its time.
+    assert (log.endswith("Z bye\n"), why) == (True, ""), (log, why)
+    for since, until in ((begin - 60, begin - 30), (end + 30, end + 60)):
+        assert await engine.log_of(wanted.replica_id, since=since, until=until) == ("", "it wrote nothing in that time")
+    assert await engine.log_of("r-none", since=begin, until=end) == ("", "its container is gone")
+
+
 async def test_a_process_killed_for_memory_is_noticed_while_its_container_goes_on(
     node: Node, engine: DockerEngine, echo: str
 ) -> None:

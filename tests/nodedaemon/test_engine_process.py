@@ -183,6 +183,8 @@ async def test_an_end_is_told_with_its_code(engine: ProcessEngine, events: Event
     assert (ended.code, ended.out_of_memory, ended.ran_s < 20) == (expected, False, True)
     if expected == 3:
         assert await engine.logs("r-1", lines=5) == "bye"
+        log, why = await engine.log_of("r-1", since=0, until=1)
+        assert (log, "no times" in why) == ("bye", True)
 
 
 async def test_stop_asks_first_then_kills_all_of_it_and_tidies_up(engine: ProcessEngine, home: Path) -> None:

@@ -47,8 +47,15 @@ class Node:
         self.relay = Relay()
         self.channel = grpc.aio.insecure_channel(plane.address, options=wire.BULK_CLIENT_OPTIONS)
         self.bulk = Bulk(self.channel)
+        #: Attempts that the flight recorder has heard of.
+        self.recorded: list[str] = []
         self.executor = Executor(
-            places=self.replicas, relay=self.relay, bulk=self.bulk, spool=self.spool, journal=self.journal
+            places=self.replicas,
+            relay=self.relay,
+            bulk=self.bulk,
+            spool=self.spool,
+            journal=self.journal,
+            record=lambda attempt: self.recorded.append(attempt.id),
         )
         self.running = asyncio.create_task(self.executor.run())
         self.attending: asyncio.Task[None] | None = None
@@ -183,6 +190,38 @@ async def test_start_is_answered_with_a_result_and_forgotten_when_acknowledged(b
         stream.send(acks=["t.1"])
         assert await node.executor.quiet(SOON_S)
         assert node.executor.held() == []
+
+
+async def test_the_flight_recorder_hears_of_what_failed_or_was_slow_and_of_nothing_else(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+
+    async def by_path(wire_: Wire) -> None:
+        request = await wire_.request()
+        if "slow" in request.target:
+            await asyncio.sleep(0.01)
+        elif "stuck" in request.target:
+            stuck.asked.set()
+            await stuck.go_on.wait()
+        elif "closes" in request.target:
+            return
+        await wire_.answer()
+
+    async with serving(node, by_path):
+        stream = await node.connect()
+        for each in (
+            start("usual.1", record_after_ms=60_000),
+            start("never.1", path="/slow"),
+            start("slow.1", path="/slow", record_after_ms=1),
+            start("failed.1", path="/closes"),
+        ):
+            stream.send(starts=[each])
+            await stream.result()
+        stream.send(starts=[start("cancelled.1", path="/stuck", record_after_ms=1)])
+        await stuck.asked.wait()
+        stream.send(cancels=["cancelled.1"])
+        await stream.result()
+        assert node.recorded == ["slow.1", "failed.1"]
+        stuck.go_on.set()
 
 
 async def test_replica_without_gpus_holds_none(boot: Boot) -> None:
@@ -727,7 +766,10 @@ async def test_half_a_large_answer_is_a_failure_and_leaves_nothing(boot: Boot, t
         result = await stream.result()
     assert (result.failure.reason, result.delivery) == ("CONNECTION_CLOSED", task_pb2.DELIVERY_ANSWERED)
     assert not result.HasField("response")
-    assert list((tmp_path / "spool").glob("*.body")) == []
+    # The result does not wait for the deletion.
+    async with asyncio.timeout(SOON_S):
+        while list((tmp_path / "spool").glob("*.body")):
+            await asyncio.sleep(0.002)
 
 
 async def test_large_answer_is_delivered_by_the_next_daemon(boot: Boot, plane: FakeControlPlane) -> None:

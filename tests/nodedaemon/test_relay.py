@@ -155,6 +155,8 @@ async def test_answers_without_body(asker: Asker, method: str) -> None:
     async with container(handler) as there:
         response = await asker.ask(there.address, method=method)
     assert (response.body.size, response.body.inline) == (0, b"")
+    # Nothing else tells the length of what there is none of.
+    assert [(h.name, h.value) for h in response.headers] == [("Content-Length", b"1000")]
 
 
 async def test_redirect_is_an_answer_and_not_followed(asker: Asker) -> None:

@@ -2,14 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ngpu import wire
 from ngpu.v1 import http_pb2, node_pb2, task_pb2
 
 from nodedaemon.journal import REWRITE_BYTES, Journal
-from nodedaemon.spool import Spool
+from nodedaemon.spool import ALL_HELD_BYTES, HELD_BYTES, Body, Spool
+
+MIB = 1024 * 1024
 
 A = "20240415_14_30_09_01234567890123456789.1"
 B = "20240415_14_30_09_01234567890123456789.2"
@@ -156,7 +159,9 @@ async def test_body_and_its_result_survive_a_restart(make: Callable[..., Spool])
 async def test_body_without_a_result_is_of_a_killed_daemon_and_deleted(
     make: Callable[..., Spool], tmp_path: Path
 ) -> None:
-    await make().begin_body(A).write(b"x" * 70_000)
+    spool = make(limit_bytes=1 << 30)
+    await spool.begin_body(A).write(b"x" * (HELD_BYTES + 1))
+    assert stored(tmp_path) == [HELD_BYTES + 1]
     assert make().attempts() == []
     assert list((tmp_path / "spool").iterdir()) == []
 
@@ -199,6 +204,81 @@ async def test_dropped_body_does_not_come_back(make: Callable[..., Spool], tmp_p
         await body.write(b"y" * 100_000)
     assert await body.read(0) == b""
     assert list((tmp_path / "spool").iterdir()) == []
+
+
+def stored(tmp_path: Path) -> list[int]:
+    return [path.stat().st_size for path in (tmp_path / "spool").iterdir()]
+
+
+async def test_small_bodies_are_held_in_memory_and_large_ones_are_not(
+    make: Callable[..., Spool], tmp_path: Path
+) -> None:
+    spool = make(limit_bytes=1 << 30)
+    body = spool.begin_body(A)
+    pieces = [bytes([n]) * (300 * 1024) for n in range(HELD_BYTES // (300 * 1024))]
+    for piece in pieces:
+        await body.write(piece)
+    assert (stored(tmp_path), spool.held_bytes) == ([], sum(map(len, pieces)))
+    before = [chunk async for chunk in read_all(body)]
+    assert max(map(len, before)) <= wire.CHUNK_BYTES
+    await body.write(b"y" * (300 * 1024))
+    assert (stored(tmp_path), spool.held_bytes) == ([body.size], 0)
+    body.end()
+    assert b"".join([chunk async for chunk in read_all(body)]) == b"".join([*pieces, b"y" * (300 * 1024)])
+    spool.forget(A)
+    assert (spool.used_bytes, spool.held_bytes) == (0, 0)
+
+
+async def test_all_bodies_together_are_held_up_to_a_limit(make: Callable[..., Spool], tmp_path: Path) -> None:
+    spool = make(limit_bytes=1 << 30)
+    piece = b"x" * MIB
+    for number in range(40):
+        body = spool.begin_body(f"{A}{number}")
+        await body.write(piece)
+        assert spool.held_bytes <= ALL_HELD_BYTES
+    assert spool.used_bytes == 40 * MIB == sum(stored(tmp_path)) + spool.held_bytes
+    for number in range(40):
+        spool.forget(f"{A}{number}")
+    assert (spool.used_bytes, spool.held_bytes) == (0, 0)
+
+
+async def test_a_held_body_is_read_on_while_and_after_it_goes_to_disk(
+    make: Callable[..., Spool], tmp_path: Path
+) -> None:
+    spool = make()
+    body = spool.begin_body(A)
+    await body.write(b"abc")
+    body.end()
+    spool.add(result(A, b"", size=3))
+    settling = asyncio.create_task(spool.settle())
+    await asyncio.sleep(0)
+    assert await body.read(1) == b"bc"
+    await settling
+    assert min(stored(tmp_path)) == 3
+    assert await body.read(1) == b"bc"
+
+
+async def test_a_held_body_that_the_disk_does_not_take_stays(make: Callable[..., Spool], tmp_path: Path) -> None:
+    spool = make()
+    body = spool.begin_body(A)
+    await body.write(b"abc")
+    body.end()
+    spool.add(result(A, b"", size=3))
+    home = tmp_path / "spool"
+    home.rename(tmp_path / "away")
+    await spool.settle()
+    assert (await body.read(0), spool.result(A)) == (b"abc", result(A, b"", size=3))
+    (tmp_path / "away").rename(home)
+    await spool.settle()
+    assert len(stored(tmp_path)) == 2
+
+
+async def read_all(body: Body) -> AsyncIterator[bytes]:
+    at = 0
+    while at < body.size:
+        chunk = await body.read(at)
+        yield chunk
+        at += len(chunk)
 
 
 # The journal.

@@ -251,6 +251,10 @@ def test_websockets_package(chat: Caller) -> None:
     info = chat.detail(task_id)
     assert (info["state"], info["method"], info["ext"]["httpStatus"]) == (3, "run", 101)
     assert info["requrl"] == "/run/any/path?x=1"
+    # Counted both ways, and not kept: what the caller sends is masked, four bytes more a message.
+    assert info["ext"]["requestSize"] > info["ext"]["responseSize"] > 5 * MIB
+    assert (info["request"], info["response"]) == ("", "")
+    assert chat.rest.ok("GET", f"/user/queryTask?taskID={task_id}")["result_size"] == info["ext"]["responseSize"]
 
 
 async def test_many_websockets_at_once(chat: Caller) -> None:
@@ -450,16 +454,29 @@ def gone(chat: Caller, name: str) -> float:
     return float(at)
 
 
+def in_time(hang_up: Callable[[str], float]) -> None:
+    """It takes less than HANGUP_S until the container knows; once in three times, as the machine may be busy."""
+    took = []
+    for name in ("first", "second", "third"):
+        took.append(hang_up(name))
+        if took[-1] < HANGUP_S:
+            return
+    raise AssertionError(took)
+
+
 @pytest.mark.parametrize("path", ["forever", "silent"])
 def test_caller_who_hangs_up_ends_the_containers_request(chat: Caller, path: str) -> None:
-    with socket.create_connection(chat.address, timeout=60) as connection:
-        connection.sendall(chat.head(f"GET /run/{path}?name={path} HTTP/1.1"))
-        if path == "forever":
-            assert b"X-NGPU-Task-Id" in connection.recv(4096)
-        else:
-            time.sleep(0.5)
-    left = time.time()
-    assert gone(chat, path) - left < HANGUP_S
+    def hang_up(name: str) -> float:
+        with socket.create_connection(chat.address, timeout=60) as connection:
+            connection.sendall(chat.head(f"GET /run/{path}?name={path}-{name} HTTP/1.1"))
+            if path == "forever":
+                assert b"X-NGPU-Task-Id" in connection.recv(4096)
+            else:
+                time.sleep(0.5)
+        left = time.time()
+        return gone(chat, f"{path}-{name}") - left
+
+    in_time(hang_up)
     ids = chat.rest.ok("GET", "/user/queryTaskList")["taskIds"]
     states = [chat.detail(task_id)["state"] for task_id in ids[-3:-1]]
     assert -2 in states
@@ -659,16 +676,20 @@ def test_stream_goes_on_while_the_control_plane_is_killed_and_started(own: Platf
 
 
 def test_killed_bridge_ends_the_containers_request(own: Platform) -> None:
-    chat = workspace(own)
-    connection = socket.create_connection(chat.address, timeout=60)
-    connection.sendall(chat.head("GET /run/forever?name=bridge HTTP/1.1"))
-    while b"data: " not in connection.recv(4096):
-        pass
-    own.programs[-1].kill()
-    left = time.time()
-    own.start_bridge()
-    assert gone(Caller(own.url, chat.key), "bridge") - left < HANGUP_S
-    connection.close()
+    key = workspace(own).key
+
+    def kill(name: str) -> float:
+        chat = Caller(own.url, key)
+        with socket.create_connection(chat.address, timeout=60) as connection:
+            connection.sendall(chat.head(f"GET /run/forever?name={name} HTTP/1.1"))
+            while b"data: " not in connection.recv(4096):
+                pass
+            own.programs[-1].kill()
+            left = time.time()
+            own.start_bridge()
+            return gone(Caller(own.url, key), name) - left
+
+    in_time(kill)
 
 
 def test_killed_node_breaks_the_answer_off(own: Platform) -> None:

@@ -18,6 +18,7 @@ from ngpu.v1 import (
     node_pb2_grpc,
     task_pb2,
     task_pb2_grpc,
+    usage_pb2_grpc,
     workspace_pb2,
     workspace_pb2_grpc,
 )
@@ -44,6 +45,7 @@ class Client:
         self.nodes: Any = node_pb2_grpc.NodeServiceStub(self.channel)
         self.fleet: Any = fleet_pb2_grpc.FleetServiceStub(self.channel)
         self.assets: Any = asset_pb2_grpc.AssetServiceStub(self.channel)
+        self.usage: Any = usage_pb2_grpc.UsageServiceStub(self.channel)
 
     async def workspace(self, name: str = "echo", **fields: Any) -> workspace_pb2.Workspace:
         """Make a workspace; an operator can."""

@@ -36,9 +36,13 @@ MAY: dict[str, set[str]] = {
     "NodeService.Enroll": {"nobody", "stranger", "join", "node", *ALL},
     "NodeService.Login": {"nobody", "stranger", "join", "node", *ALL},
     "FleetService": {"operator"},
+    "WorkspaceService.GetWebhookSecret": {"operator", "workspace"},
+    "WorkspaceService.RotateWebhookSecret": {"operator", "workspace"},
     "FleetService.ListNodes": {"operator", "service"},
     "FleetService.GetNode": {"operator", "service"},
     "FleetService.Explain": {"operator", "workspace"},
+    "UsageService": {"operator", "workspace"},
+    "UsageService.SetPrice": {"operator"},
 }
 CALLERS = ("nobody", "stranger", "join", "workspace", "service", "operator", "node")
 

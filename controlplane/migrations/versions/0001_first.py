@@ -105,6 +105,8 @@ def upgrade() -> None:
         sa.Column("origin_url", sa.String(), nullable=False),
         sa.Column("operation", sa.String(), nullable=False),
         sa.Column("streamed", sa.Boolean(), nullable=False),
+        sa.Column("cancel_on_hangup", sa.Boolean(), nullable=False),
+        sa.Column("callback_url", sa.String(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("replica_id", sa.String(), nullable=False),
         sa.Column("node_addr", sa.String(), nullable=False),
@@ -131,6 +133,32 @@ def upgrade() -> None:
     _create_index(
         "task_with_bodies", "task", ["end_time"], where="end_time IS NOT NULL AND expire_time IS NULL", unique=False
     )
+    _create_index(
+        "task_passed_on",
+        "task",
+        ["end_time"],
+        where="streamed AND end_time IS NOT NULL AND expire_time IS NULL "
+        "AND (request_size > 65536 OR response_size > 65536)",
+        unique=False,
+    )
+    op.create_table(
+        "price",
+        sa.Column("gpu_model", sa.String(), nullable=False),
+        sa.Column("effective_time", sa.BigInteger(), nullable=False),
+        sa.Column("nanos", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("gpu_model", "effective_time"),
+    )
+    op.create_table(
+        "job",
+        sa.Column("workspace_uid", sa.String(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("replica_id", sa.String(), nullable=False),
+        sa.Column("node_addr", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("workspace_uid", "id"),
+    )
+    op.create_index("job_of_task", "job", ["task_id"])
     op.create_table(
         "attempt",
         sa.Column("task_id", sa.String(), nullable=False),
@@ -151,5 +179,40 @@ def upgrade() -> None:
         sa.Column("failure_reason", sa.String(), nullable=False),
         sa.Column("failure_message", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
+        sa.Column("queue_time", sa.BigInteger(), nullable=True),
+        sa.Column("workspace_uid", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("gpu_model", sa.String(), nullable=False),
+        sa.Column("gpu_count", sa.Integer(), nullable=False),
+        sa.Column("price_nanos", sa.BigInteger(), nullable=False),
+        sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("task_id", "number"),
+    )
+    op.create_index("attempt_of_workspace", "attempt", ["workspace_uid", "end_time"])
+    op.create_table(
+        "webhook",
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.Column("workspace_uid", sa.String(), nullable=False),
+        sa.Column("host", sa.String(), nullable=False),
+        sa.Column("state", sa.Integer(), nullable=False),
+        sa.Column("create_time", sa.BigInteger(), nullable=False),
+        sa.Column("next_time", sa.BigInteger(), nullable=True),
+        sa.Column("tries", sa.Integer(), nullable=False),
+        sa.Column("tries_json", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("task_id"),
+    )
+    _create_index(
+        "webhook_waiting",
+        "webhook",
+        ["next_time", "host", "workspace_uid"],
+        where="next_time IS NOT NULL",
+        unique=False,
+    )
+    op.create_table(
+        "webhook_secret",
+        sa.Column("workspace_uid", sa.String(), nullable=False),
+        sa.Column("secret", sa.LargeBinary(), nullable=False),
+        sa.Column("create_time", sa.BigInteger(), nullable=False),
+        sa.Column("previous_secret", sa.LargeBinary(), nullable=True),
+        sa.PrimaryKeyConstraint("workspace_uid"),
     )

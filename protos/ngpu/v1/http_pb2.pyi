@@ -169,7 +169,7 @@ class Error(_message.Message):
     """The gRPC status code, as a number (google.rpc.Code)."""
     reason: _builtins.str
     """A constant to branch on, UPPER_SNAKE: INVALID_ARGUMENT, UNAUTHENTICATED, FORBIDDEN, NOT_FOUND, CONFLICT, TOO_LARGE,
-    QUEUE_FULL, RATE_LIMITED, NO_REPLICA, TIME_LIMIT, UNAVAILABLE, ASSET_MISSING, ASSET_UNKNOWN, INTERNAL.
+    QUEUE_FULL, RATE_LIMITED, NO_REPLICA, TIME_LIMIT, UNAVAILABLE, ASSET_MISSING, ASSET_UNKNOWN, JOB_LOST, INTERNAL.
     """
     message: _builtins.str
     """A sentence for a person: what is wrong and what to do. Never a traceback."""

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from ngpu.v1 import flight_pb2 as _flight_pb2
 from ngpu.v1 import http_pb2 as _http_pb2
 from ngpu.v1 import task_pb2 as _task_pb2
 from ngpu.v1 import workspace_pb2 as _workspace_pb2
@@ -601,6 +602,7 @@ class ExecuteRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     SENT_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def resume(self) -> Global___Resume:
         """First message of a stream only."""
@@ -611,20 +613,49 @@ class ExecuteRequest(_message.Message):
     def sent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attempts whose request has been sent whole."""
 
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """Jobs that containers have begun. Said again of all that run at the beginning of each stream."""
+
     def __init__(
         self,
         *,
         resume: Global___Resume | None = ...,
         results: _abc.Iterable[Global___Result] | None = ...,
         sent: _abc.Iterable[_builtins.str] | None = ...,
+        jobs: _abc.Iterable[Global___Job] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results", "resume", b"resume", "sent", b"sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "results", b"results", "resume", b"resume", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecuteRequest: _TypeAlias = ExecuteRequest  # noqa: Y015
+
+@_typing.final
+class Job(_message.Message):
+    """A container works on an attempt under an id of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    attempt_id: _builtins.str
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        attempt_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
@@ -701,6 +732,8 @@ class Start(_message.Message):
     RUN_TIME_LIMIT_MS_FIELD_NUMBER: _builtins.int
     RESPONSE_BODY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     STREAMED_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    RECORD_AFTER_MS_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     """Task id, ".", attempt number."""
     replica_id: _builtins.str
@@ -711,8 +744,14 @@ class Start(_message.Message):
     response_body_limit_bytes: _builtins.int
     streamed: _builtins.bool
     """Deliver the head at once and the body as it comes, whatever its size."""
+    record_after_ms: _builtins.int
+    """An attempt that ran for longer than this is recorded even if it was answered; 0: never."""
     @_builtins.property
     def request(self) -> _http_pb2.HttpRequest: ...
+    @_builtins.property
+    def job(self) -> _workspace_pb2.JobRule:
+        """Set: the request may begin a job, which is to be followed to its end. Its answer then is not streamed."""
+
     def __init__(
         self,
         *,
@@ -723,10 +762,12 @@ class Start(_message.Message):
         run_time_limit_ms: _builtins.int = ...,
         response_body_limit_bytes: _builtins.int = ...,
         streamed: _builtins.bool = ...,
+        job: _workspace_pb2.JobRule | None = ...,
+        record_after_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "port", b"port", "replica_id", b"replica_id", "request", b"request", "response_body_limit_bytes", b"response_body_limit_bytes", "run_time_limit_ms", b"run_time_limit_ms", "streamed", b"streamed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "job", b"job", "port", b"port", "record_after_ms", b"record_after_ms", "replica_id", b"replica_id", "request", b"request", "response_body_limit_bytes", b"response_body_limit_bytes", "run_time_limit_ms", b"run_time_limit_ms", "streamed", b"streamed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,6 +788,7 @@ class Result(_message.Message):
     LAST_BYTE_AFTER_US_FIELD_NUMBER: _builtins.int
     GPU_US_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     delivery: _task_pb2.Delivery.ValueType
     sent_after_us: _builtins.int
@@ -754,6 +796,8 @@ class Result(_message.Message):
     first_byte_after_us: _builtins.int
     last_byte_after_us: _builtins.int
     gpu_us: _builtins.int
+    job_id: _builtins.str
+    """The container's own id of the job that the attempt became; empty: none."""
     @_builtins.property
     def response(self) -> _http_pb2.HttpResponse: ...
     @_builtins.property
@@ -774,10 +818,11 @@ class Result(_message.Message):
         last_byte_after_us: _builtins.int = ...,
         gpu_us: _builtins.int = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "failure", b"failure", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_us", b"gpu_us", "last_byte_after_us", b"last_byte_after_us", "response", b"response", "sent_after_us", b"sent_after_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_us", b"gpu_us", "job_id", b"job_id", "last_byte_after_us", b"last_byte_after_us", "response", b"response", "sent_after_us", b"sent_after_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -875,6 +920,9 @@ class DeliverResponse(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     stored_bytes: _builtins.int
+    """In the first answer what the node goes on from; later what has been taken in since, told now and then, of which the last part may not
+    be on disk yet: only `complete` says that.
+    """
     complete: _builtins.bool
     """All of it is on disk."""
     def __init__(
@@ -890,6 +938,48 @@ class DeliverResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeliverResponse: _TypeAlias = DeliverResponse  # noqa: Y015
+
+@_typing.final
+class RecordRequest(_message.Message):
+    """What was kept of which attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    FLIGHT_FIELD_NUMBER: _builtins.int
+    attempt_id: _builtins.str
+    @_builtins.property
+    def flight(self) -> _flight_pb2.NodeFlight: ...
+    def __init__(
+        self,
+        *,
+        attempt_id: _builtins.str = ...,
+        flight: _flight_pb2.NodeFlight | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flight", b"flight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "flight", b"flight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordRequest: _TypeAlias = RecordRequest  # noqa: Y015
+
+@_typing.final
+class RecordResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordResponse: _TypeAlias = RecordResponse  # noqa: Y015
 
 @_typing.final
 class TunnelRequest(_message.Message):

@@ -77,6 +77,11 @@ class NodeServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_node__pb2.TunnelRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_node__pb2.TunnelResponse.FromString,
                 _registered_method=True)
+        self.Record = channel.unary_unary(
+                '/ngpu.v1.NodeService/Record',
+                request_serializer=ngpu_dot_v1_dot_node__pb2.RecordRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_node__pb2.RecordResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer(object):
@@ -163,6 +168,17 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Record(self, request, context):
+        """What the node kept of an attempt that failed, or ran for longer than its Start's `record_after_ms`; once, after its Result, at most
+        256 KiB, on the same channel as bodies. Given twice, the second changes nothing. Nothing depends on it: if it cannot be told within some
+        minutes the node forgets it.
+        Errors: UNAVAILABLE (the attempt's end is not on disk yet: try again soon), NOT_FOUND (the attempt is not this node's, or
+        nothing is recorded of it: forget it), RESOURCE_EXHAUSTED with reason TOO_LARGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -205,6 +221,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Tunnel,
                     request_deserializer=ngpu_dot_v1_dot_node__pb2.TunnelRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_node__pb2.TunnelResponse.SerializeToString,
+            ),
+            'Record': grpc.unary_unary_rpc_method_handler(
+                    servicer.Record,
+                    request_deserializer=ngpu_dot_v1_dot_node__pb2.RecordRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_node__pb2.RecordResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -426,6 +447,33 @@ class NodeService(object):
             '/ngpu.v1.NodeService/Tunnel',
             ngpu_dot_v1_dot_node__pb2.TunnelRequest.SerializeToString,
             ngpu_dot_v1_dot_node__pb2.TunnelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Record(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.NodeService/Record',
+            ngpu_dot_v1_dot_node__pb2.RecordRequest.SerializeToString,
+            ngpu_dot_v1_dot_node__pb2.RecordResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -81,6 +81,13 @@ class NodeServiceStub:
     Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
     Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
     """
+    Record: _grpc.UnaryUnaryMultiCallable[_node_pb2.RecordRequest, _node_pb2.RecordResponse]
+    """What the node kept of an attempt that failed, or ran for longer than its Start's `record_after_ms`; once, after its Result, at most
+    256 KiB, on the same channel as bodies. Given twice, the second changes nothing. Nothing depends on it: if it cannot be told within some
+    minutes the node forgets it.
+    Errors: UNAVAILABLE (the attempt's end is not on disk yet: try again soon), NOT_FOUND (the attempt is not this node's, or
+    nothing is recorded of it: forget it), RESOURCE_EXHAUSTED with reason TOO_LARGE.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -134,6 +141,13 @@ class NodeServiceAsyncStub(NodeServiceStub):
     is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
     Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
     Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
+    """
+    Record: _aio.UnaryUnaryMultiCallable[_node_pb2.RecordRequest, _node_pb2.RecordResponse]  # type: ignore[assignment]
+    """What the node kept of an attempt that failed, or ran for longer than its Start's `record_after_ms`; once, after its Result, at most
+    256 KiB, on the same channel as bodies. Given twice, the second changes nothing. Nothing depends on it: if it cannot be told within some
+    minutes the node forgets it.
+    Errors: UNAVAILABLE (the attempt's end is not on disk yet: try again soon), NOT_FOUND (the attempt is not this node's, or
+    nothing is recorded of it: forget it), RESOURCE_EXHAUSTED with reason TOO_LARGE.
     """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -233,6 +247,19 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         is NOT_FOUND. The end of the stream is the end of the connection, either way: what was sent before is delivered first. Not resumable.
         Then the node sends the attempt's Result, COMPLETED with 101 whoever closed.
         Errors: NOT_FOUND (attempt unknown or given up, or nobody takes the connection).
+        """
+
+    @_abc_1.abstractmethod
+    def Record(
+        self,
+        request: _node_pb2.RecordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.RecordResponse, _abc.Awaitable[_node_pb2.RecordResponse]]:
+        """What the node kept of an attempt that failed, or ran for longer than its Start's `record_after_ms`; once, after its Result, at most
+        256 KiB, on the same channel as bodies. Given twice, the second changes nothing. Nothing depends on it: if it cannot be told within some
+        minutes the node forgets it.
+        Errors: UNAVAILABLE (the attempt's end is not on disk yet: try again soon), NOT_FOUND (the attempt is not this node's, or
+        nothing is recorded of it: forget it), RESOURCE_EXHAUSTED with reason TOO_LARGE.
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,72 +24,83 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from ngpu.v1 import flight_pb2 as ngpu_dot_v1_dot_flight__pb2
 from ngpu.v1 import http_pb2 as ngpu_dot_v1_dot_http__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ngpu/v1/task.proto\x12\x07ngpu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x12ngpu/v1/http.proto\"I\n\x07\x46\x61ilure\x12\x1d\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x0e.ngpu.v1.Cause\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xaa\x02\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.ngpu.v1.TaskState\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x16\n\x0equeue_position\x18\x08 \x01(\r\x12\x13\n\x0bwaiting_for\x18\t \x01(\t\"M\n\x06Origin\x12\x0f\n\x07user_ip\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x11\n\toperation\x18\x03 \x01(\t\x12\x12\n\nuser_agent\x18\x04 \x01(\t\"\xd1\x02\n\x0fScheduleRequest\x12\x14\n\x0cworkspace_id\x18\x01 \x01(\t\x12\r\n\x05route\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\x12%\n\x07request\x18\x04 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x63\x61ncel_on_hangup\x18\x06 \x01(\x08\x12\x13\n\x0b\x62tc_address\x18\x07 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x1f\n\x06origin\x18\t \x01(\x0b\x32\x0f.ngpu.v1.Origin\x12\x18\n\x10max_inline_bytes\x18\n \x01(\r\x12\x17\n\nrepeatable\x18\x0b \x01(\x08H\x00\x88\x01\x01\x12\x10\n\x08streamed\x18\x0c \x01(\x08\x42\r\n\x0b_repeatable\"X\n\x10ScheduleResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\'\n\x08response\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\"?\n\x0c\x42\x61tchRequest\x12\x1c\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\r.ngpu.v1.Call\x12\x11\n\tabandoned\x18\x02 \x03(\x04\"\x9c\x01\n\x04\x43\x61ll\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x08schedule\x18\x02 \x01(\x0b\x32\x18.ngpu.v1.ScheduleRequestH\x00\x12&\n\x05query\x18\x03 \x01(\x0b\x32\x15.ngpu.v1.QueryRequestH\x00\x12(\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.CancelRequestH\x00\x42\x08\n\x06method\"1\n\rBatchResponse\x12 \n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x0f.ngpu.v1.Answer\"\xc2\x01\n\x06\x41nswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0e.ngpu.v1.ErrorH\x00\x12-\n\x08schedule\x18\x03 \x01(\x0b\x32\x19.ngpu.v1.ScheduleResponseH\x00\x12\'\n\x05query\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.QueryResponseH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.ngpu.v1.CancelResponseH\x00\x42\x08\n\x06result\"\x92\x01\n\rUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x14\n\x0cworkspace_id\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x0c\n\x04size\x18\x06 \x01(\x04\x12\x0f\n\x07\x64iscard\x18\x07 \x01(\x08\x12\x0c\n\x04last\x18\x08 \x01(\x08\"1\n\x0eUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"x\n\x0cQueryRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_inline_bytes\x18\x04 \x01(\r\"U\n\rQueryResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\'\n\x08response\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\"\xea\x01\n\x10ListTasksRequest\x12\x14\n\x0cworkspace_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnode_addr\x18\x04 \x01(\t\x12\"\n\x06states\x18\x05 \x03(\x0e\x32\x12.ngpu.v1.TaskState\x12\r\n\x05limit\x18\x06 \x01(\r\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\x12\x0c\n\x04\x66ull\x18\x08 \x01(\x08\"S\n\x11ListTasksResponse\x12\x10\n\x08task_ids\x18\x01 \x03(\t\x12\x1c\n\x05tasks\x18\x02 \x03(\x0b\x32\r.ngpu.v1.Task\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\t\"S\n\x10GetDetailRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x18\n\x10max_inline_bytes\x18\x03 \x01(\r\"\x8e\x03\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\tnode_addr\x18\x03 \x01(\t\x12\x0f\n\x07node_ip\x18\x04 \x01(\t\x12#\n\x08\x64\x65livery\x18\x05 \x01(\x0e\x32\x11.ngpu.v1.Delivery\x12/\n\x0b\x61ssign_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rsent_after_us\x18\x08 \x01(\x04\x12\x1b\n\x13\x66irst_byte_after_us\x18\t \x01(\x04\x12\x1a\n\x12last_byte_after_us\x18\n \x01(\x04\x12\x0e\n\x06gpu_us\x18\x0b \x01(\x04\x12\x0f\n\x07gpu_ids\x18\x0c \x03(\t\x12\x13\n\x0bhttp_status\x18\r \x01(\r\x12!\n\x07\x66\x61ilure\x18\x0e \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x0e\n\x06reason\x18\x0f \x01(\t\"\xa6\x02\n\x11GetDetailResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x14\n\x0cworkspace_id\x18\x03 \x01(\t\x12\x16\n\x0eworkspace_name\x18\x04 \x01(\t\x12\x13\n\x0b\x62tc_address\x18\x05 \x01(\t\x12\x0c\n\x04port\x18\x06 \x01(\r\x12\x1f\n\x06origin\x18\x07 \x01(\x0b\x32\x0f.ngpu.v1.Origin\x12%\n\x07request\x18\x08 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\'\n\x08response\x18\t \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\"\n\x08\x61ttempts\x18\n \x03(\x0b\x32\x10.ngpu.v1.Attempt\"\xc8\x01\n\x0cWatchRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12(\n\x04part\x18\x03 \x01(\x0e\x32\x1a.ngpu.v1.WatchRequest.Part\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x18\n\x10\x63\x61ncel_on_hangup\x18\x05 \x01(\x08\"=\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x10\n\x0cPART_REQUEST\x10\x01\x12\r\n\tPART_NONE\x10\x02\"o\n\rWatchResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"6\n\rCancelRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\"-\n\x0e\x43\x61ncelResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\"E\n\x0e\x43onnectRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\x0f\x43onnectResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\xa1\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x18\n\x14TASK_STATE_COMPLETED\x10\x03\x12\x15\n\x11TASK_STATE_FAILED\x10\x04\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x05*\x7f\n\x08\x44\x65livery\x12\x18\n\x14\x44\x45LIVERY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45LIVERY_NOT_SENT\x10\x01\x12\x18\n\x14\x44\x45LIVERY_SENT_PARTLY\x10\x02\x12\x11\n\rDELIVERY_SENT\x10\x03\x12\x15\n\x11\x44\x45LIVERY_ANSWERED\x10\x04*F\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41USE_CUSTOMER\x10\x01\x12\x12\n\x0e\x43\x41USE_PLATFORM\x10\x02\x32\xc0\x04\n\x0bTaskService\x12?\n\x08Schedule\x12\x18.ngpu.v1.ScheduleRequest\x1a\x19.ngpu.v1.ScheduleResponse\x12:\n\x05\x42\x61tch\x12\x15.ngpu.v1.BatchRequest\x1a\x16.ngpu.v1.BatchResponse(\x01\x30\x01\x12;\n\x06Upload\x12\x16.ngpu.v1.UploadRequest\x1a\x17.ngpu.v1.UploadResponse(\x01\x12\x36\n\x05Query\x12\x15.ngpu.v1.QueryRequest\x1a\x16.ngpu.v1.QueryResponse\x12\x44\n\tListTasks\x12\x19.ngpu.v1.ListTasksRequest\x1a\x1a.ngpu.v1.ListTasksResponse0\x01\x12\x42\n\tGetDetail\x12\x19.ngpu.v1.GetDetailRequest\x1a\x1a.ngpu.v1.GetDetailResponse\x12\x38\n\x05Watch\x12\x15.ngpu.v1.WatchRequest\x1a\x16.ngpu.v1.WatchResponse0\x01\x12@\n\x07\x43onnect\x12\x17.ngpu.v1.ConnectRequest\x1a\x18.ngpu.v1.ConnectResponse(\x01\x30\x01\x12\x39\n\x06\x43\x61ncel\x12\x16.ngpu.v1.CancelRequest\x1a\x17.ngpu.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ngpu/v1/task.proto\x12\x07ngpu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14ngpu/v1/flight.proto\x1a\x12ngpu/v1/http.proto\"I\n\x07\x46\x61ilure\x12\x1d\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x0e.ngpu.v1.Cause\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xdc\x02\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.ngpu.v1.TaskState\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x16\n\x0equeue_position\x18\x08 \x01(\r\x12\x13\n\x0bwaiting_for\x18\t \x01(\t\x12\x30\n\rexpected_wait\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x06Origin\x12\x0f\n\x07user_ip\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x11\n\toperation\x18\x03 \x01(\t\x12\x12\n\nuser_agent\x18\x04 \x01(\t\"\xe7\x02\n\x0fScheduleRequest\x12\x14\n\x0cworkspace_id\x18\x01 \x01(\t\x12\r\n\x05route\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\x12%\n\x07request\x18\x04 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x63\x61ncel_on_hangup\x18\x06 \x01(\x08\x12\x13\n\x0b\x62tc_address\x18\x07 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x1f\n\x06origin\x18\t \x01(\x0b\x32\x0f.ngpu.v1.Origin\x12\x18\n\x10max_inline_bytes\x18\n \x01(\r\x12\x17\n\nrepeatable\x18\x0b \x01(\x08H\x00\x88\x01\x01\x12\x10\n\x08streamed\x18\x0c \x01(\x08\x12\x14\n\x0c\x63\x61llback_url\x18\r \x01(\tB\r\n\x0b_repeatable\"X\n\x10ScheduleResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\'\n\x08response\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\"?\n\x0c\x42\x61tchRequest\x12\x1c\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\r.ngpu.v1.Call\x12\x11\n\tabandoned\x18\x02 \x03(\x04\"\x9c\x01\n\x04\x43\x61ll\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x08schedule\x18\x02 \x01(\x0b\x32\x18.ngpu.v1.ScheduleRequestH\x00\x12&\n\x05query\x18\x03 \x01(\x0b\x32\x15.ngpu.v1.QueryRequestH\x00\x12(\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.CancelRequestH\x00\x42\x08\n\x06method\"1\n\rBatchResponse\x12 \n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x0f.ngpu.v1.Answer\"\xc2\x01\n\x06\x41nswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0e.ngpu.v1.ErrorH\x00\x12-\n\x08schedule\x18\x03 \x01(\x0b\x32\x19.ngpu.v1.ScheduleResponseH\x00\x12\'\n\x05query\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.QueryResponseH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.ngpu.v1.CancelResponseH\x00\x42\x08\n\x06result\"\x92\x01\n\rUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x14\n\x0cworkspace_id\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x01(\t\x12\x0c\n\x04size\x18\x06 \x01(\x04\x12\x0f\n\x07\x64iscard\x18\x07 \x01(\x08\x12\x0c\n\x04last\x18\x08 \x01(\x08\"1\n\x0eUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"x\n\x0cQueryRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_inline_bytes\x18\x04 \x01(\r\"U\n\rQueryResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\'\n\x08response\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\"\xea\x01\n\x10ListTasksRequest\x12\x14\n\x0cworkspace_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnode_addr\x18\x04 \x01(\t\x12\"\n\x06states\x18\x05 \x03(\x0e\x32\x12.ngpu.v1.TaskState\x12\r\n\x05limit\x18\x06 \x01(\r\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\x12\x0c\n\x04\x66ull\x18\x08 \x01(\x08\"S\n\x11ListTasksResponse\x12\x10\n\x08task_ids\x18\x01 \x03(\t\x12\x1c\n\x05tasks\x18\x02 \x03(\x0b\x32\r.ngpu.v1.Task\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\t\"S\n\x10GetDetailRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x18\n\x10max_inline_bytes\x18\x03 \x01(\r\"\xfe\x03\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x11\n\tnode_addr\x18\x03 \x01(\t\x12\x0f\n\x07node_ip\x18\x04 \x01(\t\x12#\n\x08\x64\x65livery\x18\x05 \x01(\x0e\x32\x11.ngpu.v1.Delivery\x12/\n\x0b\x61ssign_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rsent_after_us\x18\x08 \x01(\x04\x12\x1b\n\x13\x66irst_byte_after_us\x18\t \x01(\x04\x12\x1a\n\x12last_byte_after_us\x18\n \x01(\x04\x12\x0e\n\x06gpu_us\x18\x0b \x01(\x04\x12\x0f\n\x07gpu_ids\x18\x0c \x03(\t\x12\x13\n\x0bhttp_status\x18\r \x01(\r\x12!\n\x07\x66\x61ilure\x18\x0e \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x0e\n\x06reason\x18\x0f \x01(\t\x12.\n\nqueue_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tgpu_model\x18\x11 \x01(\t\x12\r\n\x05price\x18\x12 \x01(\t\x12\x0c\n\x04\x63ost\x18\x13 \x01(\t\x12\x0e\n\x06job_id\x18\x14 \x01(\t\"\x97\x01\n\nWebhookTry\x12\x0e\n\x06number\x18\x01 \x01(\r\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bhttp_status\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\xa8\x01\n\x07Webhook\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.ngpu.v1.WebhookState\x12\r\n\x05tries\x18\x04 \x01(\r\x12-\n\tnext_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x03log\x18\x06 \x03(\x0b\x32\x13.ngpu.v1.WebhookTry\"\xc9\x02\n\x11GetDetailResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x14\n\x0cworkspace_id\x18\x03 \x01(\t\x12\x16\n\x0eworkspace_name\x18\x04 \x01(\t\x12\x13\n\x0b\x62tc_address\x18\x05 \x01(\t\x12\x0c\n\x04port\x18\x06 \x01(\r\x12\x1f\n\x06origin\x18\x07 \x01(\x0b\x32\x0f.ngpu.v1.Origin\x12%\n\x07request\x18\x08 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\'\n\x08response\x18\t \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\"\n\x08\x61ttempts\x18\n \x03(\x0b\x32\x10.ngpu.v1.Attempt\x12!\n\x07webhook\x18\x0b \x01(\x0b\x32\x10.ngpu.v1.Webhook\"K\n\x11GetFlightsRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x92\x01\n\x12GetFlightsResponse\x12!\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x10.ngpu.v1.Attempt\x12\x11\n\tplacement\x18\x02 \x01(\t\x12#\n\x05plane\x18\x03 \x01(\x0b\x32\x14.ngpu.v1.PlaneFlight\x12!\n\x04node\x18\x04 \x01(\x0b\x32\x13.ngpu.v1.NodeFlight\"\xc8\x01\n\x0cWatchRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12(\n\x04part\x18\x03 \x01(\x0e\x32\x1a.ngpu.v1.WatchRequest.Part\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x18\n\x10\x63\x61ncel_on_hangup\x18\x05 \x01(\x08\"=\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x10\n\x0cPART_REQUEST\x10\x01\x12\r\n\tPART_NONE\x10\x02\"o\n\rWatchResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"F\n\rCancelRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x0e\n\x06hangup\x18\x03 \x01(\x08\"-\n\x0e\x43\x61ncelResponse\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.ngpu.v1.Task\"E\n\x0e\x43onnectRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cworkspace_id\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\x0f\x43onnectResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\xa1\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x18\n\x14TASK_STATE_COMPLETED\x10\x03\x12\x15\n\x11TASK_STATE_FAILED\x10\x04\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x05*\x7f\n\x08\x44\x65livery\x12\x18\n\x14\x44\x45LIVERY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45LIVERY_NOT_SENT\x10\x01\x12\x18\n\x14\x44\x45LIVERY_SENT_PARTLY\x10\x02\x12\x11\n\rDELIVERY_SENT\x10\x03\x12\x15\n\x11\x44\x45LIVERY_ANSWERED\x10\x04*F\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41USE_CUSTOMER\x10\x01\x12\x12\n\x0e\x43\x41USE_PLATFORM\x10\x02*\x9c\x01\n\x0cWebhookState\x12\x1d\n\x19WEBHOOK_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WEBHOOK_STATE_PENDING\x10\x01\x12\x19\n\x15WEBHOOK_STATE_WAITING\x10\x02\x12\x1b\n\x17WEBHOOK_STATE_DELIVERED\x10\x03\x12\x1a\n\x16WEBHOOK_STATE_GIVEN_UP\x10\x04\x32\x89\x05\n\x0bTaskService\x12?\n\x08Schedule\x12\x18.ngpu.v1.ScheduleRequest\x1a\x19.ngpu.v1.ScheduleResponse\x12:\n\x05\x42\x61tch\x12\x15.ngpu.v1.BatchRequest\x1a\x16.ngpu.v1.BatchResponse(\x01\x30\x01\x12;\n\x06Upload\x12\x16.ngpu.v1.UploadRequest\x1a\x17.ngpu.v1.UploadResponse(\x01\x12\x36\n\x05Query\x12\x15.ngpu.v1.QueryRequest\x1a\x16.ngpu.v1.QueryResponse\x12\x44\n\tListTasks\x12\x19.ngpu.v1.ListTasksRequest\x1a\x1a.ngpu.v1.ListTasksResponse0\x01\x12\x42\n\tGetDetail\x12\x19.ngpu.v1.GetDetailRequest\x1a\x1a.ngpu.v1.GetDetailResponse\x12G\n\nGetFlights\x12\x1a.ngpu.v1.GetFlightsRequest\x1a\x1b.ngpu.v1.GetFlightsResponse0\x01\x12\x38\n\x05Watch\x12\x15.ngpu.v1.WatchRequest\x1a\x16.ngpu.v1.WatchResponse0\x01\x12@\n\x07\x43onnect\x12\x17.ngpu.v1.ConnectRequest\x1a\x18.ngpu.v1.ConnectResponse(\x01\x30\x01\x12\x39\n\x06\x43\x61ncel\x12\x16.ngpu.v1.CancelRequest\x1a\x17.ngpu.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ngpu.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKSTATE']._serialized_start=3511
-  _globals['_TASKSTATE']._serialized_end=3672
-  _globals['_DELIVERY']._serialized_start=3674
-  _globals['_DELIVERY']._serialized_end=3801
-  _globals['_CAUSE']._serialized_start=3803
-  _globals['_CAUSE']._serialized_end=3873
-  _globals['_FAILURE']._serialized_start=116
-  _globals['_FAILURE']._serialized_end=189
-  _globals['_TASK']._serialized_start=192
-  _globals['_TASK']._serialized_end=490
-  _globals['_ORIGIN']._serialized_start=492
-  _globals['_ORIGIN']._serialized_end=569
-  _globals['_SCHEDULEREQUEST']._serialized_start=572
-  _globals['_SCHEDULEREQUEST']._serialized_end=909
-  _globals['_SCHEDULERESPONSE']._serialized_start=911
-  _globals['_SCHEDULERESPONSE']._serialized_end=999
-  _globals['_BATCHREQUEST']._serialized_start=1001
-  _globals['_BATCHREQUEST']._serialized_end=1064
-  _globals['_CALL']._serialized_start=1067
-  _globals['_CALL']._serialized_end=1223
-  _globals['_BATCHRESPONSE']._serialized_start=1225
-  _globals['_BATCHRESPONSE']._serialized_end=1274
-  _globals['_ANSWER']._serialized_start=1277
-  _globals['_ANSWER']._serialized_end=1471
-  _globals['_UPLOADREQUEST']._serialized_start=1474
-  _globals['_UPLOADREQUEST']._serialized_end=1620
-  _globals['_UPLOADRESPONSE']._serialized_start=1622
-  _globals['_UPLOADRESPONSE']._serialized_end=1671
-  _globals['_QUERYREQUEST']._serialized_start=1673
-  _globals['_QUERYREQUEST']._serialized_end=1793
-  _globals['_QUERYRESPONSE']._serialized_start=1795
-  _globals['_QUERYRESPONSE']._serialized_end=1880
-  _globals['_LISTTASKSREQUEST']._serialized_start=1883
-  _globals['_LISTTASKSREQUEST']._serialized_end=2117
-  _globals['_LISTTASKSRESPONSE']._serialized_start=2119
-  _globals['_LISTTASKSRESPONSE']._serialized_end=2202
-  _globals['_GETDETAILREQUEST']._serialized_start=2204
-  _globals['_GETDETAILREQUEST']._serialized_end=2287
-  _globals['_ATTEMPT']._serialized_start=2290
-  _globals['_ATTEMPT']._serialized_end=2688
-  _globals['_GETDETAILRESPONSE']._serialized_start=2691
-  _globals['_GETDETAILRESPONSE']._serialized_end=2985
-  _globals['_WATCHREQUEST']._serialized_start=2988
-  _globals['_WATCHREQUEST']._serialized_end=3188
-  _globals['_WATCHREQUEST_PART']._serialized_start=3127
-  _globals['_WATCHREQUEST_PART']._serialized_end=3188
-  _globals['_WATCHRESPONSE']._serialized_start=3190
-  _globals['_WATCHRESPONSE']._serialized_end=3301
-  _globals['_CANCELREQUEST']._serialized_start=3303
-  _globals['_CANCELREQUEST']._serialized_end=3357
-  _globals['_CANCELRESPONSE']._serialized_start=3359
-  _globals['_CANCELRESPONSE']._serialized_end=3404
-  _globals['_CONNECTREQUEST']._serialized_start=3406
-  _globals['_CONNECTREQUEST']._serialized_end=3475
-  _globals['_CONNECTRESPONSE']._serialized_start=3477
-  _globals['_CONNECTRESPONSE']._serialized_end=3508
-  _globals['_TASKSERVICE']._serialized_start=3876
-  _globals['_TASKSERVICE']._serialized_end=4452
+  _globals['_TASKSTATE']._serialized_start=4319
+  _globals['_TASKSTATE']._serialized_end=4480
+  _globals['_DELIVERY']._serialized_start=4482
+  _globals['_DELIVERY']._serialized_end=4609
+  _globals['_CAUSE']._serialized_start=4611
+  _globals['_CAUSE']._serialized_end=4681
+  _globals['_WEBHOOKSTATE']._serialized_start=4684
+  _globals['_WEBHOOKSTATE']._serialized_end=4840
+  _globals['_FAILURE']._serialized_start=138
+  _globals['_FAILURE']._serialized_end=211
+  _globals['_TASK']._serialized_start=214
+  _globals['_TASK']._serialized_end=562
+  _globals['_ORIGIN']._serialized_start=564
+  _globals['_ORIGIN']._serialized_end=641
+  _globals['_SCHEDULEREQUEST']._serialized_start=644
+  _globals['_SCHEDULEREQUEST']._serialized_end=1003
+  _globals['_SCHEDULERESPONSE']._serialized_start=1005
+  _globals['_SCHEDULERESPONSE']._serialized_end=1093
+  _globals['_BATCHREQUEST']._serialized_start=1095
+  _globals['_BATCHREQUEST']._serialized_end=1158
+  _globals['_CALL']._serialized_start=1161
+  _globals['_CALL']._serialized_end=1317
+  _globals['_BATCHRESPONSE']._serialized_start=1319
+  _globals['_BATCHRESPONSE']._serialized_end=1368
+  _globals['_ANSWER']._serialized_start=1371
+  _globals['_ANSWER']._serialized_end=1565
+  _globals['_UPLOADREQUEST']._serialized_start=1568
+  _globals['_UPLOADREQUEST']._serialized_end=1714
+  _globals['_UPLOADRESPONSE']._serialized_start=1716
+  _globals['_UPLOADRESPONSE']._serialized_end=1765
+  _globals['_QUERYREQUEST']._serialized_start=1767
+  _globals['_QUERYREQUEST']._serialized_end=1887
+  _globals['_QUERYRESPONSE']._serialized_start=1889
+  _globals['_QUERYRESPONSE']._serialized_end=1974
+  _globals['_LISTTASKSREQUEST']._serialized_start=1977
+  _globals['_LISTTASKSREQUEST']._serialized_end=2211
+  _globals['_LISTTASKSRESPONSE']._serialized_start=2213
+  _globals['_LISTTASKSRESPONSE']._serialized_end=2296
+  _globals['_GETDETAILREQUEST']._serialized_start=2298
+  _globals['_GETDETAILREQUEST']._serialized_end=2381
+  _globals['_ATTEMPT']._serialized_start=2384
+  _globals['_ATTEMPT']._serialized_end=2894
+  _globals['_WEBHOOKTRY']._serialized_start=2897
+  _globals['_WEBHOOKTRY']._serialized_end=3048
+  _globals['_WEBHOOK']._serialized_start=3051
+  _globals['_WEBHOOK']._serialized_end=3219
+  _globals['_GETDETAILRESPONSE']._serialized_start=3222
+  _globals['_GETDETAILRESPONSE']._serialized_end=3551
+  _globals['_GETFLIGHTSREQUEST']._serialized_start=3553
+  _globals['_GETFLIGHTSREQUEST']._serialized_end=3628
+  _globals['_GETFLIGHTSRESPONSE']._serialized_start=3631
+  _globals['_GETFLIGHTSRESPONSE']._serialized_end=3777
+  _globals['_WATCHREQUEST']._serialized_start=3780
+  _globals['_WATCHREQUEST']._serialized_end=3980
+  _globals['_WATCHREQUEST_PART']._serialized_start=3919
+  _globals['_WATCHREQUEST_PART']._serialized_end=3980
+  _globals['_WATCHRESPONSE']._serialized_start=3982
+  _globals['_WATCHRESPONSE']._serialized_end=4093
+  _globals['_CANCELREQUEST']._serialized_start=4095
+  _globals['_CANCELREQUEST']._serialized_end=4165
+  _globals['_CANCELRESPONSE']._serialized_start=4167
+  _globals['_CANCELRESPONSE']._serialized_end=4212
+  _globals['_CONNECTREQUEST']._serialized_start=4214
+  _globals['_CONNECTREQUEST']._serialized_end=4283
+  _globals['_CONNECTRESPONSE']._serialized_start=4285
+  _globals['_CONNECTRESPONSE']._serialized_end=4316
+  _globals['_TASKSERVICE']._serialized_start=4843
+  _globals['_TASKSERVICE']._serialized_end=5492
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from ngpu.v1 import flight_pb2 as _flight_pb2
 from ngpu.v1 import http_pb2 as _http_pb2
 import builtins as _builtins
 import sys
@@ -90,6 +91,36 @@ CAUSE_CUSTOMER: Cause.ValueType  # 1
 CAUSE_PLATFORM: Cause.ValueType  # 2
 Global___Cause: _TypeAlias = Cause  # noqa: Y015
 
+class _WebhookState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WebhookStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WebhookState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WEBHOOK_STATE_UNSPECIFIED: _WebhookState.ValueType  # 0
+    WEBHOOK_STATE_PENDING: _WebhookState.ValueType  # 1
+    """The task has not ended."""
+    WEBHOOK_STATE_WAITING: _WebhookState.ValueType  # 2
+    """It is being posted, or will be at `next_time`."""
+    WEBHOOK_STATE_DELIVERED: _WebhookState.ValueType  # 3
+    """Answered with 2xx."""
+    WEBHOOK_STATE_GIVEN_UP: _WebhookState.ValueType  # 4
+    """Answered with 410, or not at all for too long."""
+
+class WebhookState(_WebhookState, metaclass=_WebhookStateEnumTypeWrapper):
+    """Whether a task's end has reached its `callback_url`."""
+
+WEBHOOK_STATE_UNSPECIFIED: WebhookState.ValueType  # 0
+WEBHOOK_STATE_PENDING: WebhookState.ValueType  # 1
+"""The task has not ended."""
+WEBHOOK_STATE_WAITING: WebhookState.ValueType  # 2
+"""It is being posted, or will be at `next_time`."""
+WEBHOOK_STATE_DELIVERED: WebhookState.ValueType  # 3
+"""Answered with 2xx."""
+WEBHOOK_STATE_GIVEN_UP: WebhookState.ValueType  # 4
+"""Answered with 410, or not at all for too long."""
+Global___WebhookState: _TypeAlias = WebhookState  # noqa: Y015
+
 @_typing.final
 class Failure(_message.Message):
     """Why there is no answer of the container."""
@@ -103,6 +134,7 @@ class Failure(_message.Message):
     reason: _builtins.str
     """A constant to branch on: NODE_LOST, REPLICA_LOST, CONNECT_FAILED, CONNECTION_CLOSED, CONTAINER_EXITED, RUN_TIME_LIMIT,
     QUEUE_TIME_LIMIT, TOTAL_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, ATTEMPTS_USED_UP, OUTCOME_UNKNOWN, WORKSPACE_DELETED,
+    JOB_FAILED (the container's own job, see JobRule), BUSY (an attempt's only: the container did not take it),
     CANCELLED, INTERNAL.
     """
     message: _builtins.str
@@ -137,6 +169,7 @@ class Task(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """`YYYYMMDD_HH_MM_SS_` and 20 random digits. Whoever has it may read the result."""
     state: Global___TaskState.ValueType
@@ -145,7 +178,7 @@ class Task(_message.Message):
     queue_position: _builtins.int
     """How many tasks of the workspace are before it, 0 = the next one. Only while QUEUED."""
     waiting_for: _builtins.str
-    """Why it waits, in words. Only while QUEUED."""
+    """Why it waits, in words: what its workspace's replicas do, and which of them is the next to be ready. Only while QUEUED."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -160,6 +193,12 @@ class Task(_message.Message):
     def failure(self) -> Global___Failure:
         """Set when FAILED or CANCELLED."""
 
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """How long it will likely wait still, judged by how long tasks of the workspace took of late. Only while QUEUED; unset: not known, because
+        no replica is ready or none has run a task yet.
+        """
+
     def __init__(
         self,
         *,
@@ -172,10 +211,11 @@ class Task(_message.Message):
         failure: Global___Failure | None = ...,
         queue_position: _builtins.int = ...,
         waiting_for: _builtins.str = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "expected_wait", b"expected_wait", "failure", b"failure", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "queue_position", b"queue_position", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "expected_wait", b"expected_wait", "failure", b"failure", "queue_position", b"queue_position", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,6 +271,7 @@ class ScheduleRequest(_message.Message):
     MAX_INLINE_BYTES_FIELD_NUMBER: _builtins.int
     REPEATABLE_FIELD_NUMBER: _builtins.int
     STREAMED_FIELD_NUMBER: _builtins.int
+    CALLBACK_URL_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace, by its id. May be empty with a workspace's own token, or with `route`."""
     route: _builtins.str
@@ -251,6 +292,11 @@ class ScheduleRequest(_message.Message):
     """Pass the response on as it comes. The answer may then come before the task's end: as soon as the container has begun a response that
     is long or takes its time, `task` is RUNNING and `response` has its head; go on with Watch from offset 0 (after a 101: Connect).
     Its bodies are kept only up to a size that the operator sets.
+    """
+    callback_url: _builtins.str
+    """POST the task's end there, however it ends: `https`, at most 2,048 bytes, no credentials in it, to a public address (the operator may
+    allow more). At least once, signed with the workspace's secret, again and again for a day until it is answered with 2xx; see
+    docs/services.md. What is plainly no such URL is INVALID_ARGUMENT.
     """
     @_builtins.property
     def request(self) -> _http_pb2.HttpRequest: ...
@@ -275,10 +321,11 @@ class ScheduleRequest(_message.Message):
         max_inline_bytes: _builtins.int = ...,
         repeatable: _builtins.bool | None = ...,
         streamed: _builtins.bool = ...,
+        callback_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "origin", b"origin", "repeatable", b"repeatable", "request", b"request", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "repeatable", b"repeatable", "request", b"request", "route", b"route", "streamed", b"streamed", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "callback_url", b"callback_url", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "repeatable", b"repeatable", "request", b"request", "route", b"route", "streamed", b"streamed", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repeatable: _TypeAlias = _typing.Literal["repeatable"]  # noqa: Y015
     _WhichOneofArgType__repeatable: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable"]  # noqa: Y015
@@ -713,6 +760,11 @@ class Attempt(_message.Message):
     HTTP_STATUS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    GPU_MODEL_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     replica_id: _builtins.str
     node_addr: _builtins.str
@@ -729,6 +781,13 @@ class Attempt(_message.Message):
     """The container's status; 0: no answer."""
     reason: _builtins.str
     """Why this slot, in words."""
+    gpu_model: _builtins.str
+    """Of its GPUs; of different ones all, with ` + ` between."""
+    price: _builtins.str
+    """What a second of all its GPUs cost when it was assigned, and what came of it: decimals as in usage.proto. Unset while it runs."""
+    cost: _builtins.str
+    job_id: _builtins.str
+    """Under which id the container works, or worked, on it by itself (see JobRule); empty: none, or past its retention."""
     @_builtins.property
     def assign_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -737,6 +796,10 @@ class Attempt(_message.Message):
     def gpu_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def failure(self) -> Global___Failure: ...
+    @_builtins.property
+    def queue_time(self) -> _timestamp_pb2.Timestamp:
+        """When the task entered the queue for it: its acceptance, or the end of the attempt before."""
+
     def __init__(
         self,
         *,
@@ -755,14 +818,104 @@ class Attempt(_message.Message):
         http_status: _builtins.int = ...,
         failure: Global___Failure | None = ...,
         reason: _builtins.str = ...,
+        queue_time: _timestamp_pb2.Timestamp | None = ...,
+        gpu_model: _builtins.str = ...,
+        price: _builtins.str = ...,
+        cost: _builtins.str = ...,
+        job_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "end_time", b"end_time", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "end_time", b"end_time", "failure", b"failure", "queue_time", b"queue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_ids", b"gpu_ids", "gpu_us", b"gpu_us", "http_status", b"http_status", "last_byte_after_us", b"last_byte_after_us", "node_addr", b"node_addr", "node_ip", b"node_ip", "number", b"number", "reason", b"reason", "replica_id", b"replica_id", "sent_after_us", b"sent_after_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "cost", b"cost", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_ids", b"gpu_ids", "gpu_model", b"gpu_model", "gpu_us", b"gpu_us", "http_status", b"http_status", "job_id", b"job_id", "last_byte_after_us", b"last_byte_after_us", "node_addr", b"node_addr", "node_ip", b"node_ip", "number", b"number", "price", b"price", "queue_time", b"queue_time", "reason", b"reason", "replica_id", b"replica_id", "sent_after_us", b"sent_after_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
+
+@_typing.final
+class WebhookTry(_message.Message):
+    """One POST to a `callback_url`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    HTTP_STATUS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts from 1."""
+    http_status: _builtins.int
+    """The receiver's answer; 0: none came."""
+    error: _builtins.str
+    """What was wrong, in words; empty: nothing."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """From the search for the address to the head of the answer."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        http_status: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "error", b"error", "http_status", b"http_status", "number", b"number", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WebhookTry: _TypeAlias = WebhookTry  # noqa: Y015
+
+@_typing.final
+class Webhook(_message.Message):
+    """What became of a task's `callback_url`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TRIES_FIELD_NUMBER: _builtins.int
+    NEXT_TIME_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The `webhook-id` of every try."""
+    url: _builtins.str
+    """Empty unless the caller showed that it owns the workspace: it may have a secret in it."""
+    state: Global___WebhookState.ValueType
+    tries: _builtins.int
+    """How often it was posted."""
+    @_builtins.property
+    def next_time(self) -> _timestamp_pb2.Timestamp:
+        """Only while WAITING."""
+
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[Global___WebhookTry]:
+        """The last of them, at most 20, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        url: _builtins.str = ...,
+        state: Global___WebhookState.ValueType = ...,
+        tries: _builtins.int = ...,
+        next_time: _timestamp_pb2.Timestamp | None = ...,
+        log: _abc.Iterable[Global___WebhookTry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_time", b"next_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "log", b"log", "next_time", b"next_time", "state", b"state", "tries", b"tries", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Webhook: _TypeAlias = Webhook  # noqa: Y015
 
 @_typing.final
 class GetDetailResponse(_message.Message):
@@ -780,6 +933,7 @@ class GetDetailResponse(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    WEBHOOK_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Running number of the task."""
     workspace_id: _builtins.str
@@ -801,6 +955,10 @@ class GetDetailResponse(_message.Message):
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
         """Oldest first; the one that is running last."""
 
+    @_builtins.property
+    def webhook(self) -> Global___Webhook:
+        """Set if the task has a `callback_url`."""
+
     def __init__(
         self,
         *,
@@ -814,14 +972,82 @@ class GetDetailResponse(_message.Message):
         request: _http_pb2.HttpRequest | None = ...,
         response: _http_pb2.HttpResponse | None = ...,
         attempts: _abc.Iterable[Global___Attempt] | None = ...,
+        webhook: Global___Webhook | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "request", b"request", "response", b"response", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "request", b"request", "response", b"response", "task", b"task", "webhook", b"webhook"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "btc_address", b"btc_address", "number", b"number", "origin", b"origin", "port", b"port", "request", b"request", "response", b"response", "task", b"task", "workspace_id", b"workspace_id", "workspace_name", b"workspace_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "btc_address", b"btc_address", "number", b"number", "origin", b"origin", "port", b"port", "request", b"request", "response", b"response", "task", b"task", "webhook", b"webhook", "workspace_id", b"workspace_id", "workspace_name", b"workspace_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDetailResponse: _TypeAlias = GetDetailResponse  # noqa: Y015
+
+@_typing.final
+class GetFlightsRequest(_message.Message):
+    """Which task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    workspace_id: _builtins.str
+    """If set, the task must be this workspace's."""
+    attempt: _builtins.int
+    """Only this attempt; 0: all."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        workspace_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFlightsRequest: _TypeAlias = GetFlightsRequest  # noqa: Y015
+
+@_typing.final
+class GetFlightsResponse(_message.Message):
+    """One attempt. Each of `plane` and `node` is unset if nothing is kept (any more)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    PLANE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    placement: _builtins.str
+    """Why its replica was on that node, in a sentence."""
+    @_builtins.property
+    def attempt(self) -> Global___Attempt:
+        """The ledger's: times, delivery, whose fault, why this slot."""
+
+    @_builtins.property
+    def plane(self) -> _flight_pb2.PlaneFlight: ...
+    @_builtins.property
+    def node(self) -> _flight_pb2.NodeFlight:
+        """Unset also if the node was lost before it could tell."""
+
+    def __init__(
+        self,
+        *,
+        attempt: Global___Attempt | None = ...,
+        placement: _builtins.str = ...,
+        plane: _flight_pb2.PlaneFlight | None = ...,
+        node: _flight_pb2.NodeFlight | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "node", b"node", "plane", b"plane"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "node", b"node", "placement", b"placement", "plane", b"plane"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFlightsResponse: _TypeAlias = GetFlightsResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
@@ -921,18 +1147,22 @@ class CancelRequest(_message.Message):
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     WORKSPACE_ID_FIELD_NUMBER: _builtins.int
+    HANGUP_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     workspace_id: _builtins.str
     """If set, the task must be this workspace's."""
+    hangup: _builtins.bool
+    """Only because the one caller that it is for has gone: then it goes on if its workspace says so (`cancel_on_hangup`)."""
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
         workspace_id: _builtins.str = ...,
+        hangup: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hangup", b"hangup", "task_id", b"task_id", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,6 +72,11 @@ class TaskServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_task__pb2.GetDetailRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_task__pb2.GetDetailResponse.FromString,
                 _registered_method=True)
+        self.GetFlights = channel.unary_stream(
+                '/ngpu.v1.TaskService/GetFlights',
+                request_serializer=ngpu_dot_v1_dot_task__pb2.GetFlightsRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_task__pb2.GetFlightsResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/ngpu.v1.TaskService/Watch',
                 request_serializer=ngpu_dot_v1_dot_task__pb2.WatchRequest.SerializeToString,
@@ -108,7 +113,8 @@ class TaskServiceServicer(object):
         second case. Does not promise: that the container runs the request only once, unless `repeatable` is false (at-least-once).
 
         Errors: NOT_FOUND (no such workspace or published route), INVALID_ARGUMENT, PERMISSION_DENIED with reason ASSET_MISSING
-        (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL or TOO_LARGE (`retry_after_ms` tells),
+        (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL, ACCOUNT_QUEUE_FULL, RATE_LIMITED or TOO_LARGE
+        (`retry_after_ms` tells),
         ALREADY_EXISTS (the idempotency key was used with another request), UNAVAILABLE with reason ASSET_UNKNOWN.
         A call that broke without an answer may be repeated safely only with an `idempotency_key`.
         """
@@ -131,8 +137,8 @@ class TaskServiceServicer(object):
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
         The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
-        initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
-        need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+        initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
+        `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
         Schedule has used within an hour is deleted.
         Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
         the message says which it is; go on from there).
@@ -161,6 +167,17 @@ class TaskServiceServicer(object):
 
     def GetDetail(self, request, context):
         """All that is recorded of a task: where it came from, the request, every attempt with times and reasons, the answer.
+        Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFlights(self, request, context):
+        """What the flight recorder kept of a task's attempts that failed or were slow, oldest first, one in each message: readable after container
+        and node are gone, until the operator's retention of it is over. A node may need some seconds to tell its part after the attempt's end.
+        Of each workspace at most 20 attempts a minute are recorded. With containers' logs in it, it is for operators and the workspace itself:
+        a service must give the `workspace_id`.
         Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -231,6 +248,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.GetDetail,
                     request_deserializer=ngpu_dot_v1_dot_task__pb2.GetDetailRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_task__pb2.GetDetailResponse.SerializeToString,
+            ),
+            'GetFlights': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetFlights,
+                    request_deserializer=ngpu_dot_v1_dot_task__pb2.GetFlightsRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_task__pb2.GetFlightsResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -418,6 +440,33 @@ class TaskService(object):
             '/ngpu.v1.TaskService/GetDetail',
             ngpu_dot_v1_dot_task__pb2.GetDetailRequest.SerializeToString,
             ngpu_dot_v1_dot_task__pb2.GetDetailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFlights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ngpu.v1.TaskService/GetFlights',
+            ngpu_dot_v1_dot_task__pb2.GetFlightsRequest.SerializeToString,
+            ngpu_dot_v1_dot_task__pb2.GetFlightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,7 +49,8 @@ class TaskServiceStub:
     second case. Does not promise: that the container runs the request only once, unless `repeatable` is false (at-least-once).
 
     Errors: NOT_FOUND (no such workspace or published route), INVALID_ARGUMENT, PERMISSION_DENIED with reason ASSET_MISSING
-    (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL or TOO_LARGE (`retry_after_ms` tells),
+    (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL, ACCOUNT_QUEUE_FULL, RATE_LIMITED or TOO_LARGE
+    (`retry_after_ms` tells),
     ALREADY_EXISTS (the idempotency key was used with another request), UNAVAILABLE with reason ASSET_UNKNOWN.
     A call that broke without an answer may be repeated safely only with an `idempotency_key`.
     """
@@ -64,8 +65,8 @@ class TaskServiceStub:
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
     The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
-    initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
-    need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+    initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
+    `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
     Schedule has used within an hour is deleted.
     Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
     the message says which it is; go on from there).
@@ -82,6 +83,13 @@ class TaskServiceStub:
     """
     GetDetail: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetDetailRequest, _task_pb2.GetDetailResponse]
     """All that is recorded of a task: where it came from, the request, every attempt with times and reasons, the answer.
+    Errors: NOT_FOUND.
+    """
+    GetFlights: _grpc.UnaryStreamMultiCallable[_task_pb2.GetFlightsRequest, _task_pb2.GetFlightsResponse]
+    """What the flight recorder kept of a task's attempts that failed or were slow, oldest first, one in each message: readable after container
+    and node are gone, until the operator's retention of it is over. A node may need some seconds to tell its part after the attempt's end.
+    Of each workspace at most 20 attempts a minute are recorded. With containers' logs in it, it is for operators and the workspace itself:
+    a service must give the `workspace_id`.
     Errors: NOT_FOUND.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchRequest, _task_pb2.WatchResponse]
@@ -126,7 +134,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     second case. Does not promise: that the container runs the request only once, unless `repeatable` is false (at-least-once).
 
     Errors: NOT_FOUND (no such workspace or published route), INVALID_ARGUMENT, PERMISSION_DENIED with reason ASSET_MISSING
-    (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL or TOO_LARGE (`retry_after_ms` tells),
+    (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL, ACCOUNT_QUEUE_FULL, RATE_LIMITED or TOO_LARGE
+    (`retry_after_ms` tells),
     ALREADY_EXISTS (the idempotency key was used with another request), UNAVAILABLE with reason ASSET_UNKNOWN.
     A call that broke without an answer may be repeated safely only with an `idempotency_key`.
     """
@@ -141,8 +150,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
     The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
-    initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
-    need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+    initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
+    `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
     Schedule has used within an hour is deleted.
     Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
     the message says which it is; go on from there).
@@ -159,6 +168,13 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     GetDetail: _aio.UnaryUnaryMultiCallable[_task_pb2.GetDetailRequest, _task_pb2.GetDetailResponse]  # type: ignore[assignment]
     """All that is recorded of a task: where it came from, the request, every attempt with times and reasons, the answer.
+    Errors: NOT_FOUND.
+    """
+    GetFlights: _aio.UnaryStreamMultiCallable[_task_pb2.GetFlightsRequest, _task_pb2.GetFlightsResponse]  # type: ignore[assignment]
+    """What the flight recorder kept of a task's attempts that failed or were slow, oldest first, one in each message: readable after container
+    and node are gone, until the operator's retention of it is over. A node may need some seconds to tell its part after the attempt's end.
+    Of each workspace at most 20 attempts a minute are recorded. With containers' logs in it, it is for operators and the workspace itself:
+    a service must give the `workspace_id`.
     Errors: NOT_FOUND.
     """
     Watch: _aio.UnaryStreamMultiCallable[_task_pb2.WatchRequest, _task_pb2.WatchResponse]  # type: ignore[assignment]
@@ -206,7 +222,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         second case. Does not promise: that the container runs the request only once, unless `repeatable` is false (at-least-once).
 
         Errors: NOT_FOUND (no such workspace or published route), INVALID_ARGUMENT, PERMISSION_DENIED with reason ASSET_MISSING
-        (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL or TOO_LARGE (`retry_after_ms` tells),
+        (the BTC address holds no configured asset), RESOURCE_EXHAUSTED with reason QUEUE_FULL, ACCOUNT_QUEUE_FULL, RATE_LIMITED or TOO_LARGE
+        (`retry_after_ms` tells),
         ALREADY_EXISTS (the idempotency key was used with another request), UNAVAILABLE with reason ASSET_UNKNOWN.
         A call that broke without an answer may be repeated safely only with an `idempotency_key`.
         """
@@ -233,8 +250,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
         The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 256 KiB. The server sends its
-        initial metadata once it has accepted the first message, with `ngpu-upload-id`: who announces the `size` first and waits for that
-        need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
+        initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
+        `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
         Schedule has used within an hour is deleted.
         Errors: RESOURCE_EXHAUSTED with reason TOO_LARGE, NOT_FOUND (unknown `upload_id`), OUT_OF_RANGE (`offset` is not the length stored:
         the message says which it is; go on from there).
@@ -269,6 +286,19 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.GetDetailResponse, _abc.Awaitable[_task_pb2.GetDetailResponse]]:
         """All that is recorded of a task: where it came from, the request, every attempt with times and reasons, the answer.
+        Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def GetFlights(
+        self,
+        request: _task_pb2.GetFlightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_task_pb2.GetFlightsResponse], _abc.AsyncIterator[_task_pb2.GetFlightsResponse]]:
+        """What the flight recorder kept of a task's attempts that failed or were slow, oldest first, one in each message: readable after container
+        and node are gone, until the operator's retention of it is over. A node may need some seconds to tell its part after the attempt's end.
+        Of each workspace at most 20 attempts a minute are recorded. With containers' logs in it, it is for operators and the workspace itself:
+        a service must give the `workspace_id`.
         Errors: NOT_FOUND.
         """
 

@@ -101,6 +101,8 @@ class WorkspaceSpec(_message.Message):
     WRITABLE_PATHS_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    CANCEL_ON_HANGUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique among living workspaces: 1 to 63 of a-z, 0-9, "-", beginning with a letter."""
     image: _builtins.str
@@ -119,6 +121,10 @@ class WorkspaceSpec(_message.Message):
     """May an attempt that reached the container be run again when its node is lost? Default true: inference is."""
     account: _builtins.str
     """For the record and for usage; free text."""
+    cancel_on_hangup: _builtins.bool
+    """Does a caller who hangs up while he waits, or while he is being answered, cancel his task? Default true. False: it goes on, and its
+    answer is recorded. A connection that has changed its protocol (WebSocket) is over when one side has left, whatever is said here.
+    """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv, never through a shell; empty: as the image says."""
@@ -149,6 +155,12 @@ class WorkspaceSpec(_message.Message):
     def scale(self) -> Global___Scale:
         """Unset: there are always `replicas`."""
 
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobRule]:
+        """For containers that answer at once and work on: the first rule that a request meets holds for it. At most 16. A change takes effect
+        at once, for what starts from then on.
+        """
+
     def __init__(
         self,
         *,
@@ -170,16 +182,128 @@ class WorkspaceSpec(_message.Message):
         writable_paths: _abc.Iterable[_builtins.str] | None = ...,
         account: _builtins.str = ...,
         scale: Global___Scale | None = ...,
+        jobs: _abc.Iterable[Global___JobRule] | None = ...,
+        cancel_on_hangup: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "gpu", b"gpu", "limits", b"limits", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup", "_repeatable", b"_repeatable", "cancel_on_hangup", b"cancel_on_hangup", "gpu", b"gpu", "limits", b"limits", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "account", b"account", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "image", b"image", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "scale", b"scale", "shm_bytes", b"shm_bytes", "writable_paths", b"writable_paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup", "_repeatable", b"_repeatable", "account", b"account", "cancel_on_hangup", b"cancel_on_hangup", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "image", b"image", "jobs", b"jobs", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "scale", b"scale", "shm_bytes", b"shm_bytes", "writable_paths", b"writable_paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cancel_on_hangup: _TypeAlias = _typing.Literal["cancel_on_hangup"]  # noqa: Y015
+    _WhichOneofArgType__cancel_on_hangup: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup"]  # noqa: Y015
     _WhichOneofReturnType__repeatable: _TypeAlias = _typing.Literal["repeatable"]  # noqa: Y015
     _WhichOneofArgType__repeatable: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cancel_on_hangup) -> _WhichOneofReturnType__cancel_on_hangup | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repeatable) -> _WhichOneofReturnType__repeatable | None: ...
 
 Global___WorkspaceSpec: _TypeAlias = WorkspaceSpec  # noqa: Y015
+
+@_typing.final
+class JobRule(_message.Message):
+    """How to follow a job that a container began with one request and tells the end of in answers to others. Our task is RUNNING and keeps
+    its slot until the job is done, and is answered with the job's output. Unset fields take the preset's values, if one is named.
+
+    States are said as lists of words: the value at `state` as text (`100` is the number 100 as well as the string "100"), or `HTTP 503`: the
+    answer's status. A status goes before a value; a value only counts in an answer below 300.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRESET_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    ASK_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    POLL_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    preset: _builtins.str
+    """`ngpu-classic`: result codes 100, 101, 102, 104, 200 and 203 at `/result_code`. Empty: none."""
+    start: _builtins.str
+    """Method and path of the requests that begin a job; `*` at the end stands for anything. Empty: `POST /*`."""
+    ask: _builtins.str
+    """Method and path to ask after the job, with `{id}`, and `{path}` for the path that began it: `GET {path}?taskID={id}`.
+    Callers' own requests of this form go to the replica that has the job, or are answered with its recorded output once it is done.
+    """
+    cancel: _builtins.str
+    """Method and path to end a job whose task is cancelled or over its time, as `ask`. Empty: it cannot be told."""
+    state: _builtins.str
+    """JSON pointer to the value that says where the job stands."""
+    output: _builtins.str
+    """JSON pointer to the job's output in the answer that says `done`; empty: that whole answer."""
+    message: _builtins.str
+    """JSON pointer to the container's words on a failure; empty: the beginning of its answer."""
+    @_builtins.property
+    def id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the job's id is in the answer to such a request: JSON pointers, the first that leads to text or a number. An answer without one
+        is the task's answer, as of any container.
+        """
+
+    @_builtins.property
+    def accepted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Said by the first answer: begun. Not needed unless the same word means `done` later."""
+
+    @_builtins.property
+    def done(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def running(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the container's own queue."""
+
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The task fails with JOB_FAILED and is not run again."""
+
+    @_builtins.property
+    def busy(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The container has not taken the job: the task returns to its queue, which uses none of its attempts, and another replica may get it."""
+
+    @_builtins.property
+    def poll(self) -> _duration_pb2.Duration:
+        """Between two questions [1 second]."""
+
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """How long a job may take, where that is less than `limits.run_time` [unset: as that]."""
+
+    def __init__(
+        self,
+        *,
+        preset: _builtins.str = ...,
+        start: _builtins.str = ...,
+        id: _abc.Iterable[_builtins.str] | None = ...,
+        ask: _builtins.str = ...,
+        cancel: _builtins.str = ...,
+        state: _builtins.str = ...,
+        accepted: _abc.Iterable[_builtins.str] | None = ...,
+        done: _abc.Iterable[_builtins.str] | None = ...,
+        running: _abc.Iterable[_builtins.str] | None = ...,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
+        failed: _abc.Iterable[_builtins.str] | None = ...,
+        busy: _abc.Iterable[_builtins.str] | None = ...,
+        output: _builtins.str = ...,
+        message: _builtins.str = ...,
+        poll: _duration_pb2.Duration | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "poll", b"poll"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ask", b"ask", "busy", b"busy", "cancel", b"cancel", "done", b"done", "failed", b"failed", "id", b"id", "limit", b"limit", "message", b"message", "output", b"output", "poll", b"poll", "preset", b"preset", "running", b"running", "start", b"start", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobRule: _TypeAlias = JobRule  # noqa: Y015
 
 @_typing.final
 class Scale(_message.Message):
@@ -319,6 +443,7 @@ class Limits(_message.Message):
     RESPONSE_BODY_BYTES_FIELD_NUMBER: _builtins.int
     QUEUE_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
     request_body_bytes: _builtins.int
     """[64 MiB]"""
     response_body_bytes: _builtins.int
@@ -327,6 +452,8 @@ class Limits(_message.Message):
     """Tasks waiting [1,000]."""
     max_attempts: _builtins.int
     """Attempts that reached a container, counting those the customer's side caused [3]."""
+    rate: _builtins.int
+    """Tasks accepted in a second; a second's worth of them may come at once [10,000]."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """How long a task may wait [10 minutes]."""
@@ -349,10 +476,11 @@ class Limits(_message.Message):
         response_body_bytes: _builtins.int = ...,
         queue_length: _builtins.int = ...,
         max_attempts: _builtins.int = ...,
+        rate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "run_time", b"run_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_attempts", b"max_attempts", "queue_length", b"queue_length", "queue_time", b"queue_time", "request_body_bytes", b"request_body_bytes", "response_body_bytes", b"response_body_bytes", "run_time", b"run_time", "total_time", b"total_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_attempts", b"max_attempts", "queue_length", b"queue_length", "queue_time", b"queue_time", "rate", b"rate", "request_body_bytes", b"request_body_bytes", "response_body_bytes", b"response_body_bytes", "run_time", b"run_time", "total_time", b"total_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -950,3 +1078,125 @@ class DeleteRouteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteRouteResponse: _TypeAlias = DeleteRouteResponse  # noqa: Y015
+
+@_typing.final
+class WebhookSecret(_message.Message):
+    """How webhooks of a workspace are signed (https://www.standardwebhooks.com)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRET_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SECRET_FIELD_NUMBER: _builtins.int
+    PREVIOUS_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """`whsec_` and 32 random bytes in base64, as verifying libraries take it."""
+    previous_secret: _builtins.str
+    """Signs as well until `previous_expire_time`; empty: there is none."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def previous_expire_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        secret: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        previous_secret: _builtins.str = ...,
+        previous_expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "previous_expire_time", b"previous_expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "previous_expire_time", b"previous_expire_time", "previous_secret", b"previous_secret", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WebhookSecret: _TypeAlias = WebhookSecret  # noqa: Y015
+
+@_typing.final
+class GetWebhookSecretRequest(_message.Message):
+    """Which one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    workspace: _builtins.str
+    """Id or name."""
+    def __init__(
+        self,
+        *,
+        workspace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetWebhookSecretRequest: _TypeAlias = GetWebhookSecretRequest  # noqa: Y015
+
+@_typing.final
+class GetWebhookSecretResponse(_message.Message):
+    """As it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secret(self) -> Global___WebhookSecret: ...
+    def __init__(
+        self,
+        *,
+        secret: Global___WebhookSecret | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetWebhookSecretResponse: _TypeAlias = GetWebhookSecretResponse  # noqa: Y015
+
+@_typing.final
+class RotateWebhookSecretRequest(_message.Message):
+    """Which one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    workspace: _builtins.str
+    """Id or name."""
+    def __init__(
+        self,
+        *,
+        workspace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateWebhookSecretRequest: _TypeAlias = RotateWebhookSecretRequest  # noqa: Y015
+
+@_typing.final
+class RotateWebhookSecretResponse(_message.Message):
+    """As it is from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secret(self) -> Global___WebhookSecret: ...
+    def __init__(
+        self,
+        *,
+        secret: Global___WebhookSecret | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateWebhookSecretResponse: _TypeAlias = RotateWebhookSecretResponse  # noqa: Y015

@@ -74,6 +74,16 @@ class WorkspaceServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceResponse.FromString,
                 _registered_method=True)
+        self.GetWebhookSecret = channel.unary_unary(
+                '/ngpu.v1.WorkspaceService/GetWebhookSecret',
+                request_serializer=ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretResponse.FromString,
+                _registered_method=True)
+        self.RotateWebhookSecret = channel.unary_unary(
+                '/ngpu.v1.WorkspaceService/RotateWebhookSecret',
+                request_serializer=ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretResponse.FromString,
+                _registered_method=True)
         self.PublishRoute = channel.unary_unary(
                 '/ngpu.v1.WorkspaceService/PublishRoute',
                 request_serializer=ngpu_dot_v1_dot_workspace__pb2.PublishRouteRequest.SerializeToString,
@@ -162,6 +172,22 @@ class WorkspaceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWebhookSecret(self, request, context):
+        """The secret that signs what is posted to the `callback_url`s of a workspace's tasks; made when it is first asked for or needed.
+        Operators, and the workspace itself. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateWebhookSecret(self, request, context):
+        """Make a new secret. For a day the one before signs as well (two signatures in one header), so that receivers can change over without
+        losing anything; the one before that no longer. Not idempotent: ask GetWebhookSecret after a call that broke. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PublishRoute(self, request, context):
         """Give a public name to a path of a workspace, so that it may be called without credentials: `POST /user/<name>`. Idempotent;
         publishing a name again moves it. Operators only. Errors: NOT_FOUND, INVALID_ARGUMENT (reserved or malformed name, port not declared).
@@ -221,6 +247,16 @@ def add_WorkspaceServiceServicer_to_server(servicer, server):
                     servicer.WatchWorkspace,
                     request_deserializer=ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceResponse.SerializeToString,
+            ),
+            'GetWebhookSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWebhookSecret,
+                    request_deserializer=ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretResponse.SerializeToString,
+            ),
+            'RotateWebhookSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateWebhookSecret,
+                    request_deserializer=ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretResponse.SerializeToString,
             ),
             'PublishRoute': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishRoute,
@@ -432,6 +468,60 @@ class WorkspaceService(object):
             '/ngpu.v1.WorkspaceService/WatchWorkspace',
             ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceRequest.SerializeToString,
             ngpu_dot_v1_dot_workspace__pb2.WatchWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWebhookSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.WorkspaceService/GetWebhookSecret',
+            ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretRequest.SerializeToString,
+            ngpu_dot_v1_dot_workspace__pb2.GetWebhookSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateWebhookSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.WorkspaceService/RotateWebhookSecret',
+            ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretRequest.SerializeToString,
+            ngpu_dot_v1_dot_workspace__pb2.RotateWebhookSecretResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,14 @@ class WorkspaceServiceStub:
     """The workspace now, and again whenever it or one of its replicas changes (at most four times a second), until the caller
     cancels. Says the whole each time: a missed event loses nothing. Errors: NOT_FOUND.
     """
+    GetWebhookSecret: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.GetWebhookSecretRequest, _workspace_pb2.GetWebhookSecretResponse]
+    """The secret that signs what is posted to the `callback_url`s of a workspace's tasks; made when it is first asked for or needed.
+    Operators, and the workspace itself. Errors: NOT_FOUND.
+    """
+    RotateWebhookSecret: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.RotateWebhookSecretRequest, _workspace_pb2.RotateWebhookSecretResponse]
+    """Make a new secret. For a day the one before signs as well (two signatures in one header), so that receivers can change over without
+    losing anything; the one before that no longer. Not idempotent: ask GetWebhookSecret after a call that broke. Errors: NOT_FOUND.
+    """
     PublishRoute: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.PublishRouteRequest, _workspace_pb2.PublishRouteResponse]
     """Give a public name to a path of a workspace, so that it may be called without credentials: `POST /user/<name>`. Idempotent;
     publishing a name again moves it. Operators only. Errors: NOT_FOUND, INVALID_ARGUMENT (reserved or malformed name, port not declared).
@@ -122,6 +130,14 @@ class WorkspaceServiceAsyncStub(WorkspaceServiceStub):
     WatchWorkspace: _aio.UnaryStreamMultiCallable[_workspace_pb2.WatchWorkspaceRequest, _workspace_pb2.WatchWorkspaceResponse]  # type: ignore[assignment]
     """The workspace now, and again whenever it or one of its replicas changes (at most four times a second), until the caller
     cancels. Says the whole each time: a missed event loses nothing. Errors: NOT_FOUND.
+    """
+    GetWebhookSecret: _aio.UnaryUnaryMultiCallable[_workspace_pb2.GetWebhookSecretRequest, _workspace_pb2.GetWebhookSecretResponse]  # type: ignore[assignment]
+    """The secret that signs what is posted to the `callback_url`s of a workspace's tasks; made when it is first asked for or needed.
+    Operators, and the workspace itself. Errors: NOT_FOUND.
+    """
+    RotateWebhookSecret: _aio.UnaryUnaryMultiCallable[_workspace_pb2.RotateWebhookSecretRequest, _workspace_pb2.RotateWebhookSecretResponse]  # type: ignore[assignment]
+    """Make a new secret. For a day the one before signs as well (two signatures in one header), so that receivers can change over without
+    losing anything; the one before that no longer. Not idempotent: ask GetWebhookSecret after a call that broke. Errors: NOT_FOUND.
     """
     PublishRoute: _aio.UnaryUnaryMultiCallable[_workspace_pb2.PublishRouteRequest, _workspace_pb2.PublishRouteResponse]  # type: ignore[assignment]
     """Give a public name to a path of a workspace, so that it may be called without credentials: `POST /user/<name>`. Idempotent;
@@ -213,6 +229,26 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_workspace_pb2.WatchWorkspaceResponse], _abc.AsyncIterator[_workspace_pb2.WatchWorkspaceResponse]]:
         """The workspace now, and again whenever it or one of its replicas changes (at most four times a second), until the caller
         cancels. Says the whole each time: a missed event loses nothing. Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def GetWebhookSecret(
+        self,
+        request: _workspace_pb2.GetWebhookSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workspace_pb2.GetWebhookSecretResponse, _abc.Awaitable[_workspace_pb2.GetWebhookSecretResponse]]:
+        """The secret that signs what is posted to the `callback_url`s of a workspace's tasks; made when it is first asked for or needed.
+        Operators, and the workspace itself. Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateWebhookSecret(
+        self,
+        request: _workspace_pb2.RotateWebhookSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workspace_pb2.RotateWebhookSecretResponse, _abc.Awaitable[_workspace_pb2.RotateWebhookSecretResponse]]:
+        """Make a new secret. For a day the one before signs as well (two signatures in one header), so that receivers can change over without
+        losing anything; the one before that no longer. Not idempotent: ask GetWebhookSecret after a call that broke. Errors: NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
