@@ -1,7 +1,6 @@
 """The control plane's command: reads the settings, wires the parts in reading order, runs until a signal."""
 
 import asyncio
-import gc
 import io
 import ipaddress
 import os
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import structlog
 import typer
+from ngpu import heap
 
 from controlplane import assets, config, ids, log, migrations
 from controlplane.access import Access
@@ -66,8 +66,6 @@ FLUSH_S: Final = 0.25
 #: A second signal within this is the first one's echo, in seconds.
 SAME_SIGNAL_S: Final = 0.5
 RANDOM_BYTES: Final = 65_536
-#: Objects that may be made before the collector looks for cycles among the young: hardly anything here is in one.
-GC_OBJECTS: Final = 20_000
 
 _log = structlog.get_logger("controlplane")
 
@@ -392,10 +390,7 @@ def run(  # noqa: PLR0917, typer takes them by name
     # Whatever is kept here is nobody else's business: rows and bodies are customers'.
     os.umask(0o077)
     log.set_up(settings.log_level, settings.log_format)
-    # What was imported stays: the collector need not look through it at every full pass, 50 ms each.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
+    heap.settle()
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         with alone(settings.state_dir, settings.database):

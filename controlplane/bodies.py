@@ -287,10 +287,11 @@ class Bodies:
         size = pieces.size
 
         def look() -> None:
-            if self._behind.get(name) is not pieces:
+            # A fault is kept until somebody asks, or the body is swept: nobody may take for whole what is not.
+            if self._behind.get(name) is not pieces or pieces.fault is not None:
                 return
             self._write(name, pieces)
-            if pieces.size == size and pieces.writing is None and pieces.fault is None:
+            if pieces.size == size and pieces.writing is None:
                 del self._behind[name]
             else:
                 self._write_later(name, pieces)

@@ -13,8 +13,8 @@ from controlplane.tasks import TaskView
 #: How long one is kept.
 RECENT_S: Final = 30.0
 #: How many, and how many bytes with their bodies.
-VIEWS: Final = 5000
-BYTES: Final = 16 * 1024 * 1024
+VIEWS: Final = 2000
+BYTES: Final = 4 * 1024 * 1024
 #: Counted for a view beside its body.
 VIEW_BYTES: Final = 1024
 

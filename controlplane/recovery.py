@@ -12,7 +12,7 @@ from controlplane import ids
 from controlplane.callers import Fleet
 from controlplane.errors import NotFound
 from controlplane.failures import LOST_AT_START
-from controlplane.model import State, Task
+from controlplane.model import Cause, State, Task
 from controlplane.retries import NO_HISTORY, History, after
 from controlplane.spec import Limits
 from controlplane.store import Store
@@ -103,6 +103,8 @@ async def _remember(task: OpenTask, store: Store) -> None:
         )
         task.avoid = (*task.avoid, attempt.replica_id)
         task.queue_time = attempt.end_time
+        if attempt.cause == Cause.CUSTOMER:
+            task.gpu_us += attempt.gpu_us
     task.history = history
 
 

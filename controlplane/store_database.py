@@ -14,6 +14,9 @@ from controlplane.errors import Unavailable
 
 #: How long to wait for another process's lock on SQLite's file, and for PostgreSQL to accept a connection.
 LOCK_WAIT_S: Final = 5
+#: Of the pages that a connection to SQLite keeps.
+READER_CACHE_KIB: Final = 512
+WRITER_CACHE_KIB: Final = 2000
 #: SQLite's log is cut back to this after a checkpoint.
 _LOG_BYTES: Final = 64 * 1024 * 1024
 
@@ -89,6 +92,8 @@ def _prepare_sqlite(engine: sa.Engine, *, read_only: bool) -> None:
             "foreign_keys = ON",
             f"journal_size_limit = {_LOG_BYTES}",
             f"query_only = {int(read_only)}",
+            # Readers are several, and what they read again and again is in the kernel's cache anyhow.
+            f"cache_size = {-(READER_CACHE_KIB if read_only else WRITER_CACHE_KIB)}",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
 

@@ -1,7 +1,6 @@
 """`ngpu-bridge`: reads the settings, wires the parts, serves until told to stop."""
 
 import asyncio
-import gc
 import resource
 import signal
 import ssl
@@ -13,6 +12,7 @@ from typing import Annotated
 import grpc
 import structlog
 import typer
+from ngpu import heap
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +35,6 @@ from httpbridge.tasks import Tasks
 
 #: Files open besides connections.
 SPARE_FILES = 256
-#: Objects that may be made before the collector looks for cycles among the young: hardly anything here is in one.
-GC_OBJECTS = 20_000
 
 log = structlog.get_logger(__name__)
 
@@ -194,9 +192,7 @@ def bridge(  # noqa: PLR0917 typer calls it
         loaded = configuration.load(config, options)
         logs.set_up(loaded.log_level, loaded.log_format)
         _allow_files(loaded.max_connections + SPARE_FILES)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
+        heap.settle()
         asyncio.run(serve(loaded))
     except ConfigFault as fault:
         sys.stderr.write(f"ngpu-bridge cannot start:\n{fault}\n")

@@ -13,7 +13,7 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from ngpu import wire
+from ngpu import streams, wire
 from ngpu.v1 import asset_pb2, asset_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2, workspace_pb2_grpc
 from ngpu.v1 import task_pb2 as pb
 
@@ -223,7 +223,7 @@ class ControlPlane:
             request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, part=part, offset=offset)
             events = self._bodies.Watch(request, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
             try:
-                async for event in events:
+                async for event in streams.messages(events):
                     if event.data:
                         if event.offset != offset:
                             log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
@@ -288,7 +288,7 @@ class ControlPlane:
             request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, offset=offset, cancel_on_hangup=True)
             events = self._bodies.Watch(request, metadata=self._metadata())
             try:
-                async for event in events:
+                async for event in streams.messages(events):
                     if event.HasField("task"):
                         running, state = event.task.attempt, event.task.state
                         if state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):

@@ -7,6 +7,7 @@ and whence.
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, tzinfo
+from decimal import Decimal
 from math import ceil
 from typing import Final
 
@@ -161,12 +162,14 @@ class Tasks:
         request, request_encoding = envelope.text(sent)
         response, response_encoding = text_of(detail.response.body)
         # What the platform caused costs the customer nothing.
-        gpu_us = sum(a.gpu_us for a in detail.attempts if a.failure.cause != pb.CAUSE_PLATFORM)
+        charged = [a for a in detail.attempts if a.failure.cause != pb.CAUSE_PLATFORM]
+        gpu_us = sum(a.gpu_us for a in charged)
         seconds = seconds_taken(task, self._clock())
         has_ended = task.HasField("end_time")
         ext: dict[str, object] = {
             "seconds": seconds,
-            "gpuSeconds": gpu_us / 1e6,
+            "gpuSeconds": sum(a.gpu_us * len(a.gpu_ids) for a in charged) / 1e6,
+            "cost": f"{sum(Decimal(a.cost or 0) for a in charged):.9f}",
             "gpuIds": list(last.gpu_ids),
             "port": detail.port,
             "requestSize": detail.request.body.size,

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 import grpc
 from aiohttp import StreamReader, web
-from ngpu import wire
+from ngpu import streams, wire
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
@@ -72,7 +72,7 @@ class Tunnel(Passed):
     async def _back(self, request: web.BaseRequest, connection: Connection) -> None:
         """From the container. That it breaks off, or the caller does, is an end like any other."""
         with contextlib.suppress(grpc.aio.AioRpcError, ConnectionError):
-            while (message := await connection.read()) is not grpc.aio.EOF:
+            while (message := await streams.read(connection)) is not grpc.aio.EOF:
                 assert isinstance(message, pb.ConnectResponse)
                 await self._send(request, message.data)
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import gc
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Final, NoReturn
 import grpc
 import structlog
 import typer
+from ngpu import heap
 
 from nodedaemon import config, log
 from nodedaemon.bulk import Bulk
@@ -40,8 +40,6 @@ from nodedaemon.spool import Spool
 
 #: For the control plane to acknowledge the last results when the daemon stops.
 LAST_ACKS_S: Final = 2.0
-#: Objects that may be made before the collector looks for cycles among the young: hardly anything here is in one.
-GC_OBJECTS: Final = 20_000
 #: For containers to stop when the daemon is to leave nothing behind.
 STOP_CONTAINERS_S: Final = 60.0
 
@@ -283,9 +281,7 @@ def run(  # noqa: PLR0917, typer takes them by name
     log.set_up(settings.log_level, settings.log_format)
     _raise_open_files()
     with _told(), _alone(settings.state_dir):
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
+        heap.settle()
         asyncio.run(_until_signal(settings, stop_containers=stop_containers))
 
 

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from ngpu import wire
+from ngpu import streams, wire
 from ngpu.v1 import http_pb2, node_pb2_grpc
 
 Asked = TypeVar("Asked")
@@ -74,7 +74,7 @@ async def read(
 ) -> Answered:
     """The next message of a stream. Raises LinkLost at its end, AioRpcError."""
     with _cancelled_by_other_side():
-        message = await call.read()
+        message = await streams.read(call)
     if message is grpc.aio.EOF:
         raise LinkLost("the control plane ended it")
     return cast("Answered", message)

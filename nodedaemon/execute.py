@@ -39,8 +39,9 @@ log = structlog.get_logger()
 RUNNING_LIMIT: Final = 10_000
 #: That a request is sent is told with the next result, or after this long. Most results come sooner and say it too.
 SENT_DELAY_S: Final = 0.02
-#: A connection that breaks may do so because its container exits; the engine says so within this time.
-EXIT_NEWS_S: Final = 1.0
+#: A connection that breaks may do so because its container exits; the engine says so within this time. A busy one takes
+#: more than a second, and so does the end of a process that held a GPU.
+EXIT_NEWS_S: Final = 3.0
 
 
 class Executor:

@@ -118,14 +118,15 @@ def inflict_for(rig: Rig, name: str, seconds: float, only: str, faults: list[str
         others = [one for one in possible if one.subject != chosen[0].subject]
         if others and rig.chance.random() < TWO_AT_ONCE:
             chosen.append(rig.chance.choice(others))
-        words = ""
+        words, before = "", len(rig.recoveries)
         try:
             suffer(rig, *(one.name for one in chosen))
         except Exception as error:
             faults.append(f"{name}: {' + '.join(one.name for one in chosen)}: {type(error).__name__}: {error}")
-            words = f"  FAULT {error}"
-        if rig.recoveries:
-            say(f"{datetime.now(UTC):%H:%M:%S} {name}: {line(rig.recoveries[-1])}{words}")
+            words = f"  FAULT {type(error).__name__} {error}"
+        at = f"{datetime.now(UTC):%H:%M:%S} {name}"
+        said = line(rig.recoveries[-1]) if len(rig.recoveries) > before else " + ".join(one.name for one in chosen)
+        say(f"{at}: {said}{words}")
 
 
 def line(recovery: Recovery) -> str:

@@ -35,6 +35,8 @@ class Findings:
     again: collections.Counter[str] = field(default_factory=collections.Counter)
     #: Executions of work whose caller was told 503: begun before it was on disk, which it then could not be.
     unrecorded: int = 0
+    #: Tasks left out of what follows: they ran while nobody could hear their containers, an engine being dead.
+    unobserved: int = 0
     executions: int = 0
     #: Attempts in all ledgers.
     attempts: int = 0
@@ -72,6 +74,7 @@ class Findings:
             ("done twice, explained", self.twice),
             *((f"    after {reason}", number) for reason, number in sorted(self.again.items())),
             ("begun for a call that was then refused", self.unrecorded),
+            ("run while no container could be heard", self.unobserved),
             ("executions unexplained", len(self.unexplained)),
             ("acknowledged and lost", len(self.lost)),
             ("terminal states other than one, other faults", len(self.wrong)),
@@ -80,9 +83,14 @@ class Findings:
 
 
 def audit(
-    calls: Sequence[Call], database: Mapping[str, Recorded], executions: Iterable[Execution], *, once_uid: str = ""
+    calls: Sequence[Call],
+    database: Mapping[str, Recorded],
+    executions: Iterable[Execution],
+    *,
+    once_uid: str = "",
+    deaf: Sequence[tuple[float, float]] = (),
 ) -> Findings:
-    """Compare. `once_uid`: the workspace whose tasks must not run twice."""
+    """Compare. `once_uid`: the workspace whose tasks must not run twice. `deaf`: when containers could not be heard."""
     findings = Findings()
     by_token: dict[str, list[Recorded]] = {}
     for task in database.values():
@@ -100,7 +108,11 @@ def audit(
             findings.wrong.append(f"work {token} has {len(tasks)} tasks: {', '.join(one.task.id for one in tasks)}")
             continue
         once = tasks[0].task.workspace_uid == once_uid
-        _check_task(findings, tasks[0], done.pop(token, []), refusals=refusals.get(token, 0), once=once)
+        runs = done.pop(token, [])
+        if not any(run.end for run in runs) and _was_unheard(tasks[0], deaf):
+            findings.unobserved += 1
+            continue
+        _check_task(findings, tasks[0], runs, refusals=refusals.get(token, 0), once=once)
     for token, strangers in done.items():
         if len(strangers) <= refusals.get(token, 0):
             findings.unrecorded += len(strangers)
@@ -176,6 +188,11 @@ def _check_task(findings: Findings, mine: Recorded, runs: list[Execution], *, re
         findings.again[", ".join(sorted(reasons)) or "(nothing)"] += 1
         if not reasons:
             findings.unexplained.append(f"task {task.id}: executed {len(runs)} times without a failure: {_story(mine)}")
+
+
+def _was_unheard(mine: Recorded, deaf: Sequence[tuple[float, float]]) -> bool:
+    lives = [(one.assign_time.timestamp(), one.end_time.timestamp()) for one in mine.attempts]
+    return any(begin < until and since < end for begin, end in lives for since, until in deaf)
 
 
 def _why(attempt: Attempt) -> str:

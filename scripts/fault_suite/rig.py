@@ -29,14 +29,15 @@ from scripts.fault_suite.netns import Namespace, why_no_namespaces
 from scripts.fault_suite.postgres import Postgres
 from scripts.fault_suite.proxy import FaultProxy
 from scripts.fault_suite.records import DockerEars, executions, recorded
-from scripts.programs import BIN, Platform, Program
+from scripts.programs import BIN, Failed, Platform, Program
 
 WORKER: Final = Path(worker.__file__)
 WORK, ONCE = "work", "once"
 #: Short paces, so that a fault takes seconds; what the product promises is in the same proportion.
 HEARTBEAT_S: Final = 0.5
 NODE_TIMEOUT_S: Final = 3.5
-RECONNECT_GRACE_S: Final = 2.5
+#: Longer than a node waits between two tries (3 s).
+RECONNECT_GRACE_S: Final = 4.5
 START_GRACE_S: Final = 8.0
 HOLD_S: Final = 10.0
 #: From a node's silence to its work's second attempt.
@@ -116,9 +117,10 @@ class Rig:
         self.chance = chance or random.Random()  # noqa: S311
         self.postgres = postgres
         self.docker = docker
+        no_gamma = "" if "gamma" in self.names else "no node of this rig is in a namespace"
         #: What faults may need and this machine or this rig does not have, with the reason.
         self.lacks = {
-            "namespace": why_no_namespaces(),
+            "namespace": no_gamma or why_no_namespaces(),
             "disk": why_no_disks() if small_disks else "disks are not small here",
         }
         self.lacks["processes"] = "containers do not end with their daemon here" if docker else ""
@@ -142,6 +144,8 @@ class Rig:
         self.recoveries: list[Recovery] = []
         self.calls: list[Call] = []
         self.callers: Callers | None = None
+        #: When containers could not be heard.
+        self.deaf: list[tuple[float, float]] = []
         #: Workspaces.
         self.made: set[str] = set()
         #: A program ends with the thread that has started it: these live as long as the rig.
@@ -216,13 +220,19 @@ class Rig:
         if self.docker:
             prefix = self.docker.prefix
             engine, environment = ("--engine", "docker"), {"DOCKER_HOST": self.docker.url, **environment}
-        return self.platform.start_node(
-            name,
-            *engine,
-            prefix=prefix,
-            server=self.proxies[name].address,
-            environment={"NGPU_NODE_ALLOW_PLAINTEXT": "true", **environment},
-        )
+        try:
+            return self.platform.start_node(
+                name,
+                *engine,
+                prefix=prefix,
+                server=self.proxies[name].address,
+                environment={"NGPU_NODE_ALLOW_PLAINTEXT": "true", **environment},
+            )
+        except Failed:
+            # The control plane is away just then; `await_whole` waits for the node.
+            if self.node(name).process.poll() is not None:
+                raise
+            return self.node(name)
 
     def create(self, name: str, *, replicas: int = 1, wait: bool = True, image: str = WORK, **fields: Any) -> None:
         """A workspace of workers."""
@@ -296,7 +306,7 @@ class Rig:
 
     def orphans(self) -> set[str]:
         """Replicas with a process of ours that are in no workspace's list."""
-        wanted = {one["id"] for name in (WORK, ONCE) for one in self.workspace(name).get("replicas", [])}
+        wanted = {one["id"] for name in self.made for one in self.workspace(name).get("replicas", [])}
         if self.docker:
             found = self.docker.client.api.containers(filters={"label": "ngpu.replica"})
             labels = [one["Labels"] for one in found]
@@ -396,7 +406,13 @@ class Rig:
         """Of all that there has been in this rig."""
         if self._ears:
             self._ears.catch_up()
-        return audit(self.calls, recorded(self.database_url), executions(self.worker_logs), once_uid=self.once_uid)
+        return audit(
+            self.calls,
+            recorded(self.database_url),
+            executions(self.worker_logs),
+            once_uid=self.once_uid,
+            deaf=self.deaf,
+        )
 
 
 def until(what: Callable[[], Any], limit_s: float, words: str) -> Any:

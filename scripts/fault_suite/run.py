@@ -14,7 +14,6 @@ from scripts.fault_suite.audit import Findings
 from scripts.fault_suite.faults import FAULTS, suffer
 from scripts.fault_suite.rig import Recovery, Rig
 
-
 #: One starts after the other: five programs each, all at once, would take longer than a start may.
 _starting = threading.Lock()
 

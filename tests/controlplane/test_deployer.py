@@ -328,6 +328,16 @@ async def test_a_lost_node_is_told_once_and_replaced(plant: Plant) -> None:
     assert plant.fleet.node(lost).failures == 1
 
 
+async def test_who_stood_still_gives_nobody_up_for_the_silence(plant: Plant) -> None:
+    for name in ("a", "b", "c"):
+        await plant.node(name)
+    plant.deployer.session_down("c", clean=False)
+    plant.pass_s(60)
+    plant.fleet.listen_again()
+    await plant.deployer.step()
+    assert plant.tasks.lost == ["c"], "it was gone before"
+
+
 async def test_a_lost_node_that_comes_back_stops_what_was_replaced(plant: Plant) -> None:
     a = await plant.node("a", gpus=1)
     await plant.fleet.create_workspace(SPEC)

@@ -1,8 +1,12 @@
-"""Whatever happens in whatever order: each task ends once, no slot is used twice, every caller gets an answer."""
+"""Whatever happens in whatever order: each task ends once, no slot is used twice, every caller gets an answer.
+
+And usage adds up.
+"""
 
 import asyncio
 import tempfile
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,9 @@ from hypothesis import strategies as st
 from controlplane.dispatcher import TaskView
 from controlplane.errors import NgpuError
 from controlplane.model import ENDED, Cause, Delivery, State
-from tests.controlplane.fakes_dispatch import WS, World, a_world, migrated
+from controlplane.receipts import Terms
+from controlplane.store_usage import UsageQuery
+from tests.controlplane.fakes_dispatch import START, WS, World, a_world, migrated
 
 #: Node -> its replicas of the workspace and their capacity.
 NODES = {"n1": {"r1": 1}, "n2": {"r2": 2}, "n3": {"r3": 1, "r4": 1}}
@@ -161,6 +167,24 @@ class Walk:
         assert world.dispatcher.open_tasks == world.dispatcher.queued(WS) == 0
         assert [page async for page in world.store.open_tasks()] == []
 
+    async def usage_adds_up(self) -> None:
+        """One receipt an attempt, in order; tasks and usage are their sums, and none is longer than it took."""
+        receipts = []
+        for number in range(1, self.world.numbers + 1):
+            ledger = await self.world.store.attempts(f"t{number}")
+            row = await self.world.store.task(f"t{number}")
+            assert [one.number for one in ledger] == list(range(1, len(ledger) + 1))
+            charged = [one for one in ledger if one.cause != Cause.PLATFORM]
+            assert row is None or row.gpu_us == sum(one.gpu_us for one in charged)
+            assert all(one.gpu_us <= (one.end_time - one.assign_time) / timedelta(microseconds=1) for one in ledger)
+            assert all(one.cost_nanos == 0 for one in ledger if one not in charged)
+            receipts += ledger
+        query = UsageQuery(start=START, end=START + timedelta(days=10_000), workspace_uid=WS)
+        ((usage,),) = [page async for page in self.world.store.usage(query)]
+        assert usage.attempts == len(receipts)
+        assert usage.gpu_us == sum(one.gpu_us for one in receipts)
+        assert usage.cost_nanos == sum(one.cost_nanos for one in receipts)
+
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -172,6 +196,7 @@ def test_every_task_ends_once_and_every_caller_gets_an_answer(template: Path) ->
     async def walk(steps: list[Step]) -> None:
         with tempfile.TemporaryDirectory(prefix="ngpu-test-") as directory:
             async with a_world(template, Path(directory)) as world:
+                world.terms = lambda *_: Terms("acme", "RTX 4090", 1000)
                 control = Walk(world)
                 for name, *arguments in steps:
                     await getattr(control, name)(*arguments)
@@ -179,6 +204,7 @@ def test_every_task_ends_once_and_every_caller_gets_an_answer(template: Path) ->
                         await control.check()
                 await control.all_is_well_again()
                 await control.check()
+                await control.usage_adds_up()
 
     @settings(max_examples=50, deadline=None)
     @given(STEPS)

@@ -137,6 +137,27 @@ async def test_queue_time_survives_kill(world: World) -> None:
     assert second.queue_time == first.end_time
 
 
+async def test_a_tasks_gpu_time_is_that_of_its_receipts_also_after_a_kill(world: World) -> None:
+    crashing, other = world.node("n1", r1=1), world.node("n2", r2=0)
+    world.submit()
+    await world.settle()
+    await world.advance(5)
+    crashing.capacity["r1"] = 0
+    crashing.fail("t1.1", "CONTAINER_EXITED", cause=Cause.CUSTOMER)
+    await world.settle()
+    await world.restart()
+    other.connect()
+    other.serve("r2")
+    await other.has("t1.2")
+    await world.advance(2)
+    other.answer("t1.2")
+    first, second = await receipts(world)
+    row = await world.store.task("t1")
+    assert row is not None
+    assert (first.gpu_us, second.gpu_us) == (5_000_000, 2_000_000)
+    assert row.gpu_us == first.gpu_us + second.gpu_us
+
+
 # The flight recorder.
 
 

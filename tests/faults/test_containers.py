@@ -19,7 +19,7 @@ RESTART_LIMIT_S = 30.0
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with Rig(tmp_path_factory.mktemp("containers") / "state", nodes=2, small_disks=False) as rig:
-        rig.create("hurt", concurrency=2, cpus=0.1, limits={"max_attempts": 1, "run_time": "3s"})
+        rig.create("hurt", concurrency=2, cpus=0.1, limits={"max_attempts": 1, "run_time": "8s"})
         yield rig
 
 
@@ -38,7 +38,7 @@ def ready(rig: Rig, workspace: str) -> bool:
         ("cut", "CONNECTION_CLOSED", Cause.CUSTOMER, "after 10 of 1000 bytes"),
         ("reset", "CONNECTION_CLOSED", Cause.CUSTOMER, "without an answer"),
         ("garbage", "BAD_RESPONSE", Cause.CUSTOMER, "HTTP"),
-        ("hang", "RUN_TIME_LIMIT", Cause.CUSTOMER, "3 s"),
+        ("hang", "RUN_TIME_LIMIT", Cause.CUSTOMER, "8 s"),
         ("exit", "CONTAINER_EXITED", Cause.CUSTOMER, "3"),
     ],
 )

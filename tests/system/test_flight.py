@@ -39,3 +39,5 @@ def test_what_happened_is_readable_after_container_and_node_are_gone(
     assert "Z POST /exit?code=7&key=[API_KEY]" in flight["node"]["log"], flight["node"]
     assert secret not in str(flight)
     assert platform.ngpu("task", "record", task) == flight
+    # The dead daemon's next container lives on without it; back, it stops it at the end.
+    platform.start_node("alpha", "--engine", "docker", "--stop-containers")
