@@ -13,13 +13,13 @@ Random = Callable[[int], bytes]
 
 def task_id(now: datetime, zone: tzinfo, rand: Random = secrets.token_bytes) -> str:
     """`YYYYMMDD_HH_MM_SS_` in the display zone and 20 random digits: who has it may read the result."""
-    return f"{_second(now.replace(microsecond=0), zone)}_{_digits(20, rand)}"
+    return f"{_second(int(now.timestamp()), zone)}_{_digits(20, rand)}"
 
 
 @lru_cache(maxsize=1)
-def _second(now: datetime, zone: tzinfo) -> str:
+def _second(time: int, zone: tzinfo) -> str:
     """Thousands of tasks share it, and to write it takes longer than all the rest of an id."""
-    return f"{now.astimezone(zone):%Y%m%d_%H_%M_%S}"
+    return f"{datetime.fromtimestamp(time, zone):%Y%m%d_%H_%M_%S}"
 
 
 def workspace_id(rand: Random = secrets.token_bytes) -> str:

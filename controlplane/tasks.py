@@ -75,6 +75,9 @@ class TaskView(msgspec.Struct, frozen=True):
 class Phase(enum.Enum):
     """What is under way with a task."""
 
+    # Enum's own is Python, and each move looks into two sets.
+    __hash__ = object.__hash__
+
     #: QUEUED, with an idempotency key: whether it is a new task is known when its insert is on disk.
     RECORDING = enum.auto()
     #: QUEUED.

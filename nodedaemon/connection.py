@@ -20,7 +20,7 @@ from nodedaemon.http1 import Malformed, ResponseParser
 CONNECT_LIMIT_S: Final = 5.0
 #: How long an unused connection is kept: less than servers commonly do, so that we are the one who closes.
 IDLE_S: Final = 1.0
-#: Unused connections kept per replica and port.
+#: Unused connections kept per container and port.
 IDLE_CONNECTIONS: Final = 256
 #: Body bytes that wait in a connection for their reader; past it the container waits.
 BUFFER_BYTES: Final = wire.CHUNK_BYTES
@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol):
 
 
 class Connections:
-    """Connections to the containers of this node, by replica and address."""
+    """Connections to the containers of this node, by container and address: an address may become another's."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
@@ -279,9 +279,9 @@ class Connections:
         self._idle: dict[tuple[str, Address], list[Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
-    def idle(self, replica_id: str, address: Address) -> Connection | None:
+    def idle(self, container_id: str, address: Address) -> Connection | None:
         """A connection that may be used again, if there is one."""
-        kept = self._idle.get((replica_id, address))
+        kept = self._idle.get((container_id, address))
         while kept:
             connection = kept.pop()
             if connection.fresh():
@@ -315,12 +315,12 @@ class Connections:
             raise
         return connection
 
-    def keep(self, replica_id: str, connection: Connection) -> None:
+    def keep(self, container_id: str, connection: Connection) -> None:
         """The exchange on it is over: keep it for the next, or close it."""
         if not connection.reusable:
             connection.abort()
             return
-        kept = self._idle.setdefault((replica_id, connection.address), [])
+        kept = self._idle.setdefault((container_id, connection.address), [])
         if len(kept) >= IDLE_CONNECTIONS:
             kept.pop(0).abort()
         connection.rest()

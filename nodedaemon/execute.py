@@ -24,7 +24,7 @@ from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.deadlines import Deadlines
 from nodedaemon.dial import read, write
-from nodedaemon.engine import Exit
+from nodedaemon.engine import Address, Exit
 from nodedaemon.http1 import BadRequest, request_head
 from nodedaemon.jobs import Job, Jobs
 from nodedaemon.journal import Journal
@@ -279,11 +279,11 @@ class Executor:
             raise NoAnswer("INTERNAL", PLATFORM, f"The request cannot be written as HTTP: {fault}.") from None
         inline = body.inline
         return Exchange(
-            replica_id=attempt.replica_id,
+            container_id=self._places.container_id(start.replica_id),
             address=address,
             method=request.method,
             payload=head + inline,
-            begin=functools.partial(self._begin, attempt),
+            begin=functools.partial(self._begin, attempt, address),
             open_body=functools.partial(self._open_body, attempt),
             upload=self._bulk.fetch(attempt.id, len(inline), body.size) if body.size > len(inline) else None,
             limit_bytes=start.response_body_limit_bytes,
@@ -337,8 +337,11 @@ class Executor:
             return await self._explained(attempt, why) if why.reason == "CONNECTION_CLOSED" else why
         return None
 
-    def _begin(self, attempt: Attempt) -> None:
-        """The container is about to see the attempt."""
+    def _begin(self, attempt: Attempt, address: Address) -> None:
+        """The container is about to see the attempt. Raises NoAnswer."""
+        if self._places.address(attempt.replica_id, attempt.port) != address:
+            # What we are connected to may be another's container.
+            raise NoAnswer("REPLICA_LOST", PLATFORM, "The replica was lost before the request could be sent.")
         try:
             self._journal.begin(attempt.id)
         except OSError as fault:
@@ -362,12 +365,12 @@ class Executor:
         return body
 
     async def _explained(self, attempt: Attempt, why: NoAnswer) -> NoAnswer:
-        """Why the connection closed, if there is more to say: the container exited, or the replica was stopped."""
+        """Why the connection closed, if there is more to say: the container exited, or the replica is lost."""
         exit_ = await self._places.exited(attempt.replica_id, since=attempt.accepted_at, within_s=EXIT_NEWS_S)
         if exit_ is not None:
             return exited(exit_)
         if self._places.address(attempt.replica_id, attempt.port) is None:
-            return NoAnswer("REPLICA_LOST", PLATFORM, "The replica was stopped while it worked on the request.")
+            return NoAnswer("REPLICA_LOST", PLATFORM, "The replica was lost while it worked on the request.")
         return why
 
     def _end(self, attempt: Attempt, result: node_pb2.Result, why: NoAnswer | None) -> None:

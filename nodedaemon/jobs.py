@@ -6,6 +6,7 @@ second execution.
 """
 
 import asyncio
+import functools
 import json
 import time
 from base64 import b64decode, b64encode
@@ -176,6 +177,8 @@ class Jobs:
         troubles = 0
         while True:
             await self._sleep(_poll_s(job))
+            if self._out_of_reach(job):
+                continue
             body = _Collected(turn, limit_bytes)
             trouble: NoAnswer
             try:
@@ -261,6 +264,18 @@ class Jobs:
             raise NoAnswer("REPLICA_LOST", PLATFORM, words)
         log.info("job_taken_up", attempt=start.attempt_id, job=job.id)
 
+    def _out_of_reach(self, job: Job) -> bool:
+        """Its container may be there, but the engine does not say so: it may come back, and so may the engine."""
+        start = job.start
+        if not job.container_id or self._places.address(start.replica_id, start.port) is not None:
+            return False
+        return self._places.container_id(start.replica_id) == job.container_id
+
+    def _begin(self, job: Job, address: Address) -> None:
+        """The container is about to be asked. Raises NoAnswer."""
+        if self._places.address(job.start.replica_id, job.start.port) != address:
+            raise NoAnswer("CONNECT_FAILED", PLATFORM, "The container's address may have become another's.")
+
     async def _ask(self, job: Job, template: str, body: _Collected) -> http_pb2.HttpResponse:
         """The answer to a request about the job, its body inline or in `body`. Raises NoAnswer."""
         start = job.start
@@ -274,11 +289,11 @@ class Jobs:
         except BadRequest as fault:
             raise NoAnswer("INTERNAL", PLATFORM, f"{template!r} cannot be asked: {fault}.") from None
         exchange = Exchange(
-            replica_id=start.replica_id,
+            container_id=self._places.container_id(start.replica_id),
             address=address,
             method=method,
             payload=head,
-            begin=_nothing,
+            begin=functools.partial(self._begin, job, address),
             open_body=lambda _: body,
             limit_bytes=body.limit_bytes,
         )

@@ -62,11 +62,11 @@ class Exchange:
     """What is asked of a container.
 
     `payload`: the head, and what is inline of the body. `upload`: the rest of the body, if there is more. `begin` is
-    called before the first byte goes out and `open_body` with the head of an answer whose body needs a sink; both may
-    raise NoAnswer. `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
+    called when connected, before the first byte goes out: whether the address is still the container's is to be asked
+    there. `open_body` is called with the head of an answer whose body needs a sink. Both may raise NoAnswer. `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
     """
 
-    replica_id: str
+    container_id: str
     address: Address
     method: str
     payload: bytes
@@ -101,7 +101,7 @@ class Relay:
             if sending is not None:
                 sending.cancel()
                 await asyncio.wait([sending])
-        self._connections.keep(exchange.replica_id, connection)
+        self._connections.keep(exchange.container_id, connection)
 
     def close(self) -> None:
         """Close connections that are kept."""
@@ -112,7 +112,7 @@ class Relay:
         whole = exchange.upload is None
         switches = exchange.open_tunnel is not None
         # A body that takes its time is not risked on a connection that may be about to close.
-        connection = self._connections.idle(exchange.replica_id, exchange.address) if whole else None
+        connection = self._connections.idle(exchange.container_id, exchange.address) if whole else None
         while True:
             new = connection is None
             if connection is None:

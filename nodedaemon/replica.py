@@ -83,11 +83,17 @@ class Event:
 
 
 class Contact:
-    """Does the engine answer? `down` says why not; "": it does, as far as anybody knows."""
+    """Does the engine answer? `down` says why not; "": it does, as far as anybody knows.
+
+    `stream` is the stream of its events: any object, another one after each break; None: there is none. As long as one
+    stands the engine is the same and tells of every container's end. After a break it may have begun anew, and given
+    the addresses of its containers to others.
+    """
 
     def __init__(self) -> None:
         self.down = ""
         self.up = asyncio.Event()
+        self.stream: object | None = None
 
     def lost(self, error: EngineError) -> bool:
         """It does not. Returns whether that is news."""
@@ -148,6 +154,8 @@ class Replica:
         self._progress = 0
         self._message = ""
         self._digest = ""
+        #: The stream of events on whose watch the engine said that the container runs, and where.
+        self._confirmed: object | None = None
         #: How many containers it has had.
         self._starts = 0
         self._was_ready = False
@@ -158,7 +166,8 @@ class Replica:
     @property
     def ready(self) -> bool:
         """May requests be sent to it?"""
-        return self._state is State.READY
+        stream = self._means.contact.stream
+        return self._state is State.READY and stream is not None and self._confirmed is stream
 
     def report(self) -> ReplicaReport:
         """What its task last said of it."""
@@ -188,6 +197,13 @@ class Replica:
                 self._say(State.BACKOFF, 0, f"the container {now.exit.words}")
                 self._means.ended(now.exit)
             self._nudge.set()
+
+    def confirm(self, stream: object | None) -> None:
+        """The container as it was last `seen` is what the engine said on that stream's watch."""
+        if self._confirmed is not stream:
+            self._confirmed = stream
+            self._nudge.set()
+            self._means.changed()
 
     def nudge(self) -> None:
         """Something else that its task waits for may have happened."""
@@ -223,8 +239,11 @@ class Replica:
             await self._means.sleep(pause_s)
 
     async def _once(self, found: Container | None) -> Exit:
+        self._confirmed = None
         if found is None or not found.started:
             found = await self._start()
+        if self._confirmed is None or self._confirmed is not self._means.contact.stream:
+            self._means.look()
         self.container, self._digest = found, found.image_digest
         self.restarts, self._starts = found.restarts, found.restarts + 1
         self._was_ready = False
@@ -233,8 +252,12 @@ class Replica:
         await self._become_ready()
         while not self.container.exit:
             self._nudge.clear()
-            if self._means.contact.down:
-                # It may go on without its engine: its port tells.
+            if self._means.contact.stream is None:
+                # It may go on without its engine. But then its address may become another's, and nobody tells.
+                self._say(State.BACKOFF)
+                await self._nudge.wait()
+            elif self._means.contact.down:
+                # The engine does not answer, so it cannot tell of a container's end: the port does.
                 missing = await self._missing(Readiness(self.assignment.readiness.port))
                 if missing is not None:
                     self._say(State.BACKOFF if missing else State.READY, 0 if missing else 100)
@@ -257,7 +280,10 @@ class Replica:
         # The pull may have taken long.
         self._refuse()
         self._say(State.STARTING, PULLED, "starting the container")
-        return await self._means.engine.start(assignment, restarts=self._starts)
+        stream = self._means.contact.stream
+        container = await self._means.engine.start(assignment, restarts=self._starts)
+        self._confirmed = stream
+        return container
 
     def _refuse(self) -> None:
         if why := self._means.may_start(self.assignment):

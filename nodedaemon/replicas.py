@@ -6,6 +6,7 @@ loop adopts what runs and takes away what should not.
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -148,7 +149,8 @@ class Replicas:
     def address(self, replica_id: str, port: int) -> Address | None:
         """Where to reach that port of a READY (also a draining) replica.
 
-        None if it is not there or has no such port.
+        None if it is not there or has no such port, or if the engine has not confirmed since it was last away that the
+        replica's container has this address. Ask again when connected, before a byte is sent.
         """
         replica = self._kept.get(replica_id)
         if replica is None or replica.container is None or not replica.ready:
@@ -210,10 +212,18 @@ class Replicas:
     async def _watch(self) -> None:
         while True:
             try:
-                await self._engine.watch(self._look)
+                await self._engine.watch(functools.partial(self._heard, object()))
             except EngineError as error:
                 self._lost(error)
+            if self._contact.stream is not None:
+                self._contact.stream = None
+                self._tell_all()
+                self._look()
             await self._sleep(RETRY_S)
+
+    def _heard(self, stream: object) -> None:
+        self._contact.stream = stream
+        self._look()
 
     async def _reconcile(self) -> None:
         while True:
@@ -226,6 +236,7 @@ class Replicas:
                 self._stale = True
 
     async def _take_stock(self) -> None:
+        stream = self._contact.stream
         # A container that starts while the list is on its way is not on it: judge those only that were there before.
         before = {r: replica.container for r, replica in self._kept.items() if replica.container}
         try:
@@ -246,6 +257,8 @@ class Replicas:
             replica = self._kept.get(replica_id)
             if replica and replica.container is container and not container.exit:
                 replica.seen(found.get(replica_id), engine_was_down=was_down)
+                if stream is self._contact.stream:
+                    replica.confirm(stream)
 
     def _act(self) -> None:
         if self._desired is None or self._found is None:
@@ -300,6 +313,8 @@ class Replicas:
         if self._contact.lost(error):
             log.warning("engine_lost", error=str(error))
             self._tell_all()
+            # From now on it is asked more often.
+            self._wake.set()
 
     def _tell_all(self) -> None:
         for replica in self._kept.values():

@@ -81,7 +81,7 @@ class Asker:
         size = upload_bytes or len(body)
         payload = f"{method} / HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode() + body
         exchange = Exchange(
-            replica_id="r-1",
+            container_id="c-1",
             address=address,
             method=method,
             payload=payload,
@@ -613,7 +613,7 @@ async def test_many_at_once(asker: Asker) -> None:
 
         async def ask(number: int) -> None:
             exchange = Exchange(
-                replica_id="r-1",
+                container_id="c-1",
                 address=there.address,
                 method="POST",
                 payload=b"POST / HTTP/1.1\r\nContent-Length: 4\r\n\r\n%04d" % number,
