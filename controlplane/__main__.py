@@ -154,6 +154,7 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             flights=flights,
             report_every_s=settings.heartbeat_interval,
             timeout_s=settings.node_timeout,
+            stopping=stop.is_set,
         )
         execution = Execution(dispatcher=dispatcher, fleet=fleet, bodies=bodies, deliveries=deliveries)
         tunnels = Tunnels(owners, dispatcher)

@@ -5,6 +5,8 @@ the next steps only; each is one write, and after any of them, or none, the next
 
 * A GPU is held by the row until the replica is known to be gone: the node said so, or it was revoked. So a lost node
   that comes back finds its GPUs given to nobody else.
+* What a lost node may still run is drained, not stopped: should it come back, it ends what must not be repeated. The
+  rest is called off there by the dispatcher, and with that the drain is over.
 * What must leave (its node is drained, its GPU is failing) is replaced first and drained when the replacement is ready:
   one more than wanted at most. Where there is no room for a replacement it is drained nevertheless.
 * An update goes the same way, one replica after another, but what serves is kept until the new one does, however long
@@ -211,11 +213,14 @@ def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | Non
         heard = node.connected and node.reports >= replica.stop_report + GONE_REPORTS
         gone = heard and replica.id not in node.said
         return Update(replace(replica, gone_time=world.time), "its node has it no more") if gone else None
-    if node.addr in lost:
-        reason = "its node is lost"
+    idle = not world.running(replica.id)
+    if node.addr in lost and idle:
+        reason = _LOST
     elif replica.id in node.doomed:
         reason = "its GPU had a contained memory error: its container must start anew"
-    elif replica.drain_time is not None and not world.running(replica.id):
+    elif node.addr in lost and replica.drain_time is None:
+        return Update(replace(replica, drain_time=world.time), _LOST)
+    elif replica.drain_time is not None and idle:
         reason = "it was drained and has ended what it ran"
     else:
         return None
@@ -304,6 +309,7 @@ def _outdated(former: Sequence[Replica], staying: Sequence[Replica], surplus: in
     return idle + serving[: max(0, surplus - len(idle) - starting)]
 
 
+_LOST: Final = "its node is lost"
 _LEAVES: Final = "its node is drained, or its GPU fails"
 
 

@@ -63,7 +63,8 @@ class Exchange:
 
     `payload`: the head, and what is inline of the body. `upload`: the rest of the body, if there is more. `begin` is
     called when connected, before the first byte goes out: whether the address is still the container's is to be asked
-    there. `open_body` is called with the head of an answer whose body needs a sink. Both may raise NoAnswer. `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
+    there. `open_body` is called with the head of an answer whose body needs a sink. Both may raise NoAnswer.
+    `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
     """
 
     container_id: str

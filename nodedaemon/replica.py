@@ -44,6 +44,8 @@ RETRY_S = 1.0
 LAST_LINES, LAST_CHARS = 10, 2000
 #: Events of one replica that are remembered.
 EVENTS_KEPT = 64
+#: While its engine is away.
+UNCONFIRMED = "waiting to hear from the engine that the container is still there"
 #: Progress when the image is here, and when the container runs.
 PULLED, STARTED = 90, 95
 
@@ -166,8 +168,7 @@ class Replica:
     @property
     def ready(self) -> bool:
         """May requests be sent to it?"""
-        stream = self._means.contact.stream
-        return self._state is State.READY and stream is not None and self._confirmed is stream
+        return self._state is State.READY and self._is_confirmed()
 
     def report(self) -> ReplicaReport:
         """What its task last said of it."""
@@ -242,7 +243,7 @@ class Replica:
         self._confirmed = None
         if found is None or not found.started:
             found = await self._start()
-        if self._confirmed is None or self._confirmed is not self._means.contact.stream:
+        if not self._is_confirmed():
             self._means.look()
         self.container, self._digest = found, found.image_digest
         self.restarts, self._starts = found.restarts, found.restarts + 1
@@ -254,7 +255,7 @@ class Replica:
             self._nudge.clear()
             if self._means.contact.stream is None:
                 # It may go on without its engine. But then its address may become another's, and nobody tells.
-                self._say(State.BACKOFF)
+                self._say(State.BACKOFF, 0, UNCONFIRMED)
                 await self._nudge.wait()
             elif self._means.contact.down:
                 # The engine does not answer, so it cannot tell of a container's end: the port does.
@@ -284,6 +285,11 @@ class Replica:
         container = await self._means.engine.start(assignment, restarts=self._starts)
         self._confirmed = stream
         return container
+
+    def _is_confirmed(self) -> bool:
+        """Is the container's address still what the engine said?"""
+        stream = self._means.contact.stream
+        return stream is not None and self._confirmed is stream
 
     def _refuse(self) -> None:
         if why := self._means.may_start(self.assignment):

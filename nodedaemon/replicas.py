@@ -218,7 +218,6 @@ class Replicas:
             if self._contact.stream is not None:
                 self._contact.stream = None
                 self._tell_all()
-                self._look()
             await self._sleep(RETRY_S)
 
     def _heard(self, stream: object) -> None:

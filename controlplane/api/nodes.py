@@ -14,7 +14,7 @@ from controlplane.api import translate
 from controlplane.api.gate import Caller, Stream
 from controlplane.deployer import Deployer
 from controlplane.dispatcher import Dispatcher
-from controlplane.errors import InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unauthenticated
+from controlplane.errors import InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unauthenticated, Unavailable
 from controlplane.fleet import Fleet, Node
 from controlplane.flights import Flights
 
@@ -32,6 +32,7 @@ _log = structlog.get_logger(__name__)
 class Nodes:
     """Challenge, Enroll, Login and Heartbeat.
 
+    `stopping`: whether the control plane is about to end; a session begun then would only break again.
     `report_every_s`: how often nodes are to report; `timeout_s`: one that has said nothing for so long is lost.
     """
 
@@ -45,6 +46,7 @@ class Nodes:
         flights: Flights,
         report_every_s: float = 5.0,
         timeout_s: float = 15.0,
+        stopping: Callable[[], bool] = lambda: False,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._access = access
@@ -54,6 +56,7 @@ class Nodes:
         self._flights = flights
         self._report_after_ms = round(report_every_s * 1000)
         self._timeout_s = timeout_s
+        self._stopping = stopping
         self._monotonic = monotonic
 
     async def challenge(self, request: pb.ChallengeRequest, caller: Caller) -> pb.ChallengeResponse:  # noqa: ARG002
@@ -76,6 +79,8 @@ class Nodes:
 
     async def login(self, request: pb.LoginRequest, caller: Caller) -> pb.LoginResponse:
         """See node.proto."""
+        if self._stopping():
+            raise Unavailable("The control plane is stopping; try again soon.", retry_after_s=1.0)
         proof = request.proof
         addr = self._access.prove("login", _addr_of(proof.node_addr), proof.nonce, proof.signature)
         node = self._known(addr)

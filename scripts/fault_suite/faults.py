@@ -190,8 +190,7 @@ def daemon_upgraded(rig: Rig) -> None:
     rig.start_node(name)
 
 
-# Not in the quick form: for a moment after it the audit finds work in another replica's container (reliability.md).
-@fault("engine: dockerd killed -9, then started", REPEATS, "own engine", subject="node", variant=True)
+@fault("engine: dockerd killed -9, then started", REPEATS, "own engine", subject="node")
 def engine_killed(rig: Rig) -> None:
     """Containers go on without it; when it starts it may end them, as Docker does without live-restore."""
     assert rig.docker

@@ -359,6 +359,28 @@ async def test_a_lost_node_that_comes_back_stops_what_was_replaced(plant: Plant)
     assert plant.tasks.lost == ["a"]
 
 
+async def test_a_lost_node_that_comes_back_ends_what_it_ran_before_it_stops(plant: Plant) -> None:
+    a = await plant.node("a", gpus=1)
+    await plant.fleet.create_workspace(SPEC)
+    await plant.settle()
+    await plant.node("b", gpus=1)
+    (id,) = plant.ready("demo")
+    plant.tasks.running[id] = 1
+    plant.deployer.session_down("a", clean=False)
+    await plant.settle()
+    assert plant.tasks.lost == ["a"]
+    assert list(plant.serving("demo").values()) == ["b"]
+    plant.connect("a")
+    await plant.settle()
+    assert a.containers[id].draining, "it goes on, and takes nothing new"
+    assert plant.tasks.capacity[id] == 0
+    assert list(plant.serving("demo").values()) == ["b"]
+    plant.tasks.running[id] = 0
+    await plant.settle()
+    assert id not in a.containers
+    assert plant.tasks.gone == [id]
+
+
 async def test_a_drained_node_empties_without_a_gap(plant: Plant) -> None:
     await plant.node("a")
     await plant.fleet.create_workspace(replace(SPEC, replicas=2))

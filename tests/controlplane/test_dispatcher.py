@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from controlplane.errors import Conflict, NotFound, QueueFull, Unavailable
-from controlplane.model import Cause, Delivery, State
+from controlplane.model import Cause, Delivery, State, Task
 from controlplane.queues import HEAD_BYTES
+from controlplane.recent import RECENT_S
 from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import Request
 from controlplane.writes import REWRITE_S
@@ -44,6 +45,30 @@ async def test_task_that_finds_a_free_slot_starts_in_the_same_turn(world: World)
     (attempt,) = await world.store.attempts("t1")
     assert (attempt.number, attempt.delivery, attempt.http_status) == (1, Delivery.ANSWERED, 404)
     assert attempt.node_ip == "192.0.2.1"
+
+
+async def test_task_that_ended_a_moment_ago_is_answered_from_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = world.node("n1", r1=1)
+    future = world.submit()
+    node.answer("t1.1", b"hello")
+    ended = await future
+    reads: list[str] = []
+    read = world.store.task
+
+    async def task(task_id: str) -> Task | None:
+        reads.append(task_id)
+        return await read(task_id)
+
+    monkeypatch.setattr(world.store, "task", task)
+    assert await world.dispatcher.ask("t1") == await world.dispatcher.query("t1") == ended
+    assert reads == []
+    world.clock.advance(RECENT_S)
+    later = await world.dispatcher.ask("t1")
+    assert (later.state, later.response) == (ended.state, ended.response)
+    assert await world.dispatcher.query("t1") == later
+    assert reads == ["t1"]  # and is remembered again
 
 
 async def test_node_may_forget_only_what_is_on_disk(world: World) -> None:

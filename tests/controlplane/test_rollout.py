@@ -240,6 +240,24 @@ FIRST = replica(3, "a", 2, generation=2)
             id="what a lost node had is replaced elsewhere",
         ),
         pytest.param(
+            [workspace(), node("a", heard_s=NOW_S - 15, connected=False), node("b"), replica(1, "a")],
+            {"running": {"r-1": 1}},
+            ["drain r-1", "place w-1 b0"],
+            id="what a lost node may still run can come to its end there",
+        ),
+        pytest.param(
+            [
+                workspace(),
+                node("a", heard_s=NOW_S - 15, connected=False),
+                node("b", said={"r-2": READY}),
+                replica(1, "a", drain_time=EARLIER),
+                replica(2, "b"),
+            ],
+            {"running": {"r-1": 1}},
+            [],
+            id="and is waited for, its GPU with it",
+        ),
+        pytest.param(
             [workspace(), node("a", heard_s=NOW_S - 15), node("b"), replica(1, "a")],
             {},
             ["stop r-1", "place w-1 b0"],

@@ -81,6 +81,9 @@ class FakeEngine:
         #: Of which times `log_of` was asked.
         self.windows: list[tuple[float, float]] = []
         self.lists = 0
+        #: From now on each list waits on its way until the test sets its event in `on_the_way`.
+        self.holds_lists = False
+        self.on_the_way: list[asyncio.Event] = []
         self._down: EngineError | None = None
         self._broken = asyncio.Event()
         self._looks: list[Callable[[], None]] = []
@@ -94,6 +97,11 @@ class FakeEngine:
 
     def come_up(self) -> None:
         self._down = None
+        self._broken = asyncio.Event()
+
+    def break_stream(self) -> None:
+        """It may have begun anew: its stream of events breaks, its other answers go on."""
+        self._broken.set()
         self._broken = asyncio.Event()
 
     def kill(self, replica_id: str, code: int | None = 1, *, ran_s: float = 1.0, out_of_memory: bool = False) -> None:
@@ -169,7 +177,11 @@ class FakeEngine:
     async def containers(self) -> list[Container]:
         self._answer()
         self.lists += 1
-        return list(self.there.values())
+        listed = list(self.there.values())
+        if self.holds_lists:
+            self.on_the_way.append(arrives := asyncio.Event())
+            await arrives.wait()
+        return listed
 
     async def watch(self, look: Callable[[], None]) -> None:
         self._answer()
@@ -180,7 +192,7 @@ class FakeEngine:
             await broken.wait()
         finally:
             self._looks.remove(look)
-        self._answer()
+        raise self._down or EngineDown("the engine has closed its stream of events")
 
     async def logs(self, replica_id: str, *, lines: int) -> str:
         self._answer()

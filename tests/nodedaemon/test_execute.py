@@ -470,6 +470,19 @@ async def test_replica_that_was_stopped_under_an_attempt_is_lost(boot: Boot) -> 
     assert result.delivery == task_pb2.DELIVERY_SENT
 
 
+async def test_address_that_may_have_become_anothers_is_sent_nothing(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        # The engine is lost after the attempt was accepted, and before its connection is made.
+        node.executor.start(start())
+        del node.replicas.addresses["r-1"]
+        result = await stream.result()
+    assert (result.failure.reason, result.failure.cause) == ("REPLICA_LOST", PLATFORM)
+    assert result.delivery == task_pb2.DELIVERY_NOT_SENT
+    assert stuck.requests == 0
+
+
 async def test_exit_that_no_connection_tells_of_ends_the_attempt_all_the_same(boot: Boot) -> None:
     node, stuck = boot(), Stuck()
     async with serving(node, stuck):

@@ -240,6 +240,35 @@ async def test_containers_exit_ends_its_jobs(boot: Boot) -> None:
     assert not any(line.startswith("DELETE") for line in classic.asked)
 
 
+async def test_job_whose_engine_is_away_is_asked_after_when_it_is_back(boot: Boot) -> None:
+    node, classic = boot(), Classic(RUNNING)
+    async with serving(node, classic) as address:
+        node.replicas.containers["r-1"] = "c-1"
+        stream = await node.connect()
+        stream.send(starts=starts())
+        await job_of(stream)
+        await classic.questions(2)
+        del node.replicas.addresses["r-1"]
+        asked = len(classic.asked)
+        # Longer than questions that go wrong are put up with.
+        await asyncio.sleep(10 * 0.005)
+        assert len(classic.asked) <= asked + 1
+        classic.says = [DONE]
+        node.replicas.addresses["r-1"] = address
+        assert json.loads((await stream.result()).response.body.inline) == DONE
+
+
+async def test_job_whose_container_is_gone_is_lost(boot: Boot) -> None:
+    node, classic = boot(), Classic(RUNNING)
+    async with serving(node, classic):
+        node.replicas.containers["r-1"] = "c-1"
+        stream = await node.connect()
+        stream.send(starts=starts())
+        await job_of(stream)
+        del node.replicas.addresses["r-1"], node.replicas.containers["r-1"]
+        assert (await stream.result()).failure.reason == "REPLICA_LOST"
+
+
 # Restarts.
 
 

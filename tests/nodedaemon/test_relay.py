@@ -75,13 +75,14 @@ class Asker:
         upload_bytes: int = 0,
         streamed: bool = False,
         limit_bytes: int = 0,
+        container_id: str = "c-1",
     ) -> http_pb2.HttpResponse:
         self.sent = asyncio.Event()
         self.course = Course(self.sent.set, self.clock)
         size = upload_bytes or len(body)
         payload = f"{method} / HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode() + body
         exchange = Exchange(
-            container_id="c-1",
+            container_id=container_id,
             address=address,
             method=method,
             payload=payload,
@@ -535,6 +536,13 @@ async def test_connection_is_reused(asker: Asker) -> None:
         for _ in range(5):
             await asker.ask(there.address, b"x")
         assert there.connections == 1
+
+
+async def test_connection_is_no_other_containers_that_has_its_address(asker: Asker) -> None:
+    async with container(echo) as there:
+        await asker.ask(there.address, b"x")
+        await asker.ask(there.address, b"x", container_id="c-2")
+        assert there.connections == 2
 
 
 async def test_connection_that_was_idle_for_long_is_not_reused(asker: Asker) -> None:

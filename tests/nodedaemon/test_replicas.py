@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from nodedaemon.engine import Credentials, DiskFull, Exit, GpuMissing, PullFailed, Readiness, StartFailed
+from nodedaemon.engine import Credentials, DiskFull, EngineDown, Exit, GpuMissing, PullFailed, Readiness, StartFailed
 from nodedaemon.replica import BACKOFF_LIMIT_S, HEALTHY_S, backoff_s
 from nodedaemon.replicas import ReplicaReport, Replicas, State, plan
 from tests.nodedaemon.fake_engine import FakeEngine, FakeProbe, FakeTime, assignment, settle
@@ -369,17 +369,13 @@ async def test_engine_down_is_said_of_all_and_recovered_from(node: Node) -> None
     node.engine.go_down()
     await settle()
     await node.apply(A, B)
-    # What runs goes on as long as its port is open.
-    assert (node.report("r-a").state, node.report("r-a").message) == (State.READY, "the engine does not answer")
-    assert node.report("r-a").capacity == 1
+    # What runs may go on, but takes nothing new.
+    assert (node.report("r-a").state, node.report("r-a").message) == (State.BACKOFF, "the engine does not answer")
+    assert node.report("r-a").capacity == 0
     assert (node.report("r-b").state, node.report("r-b").message) == (State.BACKOFF, "the engine does not answer")
-    node.probe.missing["10.0.0.1"] = "port 8080: connection refused"
-    await node.time.advance(1)
-    assert (node.report("r-a").state, node.report("r-a").capacity) == (State.BACKOFF, 0)
     # As an engine's restart does, its containers have ended.
     node.engine.come_up()
     node.engine.kill("r-a", 137)
-    node.probe.missing.clear()
     await node.time.advance(1)
     assert "the container ended while the engine was down (code 137)" in node.report("r-a").message
     assert node.exits[-1].from_outside
@@ -393,8 +389,76 @@ async def test_containers_that_outlive_their_engine_are_not_restarted(node: Node
     await node.time.advance(60)
     node.engine.come_up()
     await node.time.advance(60)
-    assert (node.report().state, node.report().message) == (State.READY, "")
+    assert (node.report().state, node.report().message, node.report().capacity) == (State.READY, "", 1)
     assert node.engine.started == ["r-a"]
+
+
+async def test_an_engine_that_was_away_must_say_anew_whose_address_it_is(node: Node) -> None:
+    await node.apply(A, B)
+    at = node.daemon.address("r-a", 8080)
+    assert at == ("10.0.0.1", 8080)
+    node.engine.go_down()
+    await settle()
+    assert node.daemon.address("r-a", 8080) is None
+    # It comes back and gives the address to another's container; every port answers all the while.
+    ended, other = node.engine.there["r-a"], node.engine.there["r-b"]
+    node.engine.there["r-a"] = replace(ended, addresses={}, exit=Exit("r-a", 137))
+    node.engine.there["r-b"] = replace(other, addresses={8080: at})
+    node.engine.come_up()
+    node.engine.holds_lists = True
+    await node.time.advance(2)
+    assert (node.daemon.address("r-a", 8080), node.daemon.address("r-b", 8080)) == (None, None)
+    node.engine.holds_lists = False
+    for arrives in node.engine.on_the_way:
+        arrives.set()
+    await settle()
+    assert (node.daemon.address("r-a", 8080), node.daemon.address("r-b", 8080)) == (None, at)
+    await node.time.advance(2)
+    assert node.daemon.address("r-a", 8080) == ("10.0.0.3", 8080)
+
+
+async def test_a_list_made_before_the_engine_was_away_confirms_nothing(node: Node) -> None:
+    await node.apply(A)
+    node.engine.holds_lists = True
+    node.engine.look()
+    await settle()
+    node.engine.break_stream()
+    await settle()
+    assert (node.daemon.address("r-a", 8080), node.report().capacity) == (None, 0)
+    # Its events are heard again, and only now the list arrives.
+    await node.time.advance(1)
+    node.engine.on_the_way[0].set()
+    await settle()
+    assert (node.daemon.address("r-a", 8080), node.report().capacity) == (None, 0)
+    node.engine.on_the_way[1].set()
+    await settle()
+    assert (node.daemon.address("r-a", 8080), node.report().capacity) == (("10.0.0.1", 8080), 1)
+    assert node.engine.started == ["r-a"]
+
+
+async def test_a_container_started_while_nobody_watches_waits_to_be_confirmed(node: Node) -> None:
+    node.engine.break_stream()
+    await settle()
+    await node.apply(A)
+    assert (node.engine.started, node.daemon.address("r-a", 8080)) == (["r-a"], None)
+    await node.time.advance(1)
+    assert node.daemon.address("r-a", 8080) == ("10.0.0.1", 8080)
+
+
+async def test_an_engine_that_answers_nothing_but_still_stands_changes_no_address(node: Node) -> None:
+    await node.apply(A)
+    node.engine.start_errors["r-b"] = EngineDown("no answer within 60 s")
+    node.engine.holds_lists = True
+    await node.apply(A, B)
+    assert (node.report("r-a").message, node.report("r-a").capacity) == ("no answer within 60 s", 1)
+    assert node.daemon.address("r-a", 8080) == ("10.0.0.1", 8080)
+    # It tells of no ends any more: the port does.
+    node.probe.missing["10.0.0.1"] = "port 8080: connection refused"
+    await node.time.advance(1)
+    assert (node.report("r-a").state, node.report("r-a").capacity) == (State.BACKOFF, 0)
+    node.probe.missing.clear()
+    await node.time.advance(1)
+    assert (node.report("r-a").state, node.report("r-a").capacity) == (State.READY, 1)
 
 
 async def test_engine_down_from_the_start() -> None:

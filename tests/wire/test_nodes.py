@@ -9,6 +9,8 @@ import pytest
 from ngpu.v1 import fleet_pb2, node_pb2, workspace_pb2
 
 from controlplane import access as access_module
+from controlplane.api.nodes import Nodes
+from controlplane.errors import Unavailable
 from tests.wire.house import DEADLINE_S, House, error_of, house, refused, until
 from tests.wire.node import GIB, Node
 
@@ -64,6 +66,15 @@ async def test_token_that_will_not_do(there: House) -> None:
     )
     with refused(*UNAUTHENTICATED, "revoked"):
         await node.join(answer.secret)
+
+
+async def test_stopping_control_plane_begins_no_session() -> None:
+    unused: Any = None
+    nodes = Nodes(
+        access=unused, fleet=unused, deployer=unused, dispatcher=unused, flights=unused, stopping=lambda: True
+    )
+    with pytest.raises(Unavailable, match="is stopping"):
+        await nodes.login(node_pb2.LoginRequest(), unused)
 
 
 async def test_proof_must_hold(there: House) -> None:
