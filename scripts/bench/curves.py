@@ -17,7 +17,7 @@ from matplotlib import pyplot  # the backend is chosen before
 
 def main() -> None:
     curves = json.load(sys.stdin)
-    figure, (throughput, latency) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, (throughput, latency) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for curve in curves:
         style = {"marker": "o", "linewidth": 2.4 if curve["name"].startswith("ngpu") else 1.4, "label": curve["name"]}
         (line,) = throughput.plot(curve["concurrency"], curve["rps"], **style)
@@ -30,9 +30,8 @@ def main() -> None:
         axes.set_ylabel(label)
         axes.set_xticks(curves[0]["concurrency"], [str(c) for c in curves[0]["concurrency"]])
         axes.grid(visible=True, which="major", alpha=0.3)
-    throughput.legend(frameon=False)
     figure.suptitle("W1: 300 B in and out, no work")
-    figure.tight_layout()
+    figure.legend(*throughput.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(curves))
     figure.savefig(sys.argv[1], dpi=110)
 
 
