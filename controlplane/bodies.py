@@ -490,36 +490,34 @@ def _rename(path: Path, new_path: Path) -> None:
 
 def _read(path: Path, offset: int) -> tuple[bytes, bool]:
     """The next bytes, and whether the body ends with them."""
-    for name in _both(path):
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            size = os.fstat(file).st_size
-            if offset > size:
-                raise OutOfRange(f"The body's stored size is {size}: there is nothing at {offset} yet.")
-            data = os.pread(file, min(READ_BYTES, size - offset), offset)
-            return data, name == path and offset + len(data) >= size
-        finally:
-            os.close(file)
-    raise NotFound("There is no such body, or it was given up before it was complete.")
+    with _opened(path) as (file, size, sealed):
+        if offset > size:
+            raise OutOfRange(f"The body's stored size is {size}: there is nothing at {offset} yet.")
+        data = os.pread(file, min(READ_BYTES, size - offset), offset)
+    return data, sealed and offset + len(data) >= size
 
 
 def _read_cached(path: Path, offset: int, page: bytearray) -> tuple[bytes, bool]:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
+    with _opened(path) as (file, size, sealed):
+        read = os.preadv(file, [page], offset, os.RWF_NOWAIT)
+    return bytes(memoryview(page)[:read]), sealed and offset + read >= size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, int, bool]]:
+    """The body's file, its size and whether it is sealed. Raises NotFound."""
     for name in _both(path):
         try:
             file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
         try:
-            size = os.fstat(file).st_size
-            read = os.preadv(file, [page], offset, os.RWF_NOWAIT)
-            return bytes(memoryview(page)[:read]), name == path and offset + read >= size
+            yield file, os.fstat(file).st_size, name == path
         finally:
             os.close(file)
-    raise FileNotFoundError
+        return
+    raise NotFound("There is no such body, or it was given up before it was complete.")
 
 
 def _find(path: Path) -> tuple[int, bool] | None:

@@ -181,10 +181,7 @@ class Dispatcher:
 
     async def query(self, task_id: str, *, wait_s: float = 0.0, seen: tuple[int, State] | None = None) -> TaskView:
         """`ask` for callers that can await."""
-        task = self._life.tasks.get(task_id)
-        if task is not None:
-            return await self._life.callers.wait(task, wait_s, seen=seen)
-        return await self._read(task_id)
+        return await self.ask(task_id, wait_s=wait_s, seen=seen)
 
     async def cancel(self, task_id: str) -> TaskView:
         """End a task that has not ended; returns when that is on disk. One that has is returned as it is.
@@ -193,7 +190,7 @@ class Dispatcher:
         """
         task = self._life.tasks.get(task_id)
         if task is None:
-            return await self._read(task_id)
+            return await self.ask(task_id)
         future = self._life.callers.wait(task, CANCEL_WAIT_S)
         self._life.end(task, CALLED_OFF)
         return await future
@@ -222,8 +219,6 @@ class Dispatcher:
 
     async def _read(self, task_id: str) -> TaskView:
         callers = self._life.callers
-        if (known := callers.recent.get(task_id)) is not None:
-            return known
         row = await self._store.task(task_id)
         if row is None:
             raise NotFound("There is no such task.")

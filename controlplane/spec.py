@@ -10,11 +10,15 @@ GIB = 1024 * MIB
 
 
 class GpuNeed(msgspec.Struct, frozen=True):
-    """GPUs of one replica: `count` whole ones whose model contains the words of `model`, each with that much memory."""
+    """GPUs of one replica: `count` whole ones whose model contains the words of `model`, each with that much memory.
+
+    `share`, with `count` 1: so many thousandths of one GPU, and of its memory; 0: all of it.
+    """
 
     model: str = ""
     count: int = 0
     min_memory_bytes: int = 0
+    share: int = 0
 
 
 class Readiness(msgspec.Struct, frozen=True):

@@ -55,6 +55,7 @@ log = structlog.get_logger(__name__)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Row = TypeVar("Row")
 
 
 class Store:
@@ -140,6 +141,7 @@ class Store:
             return writing
         held = self._writer.held(attempt.task_id)
         if held is not None:
+            # `passed_size` would not be counted, but is of streamed tasks only, and they are never held.
             new = {**held.item, **move}
             return self._writer.put(
                 store_tasks.add_ended, (new, item[1]), key=attempt.task_id, size_bytes=size_bytes, first=held
@@ -225,21 +227,20 @@ class Store:
 
     # Usage.
 
-    async def usage(self, query: UsageQuery) -> AsyncGenerator[list[Usage], None]:
+    def usage(self, query: UsageQuery) -> AsyncGenerator[list[Usage], None]:
         """What the receipts asked for add up to, in order of `query.by`, in pages; the sum of nothing is one page."""
-        after: Usage | None = None
-        while True:
-            page = await self._read(store_usage.usage, query, after)
-            yield page
-            if len(page) < store_usage.PAGE_ROWS:
-                return
-            after = page[-1]
+        return self._pages(store_usage.usage, query)
 
-    async def receipts(self, query: UsageQuery) -> AsyncGenerator[list[Attempt], None]:
+    def receipts(self, query: UsageQuery) -> AsyncGenerator[list[Attempt], None]:
         """The receipts asked for, by workspace and then in order of their recording, in pages; at least one."""
-        after: Attempt | None = None
+        return self._pages(store_usage.receipts, query)
+
+    async def _pages(
+        self, read: Callable[[sa.Connection, UsageQuery, Row | None], list[Row]], query: UsageQuery
+    ) -> AsyncGenerator[list[Row], None]:
+        after: Row | None = None
         while True:
-            page = await self._read(store_usage.receipts, query, after)
+            page = await self._read(read, query, after)
             yield page
             if len(page) < store_usage.PAGE_ROWS:
                 return

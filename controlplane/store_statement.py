@@ -42,6 +42,14 @@ class Statement:
         return count
 
 
+def add_or_not(table: sa.Table) -> Mapping[str, sa.Insert]:
+    """By dialect, an INSERT that leaves alone what is there. Two constructs: SQLAlchemy has none for both."""
+    return {
+        "sqlite": sqlite.insert(table).on_conflict_do_nothing(),
+        "postgresql": postgresql.insert(table).on_conflict_do_nothing(),
+    }
+
+
 #: Of an INSERT too.
 _COUNTED: Final = {"preserve_rowcount": True}
 

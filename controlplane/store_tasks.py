@@ -4,13 +4,12 @@ Fencing is in the WHERE clauses: a move from RUNNING only touches the task if th
 Every write may be given twice: the second finds its own traces and changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from controlplane.errors import Conflict, InvalidArgument, StaleAttempt
 from controlplane.model import (
@@ -28,7 +27,7 @@ from controlplane.model import (
     TaskTable,
 )
 from controlplane.store_database import table_of
-from controlplane.store_statement import Row, Statement
+from controlplane.store_statement import Row, Statement, add_or_not
 
 #: Tasks in a page of a list; the wire's own limit (task.proto, ListTasks).
 PAGE_TASKS: Final = 1000
@@ -99,13 +98,8 @@ _task: Final = table_of(TaskTable)
 _attempt: Final = table_of(AttemptTable)
 _c: Final = _task.c
 
-# Two constructs that say the same: SQLAlchemy has none for both.
-_ADD_OR_NOT: Final[Mapping[str, sa.Insert]] = {
-    "sqlite": sqlite.insert(_task).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(_task).on_conflict_do_nothing(),
-}
 _ADD: Final = Statement(
-    _ADD_OR_NOT.__getitem__,
+    add_or_not(_task).__getitem__,
     columns=[name for name in _c.keys() if name != "number"],  # noqa: SIM118 a ColumnCollection iterates over columns
 )
 _ADD_ATTEMPT: Final = Statement(lambda _: sa.insert(_attempt), columns=_attempt.c.keys())

@@ -9,28 +9,19 @@ from datetime import datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from controlplane import store_tasks
 from controlplane.model import TO_TELL, Told, Webhook, WebhookSecret, WebhookSecretTable, WebhookTable
 from controlplane.store_database import table_of
-from controlplane.store_statement import Row
+from controlplane.store_statement import Row, add_or_not
 
 _webhook: Final = table_of(WebhookTable)
 _secret: Final = table_of(WebhookSecretTable)
 _c: Final = _webhook.c
 
 
-def _add(table: sa.Table) -> Mapping[str, sa.Insert]:
-    """Two constructs that say the same: SQLAlchemy has none for both."""
-    return {
-        "sqlite": sqlite.insert(table).on_conflict_do_nothing(),
-        "postgresql": postgresql.insert(table).on_conflict_do_nothing(),
-    }
-
-
-_ADD: Final = _add(_webhook)
-_ADD_SECRET: Final = _add(_secret)
+_ADD: Final = add_or_not(_webhook)
+_ADD_SECRET: Final = add_or_not(_secret)
 _KEEP: Final = (
     sa.update(_webhook)
     .where(_c.task_id == sa.bindparam("of_task"), _c.tries < sa.bindparam("tries"))

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -17,6 +17,10 @@ from ngpu.v1 import fleet_pb2 as fleet
 from ngpu.v1 import task_pb2 as task
 from ngpu.v1 import usage_pb2 as usage
 from ngpu.v1 import workspace_pb2 as workspace
+from typer.testing import Result
+
+#: The command line: arguments, and the exit code that is expected.
+Ngpu = Callable[..., Result]
 
 TOKEN = "operator-token"
 ID = "012345678901234567890123"

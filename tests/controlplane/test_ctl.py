@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from ngpu.v1 import asset_pb2 as asset
 from ngpu.v1 import fleet_pb2 as fleet
 from ngpu.v1 import node_pb2 as node
 from ngpu.v1 import workspace_pb2 as workspace
-from typer.testing import CliRunner, Result
 
-from controlplane.ctl.app import app
 from tests.controlplane.ctl_fakes import (
     ID,
     NODE,
     TOKEN,
     FakeControlPlane,
+    Ngpu,
     Refusal,
     a_node,
     a_replica,
@@ -33,33 +31,6 @@ READY = workspace.REPLICA_STATE_READY
 PULLING = workspace.REPLICA_STATE_PULLING
 
 TOML = 'name = "img2img"\nimage = "demo"\nports = [8080]\n'
-
-Ngpu = Callable[..., Result]
-
-
-@pytest.fixture
-def plane() -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
-def ngpu(plane: FakeControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ngpu:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("NGPU_TOKEN_FILE", "NGPU_TLS", "NGPU_TLS_CA", "NGPU_PLAINTEXT", "NGPU_WORKSPACE", "NGPU_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NGPU_TOKEN", TOKEN)
-    monkeypatch.setenv("NGPU_SERVER", plane.address)
-
-    def run(*arguments: str, code: int = 0, stdin: str | None = None) -> Result:
-        result = CliRunner().invoke(app, arguments, input=stdin)
-        assert result.exit_code == code, result.output
-        assert "Traceback" not in result.output
-        return result
-
-    return run
 
 
 def the_file(tmp_path: Path, text: str = TOML) -> str:

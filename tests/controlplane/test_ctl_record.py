@@ -1,16 +1,11 @@
 """`ngpu task record` against a fake control plane: the whole story, as text and as JSON."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
 from ngpu.v1 import flight_pb2
 from ngpu.v1 import task_pb2 as pb
-from typer.testing import CliRunner
 
-from controlplane.ctl.app import app
-from tests.controlplane.ctl_fakes import NODE, TASK, TOKEN, FakeControlPlane, at
+from tests.controlplane.ctl_fakes import NODE, TASK, FakeControlPlane, Ngpu, at
 
 FLIGHT = pb.GetFlightsResponse(
     attempt=pb.Attempt(
@@ -34,20 +29,9 @@ FLIGHT = pb.GetFlightsResponse(
 )
 
 
-@pytest.fixture
-def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NGPU_TOKEN", TOKEN)
-    monkeypatch.setenv("NGPU_SERVER", fake.address)
-    yield fake
-    fake.stop()
-
-
-def test_the_whole_story_is_told(plane: FakeControlPlane) -> None:
+def test_the_whole_story_is_told(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["GetFlights"] = [FLIGHT]
-    result = CliRunner().invoke(app, ["task", "record", TASK, "--attempt", "1"])
-    assert result.exit_code == 0, result.output
+    result = ngpu("task", "record", TASK, "--attempt", "1")
     assert (plane.last().task_id, plane.last().attempt) == (TASK, 1)
     for words in (
         "It exited with code 1. (CONTAINER_EXITED)",
@@ -65,22 +49,20 @@ def test_the_whole_story_is_told(plane: FakeControlPlane) -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_json_is_a_line_an_attempt(plane: FakeControlPlane) -> None:
+def test_json_is_a_line_an_attempt(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["GetFlights"] = [FLIGHT, FLIGHT]
-    lines = CliRunner().invoke(app, ["task", "record", TASK, "--json"]).stdout.splitlines()
+    lines = ngpu("task", "record", TASK, "--json").stdout.splitlines()
     assert [json.loads(line)["plane"]["kind"] for line in lines] == ["failed", "failed"]
 
 
-def test_a_node_that_could_not_tell_is_named(plane: FakeControlPlane) -> None:
+def test_a_node_that_could_not_tell_is_named(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     lost = pb.GetFlightsResponse()
     lost.CopyFrom(FLIGHT)
     lost.ClearField("node")
     plane.answers["GetFlights"] = [lost]
-    assert "it was lost before" in CliRunner().invoke(app, ["task", "record", TASK]).stdout
+    assert "it was lost before" in ngpu("task", "record", TASK).stdout
 
 
-def test_nothing_recorded_is_said(plane: FakeControlPlane) -> None:
+def test_nothing_recorded_is_said(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["GetFlights"] = []
-    result = CliRunner().invoke(app, ["task", "record", TASK])
-    assert result.exit_code == 0
-    assert "Nothing is recorded" in result.stderr
+    assert "Nothing is recorded" in ngpu("task", "record", TASK).stderr

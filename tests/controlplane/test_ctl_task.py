@@ -1,7 +1,7 @@
 """`ngpu task` against a fake control plane: bodies up and down, streams that break, lists that come in pages."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ import grpc
 import pytest
 from ngpu.v1 import http_pb2, workspace_pb2
 from ngpu.v1 import task_pb2 as pb
-from typer.testing import CliRunner, Result
 
-from controlplane.ctl.app import app
 from controlplane.ctl.output import Output
 from controlplane.ctl.problem import Exit, Problem
 from controlplane.ctl.progress import await_serving
@@ -24,6 +22,7 @@ from tests.controlplane.ctl_fakes import (
     TASK,
     TOKEN,
     FakeControlPlane,
+    Ngpu,
     Refusal,
     a_replica,
     a_task,
@@ -34,33 +33,13 @@ from tests.controlplane.ctl_fakes import (
 QUEUED, RUNNING = pb.TASK_STATE_QUEUED, pb.TASK_STATE_RUNNING
 COMPLETED, FAILED = pb.TASK_STATE_COMPLETED, pb.TASK_STATE_FAILED
 
-Ngpu = Callable[..., Result]
 Event = pb.WatchResponse
 
 
 @pytest.fixture
-def plane() -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    fake.answers["Schedule"] = pb.ScheduleResponse(task=a_task(QUEUED, attempt=0))
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
-def ngpu(plane: FakeControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ngpu:
-    monkeypatch.chdir(tmp_path)
-    for name in ("NGPU_TOKEN_FILE", "NGPU_TLS", "NGPU_TLS_CA", "NGPU_PLAINTEXT", "NGPU_WORKSPACE", "NGPU_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NGPU_TOKEN", TOKEN)
-    monkeypatch.setenv("NGPU_SERVER", plane.address)
-
-    def run(*arguments: str, code: int = 0, stdin: bytes | None = None) -> Result:
-        result = CliRunner().invoke(app, arguments, input=stdin)
-        assert result.exit_code == code, result.output
-        assert "Traceback" not in result.output
-        return result
-
-    return run
+def plane(plane: FakeControlPlane) -> FakeControlPlane:
+    plane.answers["Schedule"] = pb.ScheduleResponse(task=a_task(QUEUED, attempt=0))
+    return plane
 
 
 @pytest.fixture

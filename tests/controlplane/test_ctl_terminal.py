@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,6 @@ from ngpu.v1 import task_pb2, workspace_pb2
 from tests.controlplane.ctl_fakes import ID, TASK, TOKEN, FakeControlPlane, a_replica, a_task, a_workspace
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def plane() -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    yield fake
-    fake.stop()
 
 
 def on_terminal(

@@ -3,40 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from ngpu.v1 import task_pb2
 from ngpu.v1 import usage_pb2 as pb
-from typer.testing import CliRunner, Result
 
-from controlplane.ctl.app import app
-from tests.controlplane.ctl_fakes import NODE, TASK, TOKEN, FakeControlPlane, at
-
-Ngpu = Callable[..., Result]
-
-
-@pytest.fixture
-def plane() -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
-def ngpu(plane: FakeControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ngpu:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NGPU_TOKEN", TOKEN)
-    monkeypatch.setenv("NGPU_SERVER", plane.address)
-
-    def run(*arguments: str, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == code, result.output
-        assert "Traceback" not in result.output
-        return result
-
-    return run
+from tests.controlplane.ctl_fakes import NODE, TASK, FakeControlPlane, Ngpu, at
 
 
 def a_row(**fields: object) -> pb.Usage:

@@ -1,45 +1,15 @@
 """`ngpu workspace webhook-secret`, and webhooks in `ngpu task`."""
 
 import json
-from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 
-import pytest
 from google.protobuf.duration_pb2 import Duration
 from ngpu.v1 import task_pb2 as pb
 from ngpu.v1 import workspace_pb2
-from typer.testing import CliRunner, Result
 
-from controlplane.ctl.app import app
-from tests.controlplane.ctl_fakes import ID, TOKEN, FakeControlPlane, a_task, at
+from tests.controlplane.ctl_fakes import ID, FakeControlPlane, Ngpu, a_task, at
 
 OLD, NEW = f"whsec_{'A' * 43}=", f"whsec_{'B' * 43}="
-
-Ngpu = Callable[..., Result]
-
-
-@pytest.fixture
-def plane() -> Iterator[FakeControlPlane]:
-    fake = FakeControlPlane()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
-def ngpu(plane: FakeControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ngpu:
-    monkeypatch.chdir(tmp_path)
-    for name in ("NGPU_TOKEN_FILE", "NGPU_TLS", "NGPU_TLS_CA", "NGPU_PLAINTEXT", "NGPU_WORKSPACE", "NGPU_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NGPU_TOKEN", TOKEN)
-    monkeypatch.setenv("NGPU_SERVER", plane.address)
-
-    def run(*arguments: str) -> Result:
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, result.output
-        return result
-
-    return run
 
 
 def test_secret(plane: FakeControlPlane, ngpu: Ngpu) -> None:

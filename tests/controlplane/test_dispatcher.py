@@ -1,8 +1,6 @@
 """What the dispatcher promises where nothing breaks: tasks start, are answered, wait, are limited and cancelled."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -13,18 +11,7 @@ from controlplane.recent import RECENT_S
 from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import Request
 from controlplane.writes import REWRITE_S
-from tests.controlplane.fakes_dispatch import WS, World, a_world, migrated
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-async def world(template: Path, tmp_path: Path) -> AsyncIterator[World]:
-    async with a_world(template, tmp_path) as world:
-        yield world
+from tests.controlplane.fakes_dispatch import WS, World
 
 
 async def test_task_that_finds_a_free_slot_starts_in_the_same_turn(world: World) -> None:

@@ -1,31 +1,15 @@
 """What the dispatcher promises when attempts fail, nodes vanish and come back, and the control plane is killed."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
-
 from controlplane.dispatcher import HELD_AFTER_S, RESULT_GRACE_S
 from controlplane.lifecycle import SILENCE_S
 from controlplane.model import Cause, Delivery, State
 from controlplane.recovery import Graces
 from controlplane.retries import PLATFORM_ATTEMPTS
-from tests.controlplane.fakes_dispatch import WS, World, a_world, migrated
+from tests.controlplane.fakes_dispatch import WS, World
 
 GRACES = Graces()
 #: Longer than any first backoff.
 BACKOFF_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-async def world(template: Path, tmp_path: Path) -> AsyncIterator[World]:
-    async with a_world(template, tmp_path) as world:
-        yield world
 
 
 async def test_lost_node_reruns_repeatable_task_elsewhere(world: World) -> None:

@@ -19,7 +19,7 @@ from controlplane.errors import NgpuError
 from controlplane.model import ENDED, Cause, Delivery, State
 from controlplane.receipts import Terms
 from controlplane.store_usage import UsageQuery
-from tests.controlplane.fakes_dispatch import START, WS, World, a_world, migrated
+from tests.controlplane.fakes_dispatch import START, WS, World, a_world
 
 #: Node -> its replicas of the workspace and their capacity.
 NODES = {"n1": {"r1": 1}, "n2": {"r2": 2}, "n3": {"r3": 1, "r4": 1}}
@@ -184,11 +184,6 @@ class Walk:
         assert usage.attempts == len(receipts)
         assert usage.gpu_us == sum(one.gpu_us for one in receipts)
         assert usage.cost_nanos == sum(one.cost_nanos for one in receipts)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
 
 
 @pytest.mark.timeout(300)

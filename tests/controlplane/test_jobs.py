@@ -3,7 +3,6 @@
 import asyncio
 import re
 import tomllib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from controlplane.jobs import PRESETS, Question, begun_by, question_of, resolved
 from controlplane.model import Cause, Delivery, Job, State
 from controlplane.slots import AttemptResult, Request, Response
 from controlplane.spec import JobRule, Spec
-from tests.controlplane.fakes_dispatch import WS, FakeNode, World, a_world, migrated
+from tests.controlplane.fakes_dispatch import WS, FakeNode, World
 
 CLASSIC = resolved(JobRule(preset="ngpu-classic"))
 RENDER = resolved(
@@ -180,17 +179,11 @@ def test_documented_rule_has_every_key_and_is_admitted() -> None:
 # What becomes of tasks.
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
-
-
 @pytest.fixture
-async def world(template: Path, tmp_path: Path) -> AsyncIterator[World]:
-    async with a_world(template, tmp_path) as world:
-        known = world.fleet.workspaces[WS]
-        world.fleet.workspaces[WS] = replace(known, spec=replace(known.spec, jobs=(CLASSIC,)))
-        yield world
+def world(world: World) -> World:
+    known = world.fleet.workspaces[WS]
+    world.fleet.workspaces[WS] = replace(known, spec=replace(known.spec, jobs=(CLASSIC,)))
+    return world
 
 
 def asking(world: World, job_id: str = "j1") -> "asyncio.Task[Any]":

@@ -1,25 +1,11 @@
 """How fast tasks may come and how many of an account may wait, as the dispatcher enforces it."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 from msgspec.structs import replace
 
 from controlplane.errors import QueueFull
 from controlplane.quotas import COUNT_S, AccountQueueFull, RateLimited
-from tests.controlplane.fakes_dispatch import World, a_world, migrated
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-async def world(template: Path, tmp_path: Path) -> AsyncIterator[World]:
-    async with a_world(template, tmp_path) as world:
-        yield world
+from tests.controlplane.fakes_dispatch import World
 
 
 def of_account(world: World, uid: str, account: str, **limits: int) -> None:

@@ -1,8 +1,7 @@
 """What a receipt promises: whose, where, how long and at what price, whatever a node says of it."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +13,7 @@ from controlplane.receipts import Tariff, Terms
 from controlplane.recovery import Graces
 from controlplane.report import Gpu, Inventory
 from controlplane.slots import AttemptResult, Response
-from tests.controlplane.fakes_dispatch import START, WS, FakeFleet, World, a_world, migrated
+from tests.controlplane.fakes_dispatch import START, WS, FakeFleet, World
 
 #: Longer than any first backoff.
 BACKOFF_S = 1.0
@@ -23,16 +22,10 @@ SECOND = timedelta(seconds=1)
 PRICE_NANOS = 1000
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated(tmp_path_factory.mktemp("template"))
-
-
 @pytest.fixture
-async def world(template: Path, tmp_path: Path) -> AsyncIterator[World]:
-    async with a_world(template, tmp_path) as world:
-        world.terms = lambda *_: Terms("acme", "RTX 4090", PRICE_NANOS, concurrency=1)
-        yield world
+def world(world: World) -> World:
+    world.terms = lambda *_: Terms("acme", "RTX 4090", PRICE_NANOS, concurrency=1)
+    return world
 
 
 async def receipts(world: World, task_id: str = "t1") -> list[Attempt]:

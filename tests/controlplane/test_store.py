@@ -4,7 +4,6 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,11 @@ from controlplane.model import (
 from controlplane.store import End, Page, Store, TaskQuery
 from controlplane.store_database import connect_to
 from controlplane.store_tasks import OPEN_PAGE_TASKS, PAGE_TASKS
-from tests.controlplane.databases import KINDS, fresh_database
+from tests.controlplane.databases import fresh_database
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2025, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    with fresh_database(request.param, tmp_path) as url:
-        migrate(url)
-        yield url
-
-
-@pytest.fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    store = await Store.open(url)
-    yield store
-    await store.close()
 
 
 def queued(task_id: str, **columns: Any) -> Task:

@@ -1,35 +1,17 @@
 """Workspaces, routes, nodes, replicas and tokens in the store."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controlplane.errors import Conflict, NotFound, Unauthenticated
-from controlplane.migrations import migrate
 from controlplane.model import Availability, Node, Replica, Role, Route, Token, Workspace
 from controlplane.store import Store
-from tests.controlplane.databases import KINDS, fresh_database
 
 NOW = datetime(2025, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    with fresh_database(request.param, tmp_path) as url:
-        migrate(url)
-        yield url
-
-
-@pytest.fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    store = await Store.open(url)
-    yield store
-    await store.close()
 
 
 def workspace(uid: str = "w-1", name: str = "demo", **columns: Any) -> Workspace:

@@ -1,33 +1,15 @@
 """What the store promises of webhooks: written with the end of their task or not at all, once, and chosen fairly."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controlplane.errors import StaleAttempt
-from controlplane.migrations import migrate
 from controlplane.model import Told, Webhook, WebhookSecret
 from controlplane.store import Store
-from tests.controlplane.databases import KINDS, fresh_database
 from tests.controlplane.test_store import NOW, SECOND, completed, failed, ledger, queued, running
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    with fresh_database(request.param, tmp_path) as url:
-        migrate(url)
-        yield url
-
-
-@pytest.fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    store = await Store.open(url)
-    yield store
-    await store.close()
 
 
 def webhook(task_id: str = "t", **fields: Any) -> Webhook:

@@ -108,7 +108,7 @@ class NodeServiceServicer(object):
     def Login(self, request, context):
         """Begin a session. Ends every older session of the node: those streams end with ABORTED and reason SUPERSEDED.
         Errors: UNAUTHENTICATED (bad signature or nonce), NOT_FOUND with reason NODE_UNKNOWN (enrol first), PERMISSION_DENIED with
-        reason NODE_REVOKED.
+        reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class NodeServiceStub:
     Login: _grpc.UnaryUnaryMultiCallable[_node_pb2.LoginRequest, _node_pb2.LoginResponse]
     """Begin a session. Ends every older session of the node: those streams end with ABORTED and reason SUPERSEDED.
     Errors: UNAUTHENTICATED (bad signature or nonce), NOT_FOUND with reason NODE_UNKNOWN (enrol first), PERMISSION_DENIED with
-    reason NODE_REVOKED.
+    reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
     """
     Heartbeat: _grpc.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]
     """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
@@ -106,7 +106,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Login: _aio.UnaryUnaryMultiCallable[_node_pb2.LoginRequest, _node_pb2.LoginResponse]  # type: ignore[assignment]
     """Begin a session. Ends every older session of the node: those streams end with ABORTED and reason SUPERSEDED.
     Errors: UNAUTHENTICATED (bad signature or nonce), NOT_FOUND with reason NODE_UNKNOWN (enrol first), PERMISSION_DENIED with
-    reason NODE_REVOKED.
+    reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
     """
     Heartbeat: _aio.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
@@ -182,7 +182,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.LoginResponse, _abc.Awaitable[_node_pb2.LoginResponse]]:
         """Begin a session. Ends every older session of the node: those streams end with ABORTED and reason SUPERSEDED.
         Errors: UNAUTHENTICATED (bad signature or nonce), NOT_FOUND with reason NODE_UNKNOWN (enrol first), PERMISSION_DENIED with
-        reason NODE_REVOKED.
+        reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
         """
 
     @_abc_1.abstractmethod
