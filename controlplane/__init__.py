@@ -3,9 +3,9 @@
 Words, one meaning each. Workspace: what a customer brought (image, command, GPUs, ports). Replica: one container of a
 workspace on one node. Node: a machine with GPUs; node daemon: our program there. Task: one HTTP exchange a user asked
 for. Attempt: one placement of a task. Slot: room for one task on one replica. Session: one login of a node, until a
-newer one. Lease: how long an attempt is believed without news. Placement: choosing nodes for replicas; routing:
-choosing the slot for a task; filter, score, refusal. Desired: what should be; reported: what is. Drain: take nothing
-new, finish what runs. Cordon: place nothing new.
+newer one. Lease: what makes one of several control planes the active one; the others stand by. Placement: choosing
+nodes for replicas; routing: choosing the slot for a task; filter, score, refusal. Desired: what should be; reported:
+what is. Drain: take nothing new, finish what runs. Cordon: place nothing new.
 
 Life of a task:
  1. A caller passes the gate (`api.gate`: who, and may they) with Schedule, alone or in a Batch.

@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import sys
 import textwrap
 from contextlib import AsyncExitStack
@@ -46,8 +47,9 @@ from controlplane.dispatcher import Dispatcher, Graces
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.fleet import Fleet
 from controlplane.flights import Flights
-from controlplane.metrics import Metrics, MetricsServer, Scrape
+from controlplane.metrics import Metrics, MetricsServer, Scrape, Standby
 from controlplane.model import Role, Token
+from controlplane.placement import Policy
 from controlplane.postings import Postings, Room
 from controlplane.prices import Prices
 from controlplane.receipts import Tariff
@@ -55,8 +57,9 @@ from controlplane.receivers import HttpReceivers
 from controlplane.retention import Retention
 from controlplane.signatures import Signatures
 from controlplane.slots import Slots
-from controlplane.state_dir import alone, keep_secret, published
+from controlplane.state_dir import alone, identity, keep_secret, published
 from controlplane.store import Store
+from controlplane.store_lease import Lease, checked_loop
 from controlplane.webhooks import Times
 
 #: How long the database may take to answer a readiness check, in seconds.
@@ -66,17 +69,19 @@ FLUSH_S: Final = 0.25
 #: A second signal within this is the first one's echo, in seconds.
 SAME_SIGNAL_S: Final = 0.5
 RANDOM_BYTES: Final = 65_536
+#: The exit status of one that another has taken over from: start it again, and it stands by.
+GIVE_WAY: Final = 75
 
 _log = structlog.get_logger("controlplane")
 
 
-async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: PLR0915, wiring is read whole
+async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | None = None) -> None:  # noqa: PLR0915, wiring is read whole
     """Run until `stop` is set. Raises OSError (an address that cannot be had), NgpuError (no database)."""
     async with AsyncExitStack() as stack:
         # What remembers.
-        store = await Store.open(settings.database)
+        store = await Store.open(settings.database, lease)
         stack.push_async_callback(store.close)
-        bodies = await Bodies.open(settings.state_dir / "bodies")
+        bodies = await Bodies.open(settings.bodies)
         stack.push_async_callback(bodies.close)
         retention = Retention(
             store,
@@ -116,7 +121,13 @@ async def serve(settings: config.Config, stop: asyncio.Event) -> None:  # noqa: 
             recorder=flights,
             account_queue_length=settings.account_queue_length,
         )
-        deployer = Deployer(fleet, dispatcher, lost_after_s=settings.node_timeout, clock=_now)
+        deployer = Deployer(
+            fleet,
+            dispatcher,
+            lost_after_s=settings.node_timeout,
+            policy=placement_policy(settings.placement),
+            clock=_now,
+        )
         destinations = destination_rules(settings.webhooks)
         receivers = HttpReceivers(
             destinations,
@@ -295,6 +306,12 @@ def asset_settings(section: config.Assets) -> assets.Settings:
     )
 
 
+def placement_policy(section: config.Placement) -> Policy:
+    """The placement's section in that module's own words."""
+    weights = section.model_dump()
+    return Policy(disk_reserve_bytes=weights.pop("disk_reserve"), **weights)
+
+
 def destination_rules(section: config.Webhooks) -> Rules:
     """Where the webhooks' section lets webhooks go."""
     return Rules(section.allow_http, tuple(map(ipaddress.ip_network, section.allow_networks)))
@@ -313,7 +330,41 @@ def _postings(section: config.Webhooks, store: Store, receivers: HttpReceivers, 
     )
 
 
-async def _until_signal(settings: config.Config) -> None:
+async def _stand_by(settings: config.Config, lease: Lease, stop: asyncio.Event) -> bool:
+    """Wait until this is the active control plane; False if it is to stop first. Who asks is told how it stands.
+
+    Raises NgpuError (no database, or one whose bodies are elsewhere).
+    """
+    await asyncio.to_thread(migrations.check_current, settings.database)
+    async with AsyncExitStack() as stack:
+        active = ""
+
+        async def ready() -> str:
+            return f"standing by; the active control plane is {active}"
+
+        async def waits(holder: str) -> None:
+            nonlocal active
+            if not active and settings.metrics_listen:
+                http = MetricsServer(Standby(), ready)
+                where = await http.start(settings.metrics_listen)
+                stack.push_async_callback(http.stop)
+                stack.enter_context(published(settings.state_dir, metrics_address=where))
+            active = holder or "not known yet"
+            _log.info("standing_by", active=active)
+
+        if not await lease.take(stop, waits):
+            return False
+    _log.info("active", epoch=lease.epoch)
+    return True
+
+
+def _give_way(why: str) -> NoReturn:
+    """What others do by now must not be disturbed by what we would do in a stop."""
+    _log.error("lease_lost", reason=why)
+    os._exit(GIVE_WAY)
+
+
+async def _until_signal(settings: config.Config, lease: Lease | None) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     first: list[float] = []
 
@@ -327,7 +378,8 @@ async def _until_signal(settings: config.Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    await serve(settings, stop)
+    if lease is None or await _stand_by(settings, lease, stop):
+        await serve(settings, stop, lease)
 
 
 app = typer.Typer(
@@ -397,7 +449,17 @@ def run(  # noqa: PLR0917, typer takes them by name
         with alone(settings.state_dir, settings.database):
             if settings.database.startswith("sqlite"):
                 migrations.migrate_apart(settings.database)
-            asyncio.run(_until_signal(settings))
+                asyncio.run(_until_signal(settings, None))
+                return
+            lease = Lease(
+                settings.database,
+                holder=f"{socket.gethostname()} ({settings.listen}), process {os.getpid()}",
+                bodies_id=identity(settings.bodies),
+                lease_s=settings.lease,
+                lost=_give_way,
+            )
+            with asyncio.Runner(loop_factory=partial(checked_loop, lease.check)) as runner:
+                runner.run(_until_signal(settings, lease))
     except (NgpuError, OSError, ValueError) as error:
         _fail(str(error), code=1)
 

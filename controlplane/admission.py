@@ -11,12 +11,16 @@ import msgspec
 from controlplane.errors import InvalidArgument
 from controlplane.image import normalised
 from controlplane.jobs import PRESETS
-from controlplane.spec import GIB, MIB, JobRule, Limits, Scale, Spec
+from controlplane.spec import GIB, MIB, JobRule, Limits, Scale, Spec, Volume
 
 REPLICAS: Final = 1000
 CONCURRENCY: Final = 1024
 PORTS: Final = 16
 GPUS: Final = 64
+#: Of a GPU, in thousandths.
+SHARE: Final = (1, 999)
+#: After how many times the average a second attempt begins.
+HEDGE: Final = (1.5, 100.0)
 CPUS: Final = 1024.0
 MEMORY_BYTES: Final = (16 * MIB, 16 * 1024 * GIB)
 SHM_BYTES: Final = (64 * 1024, 1024 * GIB)
@@ -24,6 +28,7 @@ START_LIMIT_S: Final = (1.0, 24 * 3600.0)
 IDLE_TIME_S: Final = (10.0, 30 * 24 * 3600.0)
 QUEUE_WAIT_S: Final = (0.1, 24 * 3600.0)
 WRITABLE_PATHS: Final = 32
+VOLUMES: Final = 8
 JOB_RULES: Final = 16
 JOB_WORDS: Final = 32
 WORD_LENGTH: Final = 256
@@ -90,6 +95,7 @@ def admit(spec: Spec) -> None:
             *_limit_faults(spec.limits),
             *_scale_faults(spec.scale),
             *_path_faults(spec),
+            *_volume_faults(spec),
             *_job_faults(spec.jobs),
         ]
     )
@@ -190,6 +196,8 @@ def _size_faults(spec: Spec) -> Iterable[str]:
     yield from _range("replicas", spec.replicas, 0, REPLICAS)
     yield from _range("concurrency", spec.concurrency, 1, CONCURRENCY)
     yield from _range("cpus", spec.cpus, 0.01, CPUS)
+    if spec.hedge:
+        yield from _range("hedge", spec.hedge, *HEDGE)
     yield from _range("memory_bytes", spec.memory_bytes, *MEMORY_BYTES)
     yield from _range("shm_bytes", spec.shm_bytes, *SHM_BYTES)
     if spec.shm_bytes > spec.memory_bytes:
@@ -200,6 +208,10 @@ def _size_faults(spec: Spec) -> Iterable[str]:
         yield "gpu.model: at most 128 printable characters"
     if not spec.gpu.count and (spec.gpu.model or spec.gpu.min_memory_bytes):
         yield "gpu.count: 0, though it is said which GPU: say how many"
+    if spec.gpu.share:
+        yield from _range("gpu.share", spec.gpu.share, *SHARE)
+        if spec.gpu.count != 1:
+            yield f"gpu.share: a share is one of a single GPU: gpu.count must be 1, not {spec.gpu.count}"
 
 
 def _readiness_faults(spec: Spec) -> Iterable[str]:
@@ -290,13 +302,39 @@ def _path_faults(spec: Spec) -> Iterable[str]:
     if len(set(spec.writable_paths)) < len(spec.writable_paths):
         yield "writable_paths: each only once"
     for path in spec.writable_paths:
-        parts = path.split("/")
-        # ":" and "," would end the path in an engine's mount options.
-        plain = len(path) <= PATH_LENGTH and not re.search(r"[\x00-\x1f\x7f:,]", path)
-        if not (plain and parts[0] == "" and len(parts) > 1 and not {"", ".", ".."} & set(parts[1:])):
-            yield f"writable_paths: {path[:80]!r} is no plain absolute path"
-        elif any(path == system or path.startswith(f"{system}/") for system in _SYSTEM_PATHS):
-            yield f"writable_paths: {path[:80]!r} belongs to the system"
+        yield from _mount_faults("writable_paths", path)
+
+
+def _volume_faults(spec: Spec) -> Iterable[str]:
+    if len(spec.volumes) > VOLUMES:
+        yield f"volumes: at most {VOLUMES}"
+    if len({volume.name for volume in spec.volumes}) < len(spec.volumes):
+        yield "volumes: each name only once"
+    for volume in spec.volumes:
+        if not _NAME.fullmatch(volume.name):
+            yield f'volumes: {volume.name[:80]!r} is no name: 1 to 63 of a-z, 0-9 and "-", beginning with a letter'
+        yield from _mount_faults("volumes", volume.path)
+    for volume, path in _overlaps(spec.volumes, (*spec.writable_paths, "/tmp")):  # noqa: S108
+        yield f"volumes: {volume.path[:80]!r} and {path[:80]!r} lie one in the other"
+
+
+def _overlaps(volumes: tuple[Volume, ...], others: tuple[str, ...]) -> Iterable[tuple[Volume, str]]:
+    """Volumes that hide something else, or are hidden by it."""
+    for number, volume in enumerate(volumes):
+        for path in (*(other.path for other in volumes[:number]), *others):
+            if f"{volume.path}/".startswith(f"{path}/") or f"{path}/".startswith(f"{volume.path}/"):
+                yield volume, path
+
+
+def _mount_faults(name: str, path: str) -> Iterable[str]:
+    """May something be put there in a container?"""
+    parts = path.split("/")
+    # ":" and "," would end the path in an engine's mount options.
+    plain = len(path) <= PATH_LENGTH and not re.search(r"[\x00-\x1f\x7f:,]", path)
+    if not (plain and parts[0] == "" and len(parts) > 1 and not {"", ".", ".."} & set(parts[1:])):
+        yield f"{name}: {path[:80]!r} is no plain absolute path"
+    elif any(path == system or path.startswith(f"{system}/") for system in _SYSTEM_PATHS):
+        yield f"{name}: {path[:80]!r} belongs to the system"
 
 
 def _url_path_faults(name: str, path: str) -> list[str]:

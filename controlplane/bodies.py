@@ -39,6 +39,9 @@ BEHIND_S: Final = 0.05
 ALL_BEHIND_BYTES: Final = 16 * 1024 * 1024
 #: Pieces given to the kernel in one call, which takes no more than 1024.
 WRITTEN_AT_ONCE: Final = 256
+#: Bodies leave so much of their disk free, or RESERVE_SHARE of it if that is less: the database may be there, too.
+RESERVE_BYTES: Final = 512 * 1024 * 1024
+RESERVE_SHARE: Final = 0.05
 #: Bodies deleted in one step of a sweep.
 SWEPT: Final = 1000
 
@@ -425,7 +428,7 @@ def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: float
     length = sum(map(len, pieces))
     _check_limit(offset + length, limit_bytes)
     # Only the first append makes it: one that comes after a deletion must not bring it back.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if offset == 0 else 0)
+    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if offset == 0 else 0)
     try:
         file = os.open(_growing(path), flags, 0o600)
     except FileNotFoundError:
@@ -435,7 +438,10 @@ def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: float
         if size != offset:
             raise OutOfRange(f"The body's stored size is {size}: go on from there.")
         try:
-            _write_all(file, pieces)
+            _check_room(file, length)
+            # At its place, not at the end: one that stood still since the look at the size, and whose work another
+            # process has taken over, must not spoil what that one has appended.
+            _write_all(file, pieces, size)
         except BaseException:
             os.ftruncate(file, size)
             raise
@@ -444,10 +450,18 @@ def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: float
         os.close(file)
 
 
-def _write_all(file: int, pieces: Sequence[bytes]) -> None:
+def _check_room(file: int, length: int) -> None:
+    disk = os.fstatvfs(file)
+    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize * RESERVE_SHARE)
+    if disk.f_bavail * disk.f_frsize - length < reserve:
+        raise OSError(errno.ENOSPC, f"only the {reserve / 2**20:.0f} MiB are left that bodies leave free")
+
+
+def _write_all(file: int, pieces: Sequence[bytes], offset: int) -> None:
     rest = [memoryview(piece) for piece in pieces if piece]
     while rest:
-        written = os.writev(file, rest[:WRITTEN_AT_ONCE])
+        written = os.pwritev(file, rest[:WRITTEN_AT_ONCE], offset)
+        offset += written
         while rest and written >= len(rest[0]):
             written -= len(rest.pop(0))
         if written:

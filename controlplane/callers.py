@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Final, Protocol
 
 from msgspec import structs
@@ -14,6 +15,7 @@ from msgspec import structs
 from controlplane import routing, standing
 from controlplane.census import Node, Workspace
 from controlplane.census import Replica as PlacedReplica
+from controlplane.doubts import Doubts
 from controlplane.errors import NotFound
 from controlplane.model import State
 from controlplane.queues import Queue, Queues
@@ -30,7 +32,7 @@ _COMING: Final = {
     ReplicaState.PULLING: "pulls its image",
     ReplicaState.STARTING: "starts",
 }
-#: The words why a queue waits are put together at most this often.
+#: The words why a queue waits are put together, and when its tasks will start is judged, at most this often.
 WORDS_S: Final = 0.5
 
 
@@ -64,6 +66,7 @@ class Callers:
         queues: Queues,
         slots: Slots,
         fleet: Fleet,
+        doubts: Doubts,
         *,
         monotonic: Callable[[], float],
         heed: Callable[[OpenTask], None],
@@ -72,6 +75,7 @@ class Callers:
         self._queues = queues
         self._slots = slots
         self._fleet = fleet
+        self._doubts = doubts
         self._monotonic = monotonic
         self._heed = heed
         self._hang_up = hang_up
@@ -144,19 +148,26 @@ class Callers:
             return task.view()
         queue = self._queues.of(task.workspace_uid)
         position = queue.position(task)
-        return task.view(position, self._waiting_for(task, queue), self._expected_wait_s(task, position))
+        return task.view(position, self._waiting_for(task, queue), self._expected_wait_s(task, queue, position))
 
-    def _expected_wait_s(self, task: OpenTask, position: int) -> float:
-        pool = self._slots.pool(task.workspace_uid)
-        capacity = sum(replica.capacity for replica in pool.replicas.values())
-        return (position + 1) * pool.mean_s / capacity if capacity else 0.0
+    def _expected_wait_s(self, task: OpenTask, queue: Queue, position: int) -> float:
+        now = self._monotonic()
+        if now >= queue.outlook_until:
+            pool = self._slots.pool(task.workspace_uid)
+            queue.outlook = routing.outlook(pool.replicas.values(), mean_s=pool.mean_s, now=now)
+            queue.outlook_until = now + WORDS_S
+        backoff_s = max(0.0, task.ready_at - now) if task.ready_at < inf else 0.0
+        expected_s = queue.outlook.start_s(position)
+        return max(expected_s, backoff_s) if expected_s else 0.0
 
     def _waiting_for(self, task: OpenTask, queue: Queue) -> str:
         if task.phase is Phase.ASSIGNING:
             return "it has a slot; its start is being recorded"
         if not task.ready and task.failure is not None:
             wait_s = max(0.0, task.ready_at - self._monotonic())
-            return f"attempt {task.number + 1} begins in {wait_s:.1f} s; the last one failed: {task.failure.message}"
+            held = " (held back: much of the workspace was run again lately)" if task.held else ""
+            when = f"attempt {task.number + 1} begins in {wait_s:.1f} s{held}"
+            return f"{when}; the last one failed: {task.failure.message}"
         return self.why(queue)
 
     def why(self, queue: Queue) -> str:
@@ -166,13 +177,17 @@ class Callers:
             uid = queue.workspace_uid
             stands = [(self._fleet.state_of(replica), replica) for replica in self._fleet.replicas_of(uid)]
             reports = [report for report, _ in stands]
-            queue.waiting_for = routing.waiting_for(self._slots.pool(uid).replicas.values(), reports)
+            replicas, reserved = self._slots.pool(uid).replicas.values(), queue.plan_at < inf
+            queue.waiting_for = routing.waiting_for(replicas, reports, reserved=reserved)
             coming = [(r.state, r.progress, replica.id, replica) for r, replica in stands if r.state in _COMING]
             if coming:
                 state, progress, _, replica = max(coming)
                 where = self._fleet.node(replica.node_addr).name
                 queue.waiting_for += f"; next is replica {replica.id} on node {where}, which {_COMING[state]}"
                 queue.waiting_for += f", {progress} %" if progress else ""
+            doubts = {replica.id: words for replica, words in self._doubts.words(uid, now)}
+            if words := standing.doubt(doubts):
+                queue.waiting_for += f". {words}"
             if not reports and (absence := self._absence(uid)):
                 queue.waiting_for += f": {absence}"
             queue.waiting_for_until = now + WORDS_S

@@ -26,11 +26,13 @@ class Fit(msgspec.Struct, frozen=True):
     after: tuple[Lot, ...]
     #: Thousandths that are left.
     free_after: int
-    #: Of the GPUs it takes.
+    #: Of the GPUs it takes; and how many of those are not quite well.
     models: tuple[str, ...]
+    degraded: int
 
 
-def lots_of(cards: Sequence[Card]) -> tuple[Lot, ...]:
+@lru_cache(maxsize=16_384)
+def lots_of(cards: tuple[Card, ...]) -> tuple[Lot, ...]:
     """Those that are of use to anybody, in order."""
     return tuple(sorted([(model, memory, free) for grade, memory, model, free in cards if grade < Grade.QUARANTINED]))
 
@@ -59,30 +61,38 @@ FILTERS: Final[tuple[tuple[Callable[[GpuNeed, int, Card], bool], str], ...]] = (
 )
 
 
-def fits(need: GpuNeed, share: int, cards: Sequence[Card]) -> tuple[Sequence[Fit], str]:
-    """The ways to give `need.count` cards or, if `share` is below WHOLE, that much of one; or none, and why.
+def fits(need: GpuNeed, cards: tuple[Card, ...]) -> tuple[Sequence[Fit], str]:
+    """The ways to give `need.count` cards or, with `need.share`, that much of one; or none, and why. `cards` in order.
 
     Of whole ones it is the best, then the smallest that will do; for a share one way for each different card.
     """
-    before = lots_of(cards)
+    share = need.share or WHOLE
     if not need.count:
-        return (_fit(cards, (), before, share),), ""
-    left = cards
+        return (_fit(cards, (), lots_of(cards), share),), ""
+    left: Sequence[Card] = cards
     for passes, kind in FILTERS:
         left = [card for card in left if passes(need, share, card)]
         if len(left) < need.count:
             return (), _too_few(need, share, kind)
+    before = lots_of(cards)
     ways = [left[: need.count]] if share == WHOLE else [[card] for card in dict.fromkeys(left)]
     return [_fit(cards, taken, before, share) for taken in ways], ""
 
 
-def _fit(cards: Sequence[Card], taken: Sequence[Card], before: tuple[Lot, ...], share: int) -> Fit:
+def _fit(cards: tuple[Card, ...], taken: Sequence[Card], before: tuple[Lot, ...], share: int) -> Fit:
     left = list(cards)
     for card in taken:
         grade, memory, model, free = card
         left[left.index(card)] = grade, memory, model, free - share
-    after = lots_of(left)
-    return Fit(tuple(taken), before, after, sum([lot[2] for lot in after]), tuple([card[2] for card in taken]))
+    after = lots_of(tuple(left))
+    return Fit(
+        taken=tuple(taken),
+        before=before,
+        after=after,
+        free_after=sum(lot[2] for lot in after),
+        models=tuple(card[2] for card in taken),
+        degraded=sum(card[0] is Grade.DEGRADED for card in taken),
+    )
 
 
 def _too_few(need: GpuNeed, share: int, kind: str) -> str:

@@ -69,6 +69,7 @@ def _optional_address(value: str) -> str:
 Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 SecondsOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Bytes = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=100)]
 Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
 Address = Annotated[str, pydantic.AfterValidator(_address)]
 OptionalAddress = Annotated[str, pydantic.AfterValidator(_optional_address)]
@@ -145,6 +146,35 @@ class Webhooks(_Section):
         return value
 
 
+class Placement(_Section):
+    """What is weighed when a replica is given its node; all in GPUs, and 0 leaves it out. See docs/platform.md."""
+
+    fragmentation: Weight = 1.0
+    """Of each GPU that becomes useless to the kinds of requests that came lately."""
+    leftover: Weight = 0.05
+    """Of a node left empty: full ones are filled up first."""
+    scarcity: Weight = 0.6
+    """Of the last free GPU of a model ..."""
+    scarcity_base: Annotated[float, Field(gt=1)] = 100.0
+    """... and how steeply the price rises to that: with 1,000 it stays lower for longer."""
+    image: Weight = 0.02
+    """Of an image that must be pulled, ..."""
+    image_per_gib: Weight = 0.004
+    """... and of each GiB of it."""
+    image_gib: Weight = 5.0
+    """How large an image is taken to be that no node has yet, in GiB."""
+    degraded: Weight = 0.3
+    """Of GPUs that are degraded."""
+    load: Weight = 0.05
+    """Of a node all of whose slots run a task."""
+    unreliable: Weight = 0.15
+    """Of a node's failures, times (failures + 0.2) / (days since it enrolled / 10 + 1), at most 3."""
+    crowded: Weight = 0.10
+    """Of each other replica of the workspace on the node."""
+    disk_reserve: Bytes = 1024**3
+    """Disk that an image must leave free on a node."""
+
+
 class Config(BaseSettings):
     """All settings. Durations are `15s`, `10m`, `7d` or seconds."""
 
@@ -160,6 +190,10 @@ class Config(BaseSettings):
     """Where the database, the bodies and the first tokens are kept."""
     database_url: str = ""
     """SQLAlchemy URL, e.g. postgresql+psycopg://user@host/ngpu. Empty: SQLite in the state directory."""
+    bodies_dir: Path | None = None
+    """Where the bodies are kept. Default: in the state directory. One for all control planes on one PostgreSQL."""
+    lease: Annotated[Seconds, Field(ge=1, le=60)] = 5.0
+    """On PostgreSQL: an active control plane that stands still or is cut off for so long is taken over from."""
     listen: Address = "127.0.0.1:50051"
     """HOST:PORT for gRPC. Port 0: any free one, written to STATE_DIR/address."""
     metrics_listen: OptionalAddress = "127.0.0.1:9464"
@@ -210,6 +244,8 @@ class Config(BaseSettings):
     """BRC-20 assets."""
     webhooks: Webhooks = Webhooks()
     """Webhooks."""
+    placement: Placement = Placement()
+    """How nodes are chosen for replicas."""
 
     @pydantic.field_validator("display_timezone")
     @classmethod
@@ -250,6 +286,11 @@ class Config(BaseSettings):
     def zone(self) -> tzinfo:
         """The display zone."""
         return UTC if self.display_timezone == "UTC" else zoneinfo.ZoneInfo(self.display_timezone)
+
+    @property
+    def bodies(self) -> Path:
+        """Where the bodies are kept."""
+        return self.bodies_dir or self.state_dir / "bodies"
 
     @property
     def database(self) -> str:

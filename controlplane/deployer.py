@@ -18,15 +18,17 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from controlplane import explain, generations, ids, rollout, room, standing
+from controlplane import explain, generations, ids, rehearsal, rollout, room, standing
 from controlplane.autoscale import Load
 from controlplane.errors import NgpuError
 from controlplane.explain import Decision
-from controlplane.fleet import Fleet, Node, Replica
+from controlplane.fleet import Fleet, Node, Replica, Workspace
 from controlplane.placement import DEFAULT_POLICY, NodeView, Policy
+from controlplane.rehearsal import Rehearsal
 from controlplane.report import ReplicaState, Report
 from controlplane.rollout import Action, Good, Moved, Place, TakeBack, Unplaced, Update, World
 from controlplane.scaler import Scaler
+from controlplane.sites import Sites
 from controlplane.spec import Spec
 
 _log = structlog.get_logger(__name__)
@@ -79,6 +81,7 @@ class Assignment(msgspec.Struct, frozen=True):
     gpu_ids: tuple[str, ...]
     spec_hash: str
     draining: bool
+    workspace_uid: str = ""
 
 
 class Deployer:
@@ -113,8 +116,13 @@ class Deployer:
         #: Deleted workspaces that the dispatcher knows of.
         self._deleted: set[str] = set()
         self._hashes: dict[str, tuple[Spec, str]] = {}
+        #: The nodes as placement sees them, kept for its life: a plan looks at those that changed. The demand is learnt
+        #: anew after a start, from what is wanted then.
+        self._sites = Sites(policy)
         #: By node: its view, and what it was made of.
-        self._views: dict[str, tuple[Node, Sequence[Replica], NodeView]] = {}
+        self._views: dict[str, tuple[Node, Sequence[Replica], bool, NodeView]] = {}
+        #: Workspaces as they were when their requests were last counted.
+        self._counted: dict[str, Workspace] = {}
         #: How long the last plan took to make.
         self._plan_s = 0.0
 
@@ -182,6 +190,7 @@ class Deployer:
             gpu_ids=replica.gpu_ids,
             spec_hash=spec_hash,
             draining=replica.drain_time is not None,
+            workspace_uid=replica.workspace_uid,
         )
 
     # The loop.
@@ -245,18 +254,21 @@ class Deployer:
         return len(actions)
 
     def _world(self) -> World:
-        fleet = self._fleet
+        fleet, now_s = self._fleet, self._monotonic()
         self._turn += 1
+        workspaces = [
+            workspace
+            for workspace in fleet.workspaces(deleted=True)
+            if not workspace.deleted or fleet.replicas_of(workspace.uid)
+        ]
+        self._count(workspaces)
+        self._survey(now_s)
         return World(
             time=self._clock(),
-            now_s=self._monotonic(),
-            workspaces=[
-                workspace
-                for workspace in fleet.workspaces(deleted=True)
-                if not workspace.deleted or fleet.replicas_of(workspace.uid)
-            ],
+            now_s=now_s,
+            workspaces=workspaces,
             nodes={node.addr: node for node in fleet.nodes(revoked=True)},
-            views={node.addr: self._view(node) for node in fleet.nodes()},
+            sites=self._sites,
             replicas=fleet.replicas(),
             new_id=lambda: ids.replica_id(self._random),
             running=self._tasks.running_on,
@@ -265,16 +277,33 @@ class Deployer:
             turn=self._turn,
             lost_after_s=self._lost_after_s,
             cut_off_s=self._cut_off_s,
-            policy=self._policy,
         )
 
-    def _view(self, node: Node) -> NodeView:
+    def _count(self, workspaces: Sequence[Workspace]) -> None:
+        """What is asked for now and was not before: the demand."""
+        for workspace in workspaces:
+            before = self._counted.get(workspace.uid)
+            if before is not workspace and (more := room.newly_wanted(before, workspace)):
+                self._sites.observe(room.need_of(workspace, self._fleet.image_bytes).shape, more)
+        self._counted = {workspace.uid: workspace for workspace in workspaces}
+
+    def _survey(self, now_s: float) -> None:
+        """The nodes as they are now."""
+        nodes = self._fleet.nodes()
+        lost = rollout.lost_nodes(nodes, now_s, self._lost_after_s, self._cut_off_s)
+        for addr in self._sites.addrs - {node.addr for node in nodes}:
+            self._sites.remove(addr)
+            self._views.pop(addr, None)
+        for node in nodes:
+            self._sites.put(self._view(node, lost=node.addr in lost))
+
+    def _view(self, node: Node, *, lost: bool) -> NodeView:
         replicas = self._fleet.replicas_on(node.addr)
         seen = self._views.get(node.addr)
-        if seen is None or seen[0] is not node or seen[1] is not replicas:
-            view = room.view_of(node, replicas, self._spec_of, time=self._clock())
-            seen = self._views[node.addr] = node, replicas, view
-        return seen[2]
+        if seen is None or seen[0] is not node or seen[1] is not replicas or seen[2] is not lost:
+            view = room.view_of(node, replicas, self._spec_of, time=self._clock(), lost=lost)
+            seen = self._views[node.addr] = node, replicas, lost, view
+        return seen[3]
 
     async def _apply(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -344,7 +373,29 @@ class Deployer:
     def _revoked(self) -> frozenset[str]:
         return frozenset(node.addr for node in self._fleet.nodes(revoked=True) if node.revoked)
 
-    # Why.
+    # Why, and what if.
+
+    async def rehearse(self, spec: Spec) -> Rehearsal:
+        """What would follow if a workspace were described so: a new one, or the one of that name. Changes nothing.
+
+        Raises InvalidArgument, Conflict as the description itself would.
+        """
+        before, after = self._fleet.described(spec)
+        replicas = () if before is None else self._fleet.replicas_of(before.uid)
+        lost = self._lost()
+        views = {node.addr: self._view(node, lost=node.addr in lost) for node in self._fleet.nodes()}
+        # Values all, and on a large fleet many: not in the loop that dispatches.
+        return await asyncio.to_thread(
+            rehearsal.rehearse,
+            before,
+            after,
+            replicas,
+            views,
+            image_bytes=self._fleet.image_bytes,
+            time=self._clock(),
+            policy=self._policy,
+            demand=self._sites.fragmentation,
+        )
 
     def explain(self, workspace: str) -> tuple[str, tuple[Decision, ...]]:
         """How a workspace's replicas stand, in words; and why they are where they are, or nowhere, newest first.

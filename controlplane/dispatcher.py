@@ -19,6 +19,7 @@ import structlog
 from controlplane.autoscale import Load
 from controlplane.callers import Fleet, refuse
 from controlplane.errors import NotFound, Unavailable
+from controlplane.explain import Decision
 from controlplane.failures import (
     CALLED_OFF,
     CONTAINER_LOST,
@@ -31,7 +32,7 @@ from controlplane.failures import (
 )
 from controlplane.intake import Intake
 from controlplane.lifecycle import RUN_GRACE_S, UNREAD_S, Lifecycle, Metrics, Recorder
-from controlplane.model import ENDED, Attempt, Cause, Delivery, State
+from controlplane.model import ENDED, Attempt, Delivery, State
 from controlplane.queues import HELD_BYTES, Queues
 from controlplane.quotas import ACCOUNT_QUEUE_LENGTH, Quotas
 from controlplane.receipts import TermsOf, free_of_charge
@@ -66,6 +67,9 @@ class NoMetrics:
         """See Metrics."""
 
     def attempt_failed(self, workspace: str, reason: str) -> None:
+        """See Metrics."""
+
+    def retry_held(self, workspace: str) -> None:
         """See Metrics."""
 
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
@@ -171,7 +175,8 @@ class Dispatcher:
         """
         task = self._life.tasks.get(task_id)
         if task is not None:
-            return self._life.callers.wait(task, wait_s, seen=seen)
+            # Who asks while we stop would keep us from it.
+            return self._life.callers.wait(task, 0.0 if self._stopping else wait_s, seen=seen)
         known = self._life.callers.recent.get(task_id)
         if known is None:
             return asyncio.create_task(self._read(task_id), name=f"ask-{task_id}")
@@ -230,10 +235,19 @@ class Dispatcher:
             callers.recent.keep(view)
         return view
 
+    def decision(self, task_id: str) -> Decision | None:
+        """Why the task's present attempt is where it is; None: it has none, or there was no choice, or before us."""
+        task = self._life.tasks.get(task_id)
+        return None if task is None else self._life.decision(task)
+
     def waiting(self, task_id: str) -> TaskView | None:
         """The task with its place in the queue and why it waits; None unless it is queued."""
         task = self._life.tasks.get(task_id)
         return None if task is None or task.state is not State.QUEUED else self._life.callers.view(task)
+
+    def is_open(self, task_id: str) -> bool:
+        """It has not ended; it need not be on disk yet."""
+        return task_id in self._life.tasks
 
     @property
     def open_tasks(self) -> int:
@@ -251,14 +265,24 @@ class Dispatcher:
     def load(self, workspace_uid: str) -> Load:
         """How the workspace is used now: by this its number of replicas is found."""
         queue, pool = self._life.queues.of(workspace_uid), self._slots.pool(workspace_uid)
-        first = next(iter(queue), None)
+        first = queue.oldest
         return Load(
-            queued=len(queue),
+            # Those in a backoff wait for time and not for replicas.
+            queued=0 if first is None else len(queue),
             running=self.running(workspace_uid),
             oldest_s=0.0 if first is None else self._monotonic() - first.accepted_at,
             ready=sum(1 for replica in pool.replicas.values() if replica.capacity),
             mean_s=pool.mean_s,
         )
+
+    def doubts(self, workspace_uid: str) -> dict[str, str]:
+        """Of the workspace's replicas those that are not fully trusted (see ejection), by id, and why, in words."""
+        doubted = self._life.doubts.words(workspace_uid, self._monotonic())
+        return {replica.id: words for replica, words in doubted}
+
+    def ejected(self, workspace_uid: str) -> tuple[int, int]:
+        """How many of the workspace's replicas are ejected now; and how often one was, since the start."""
+        return self._life.doubts.ejected(workspace_uid)
 
     def running_on(self, replica_id: str) -> int:
         """Attempts that run there or may, given-up ones included: a drained replica may stop at 0."""
@@ -381,7 +405,11 @@ class Dispatcher:
         freed = self._slots.release(result.attempt_id, node_addr)
         task = self._life.attempts.get(result.attempt_id)
         attempt = None if task is None else task.attempt
-        if task is None or attempt is None or attempt.node_addr != node_addr:
+        hedged = self._life.hedges.tasks.get(result.attempt_id)
+        if hedged is not None and hedged.hedge is not None and hedged.hedge.node_addr == node_addr:
+            self._observe(hedged, hedged.hedge, result)
+            self._life.hedged(hedged, node_addr, result)
+        elif task is None or attempt is None or attempt.node_addr != node_addr:
             link = self._slots.link(node_addr)
             if link is not None:
                 link.ack(result.attempt_id)
@@ -395,17 +423,26 @@ class Dispatcher:
             self._life.fill(uid)
 
     def _take(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult) -> None:
-        replica = self._slots.replica(attempt.replica_id)
+        self._observe(task, attempt, result)
         if result.response is not None:
-            if replica is not None:
-                now = self._monotonic()
-                self._slots.observe(replica, now - attempt.given_at, now)
             self._life.complete(task, result)
+        else:
+            self._life.fail(task, result.delivery, result.failure or UNSAID, result)
+
+    def _observe(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult) -> None:
+        """What the attempt's end says of its replica."""
+        replica = self._slots.replica(attempt.replica_id)
+        if replica is None:
             return
-        failure = result.failure or UNSAID
-        if replica is not None and failure.cause is Cause.PLATFORM:
-            replica.failures += 1
-        self._life.fail(task, result.delivery, failure, result)
+        now = self._monotonic()
+        if result.response is None:
+            self._life.doubts.failed(replica, result.failure or UNSAID, attempt.given_at, now)
+            return
+        seconds, status = now - attempt.given_at, result.response.status
+        if status < 500:
+            # Errors come fast: they must not make a replica look so.
+            self._slots.observe(replica, seconds, now, task.work, task.features)
+        self._life.doubts.answered(replica, seconds / task.work, status, now)
 
     # The deployer.
 
@@ -415,7 +452,7 @@ class Dispatcher:
         """How many tasks the replica may run at once; 0 while it is not ready, or draining. Again is no error."""
         replica = self._slots.known(replica_id, workspace_uid, node_addr, self._monotonic())
         replica.capacity = capacity
-        replica.gpu_ids = tuple(gpu_ids)
+        self._slots.set_gpus(replica, tuple(gpu_ids))
         if capacity:
             self._life.fill(workspace_uid)
 

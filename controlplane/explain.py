@@ -14,7 +14,7 @@ import msgspec
 #: Candidates kept of those refused; all are counted in `refusals`.
 REFUSED_KEPT: Final = 100
 #: Candidates kept of those accepted, cheapest first.
-ACCEPTED_KEPT: Final = 20
+ACCEPTED_KEPT: Final = 10
 
 
 class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -46,8 +46,13 @@ def decide(time: datetime, subject: str, accepted: Iterable[Candidate], refused:
         subject=subject,
         chosen=ranked[0].id if ranked else "",
         candidates=(*ranked[:ACCEPTED_KEPT], *refused[:REFUSED_KEPT]),
-        refusals=dict(Counter(candidate.refusal for candidate in refused).most_common()),
+        refusals=counted(refused),
     )
+
+
+def counted(refused: Iterable[Candidate]) -> dict[str, int]:
+    """How many were refused for which reason, most frequent first."""
+    return dict(Counter(candidate.refusal for candidate in refused).most_common())
 
 
 _ENCODER = msgspec.json.Encoder()

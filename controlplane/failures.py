@@ -10,6 +10,7 @@ BAD_RESPONSE: Final = "BAD_RESPONSE"
 BUSY: Final = "BUSY"
 CANCELLED: Final = "CANCELLED"
 CONTAINER_EXITED: Final = "CONTAINER_EXITED"
+HEDGED: Final = "HEDGED"
 INTERNAL: Final = "INTERNAL"
 JOB_FAILED: Final = "JOB_FAILED"
 NODE_LOST: Final = "NODE_LOST"
@@ -37,6 +38,12 @@ LOST_BEFORE_SENT: Final = Failure(
 NOT_ARRIVED: Final = Failure(Cause.PLATFORM, NODE_LOST, "Its node lost its connection before it had the request.")
 NOT_HELD: Final = Failure(Cause.PLATFORM, NODE_LOST, "Its node does not know of it any more.")
 CONTAINER_LOST: Final = Failure(Cause.PLATFORM, REPLICA_LOST, "The container that ran it was lost.")
+
+OVERTAKEN: Final = Failure(Cause.PLATFORM, HEDGED, "It took long, and a second attempt elsewhere was answered first.")
+HEDGE_UNUSED: Final = Failure(Cause.PLATFORM, HEDGED, "It was a second attempt, and the first one ended before it.")
+HEDGE_OPEN: Final = Failure(
+    Cause.PLATFORM, HEDGED, "It was a second attempt, and the control plane was started anew before it was heard of."
+)
 
 
 def queue_time(limit_s: float, why: str) -> Failure:

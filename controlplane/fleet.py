@@ -110,7 +110,12 @@ class Fleet(Picture):
         admission.admit(spec)
         if spec.name in self._uid_of_name:
             raise Conflict(f"There is a workspace {spec.name!r} already: choose another name, or delete that one.")
-        workspace = Workspace(
+        workspace = self._made(spec)
+        await self._on_disk(self._rows.add_workspace(census.workspace_row(workspace)))
+        return self._show_workspace(workspace)
+
+    def _made(self, spec: Spec) -> Workspace:
+        return Workspace(
             uid=ids.workspace_uid(self._random),
             id=ids.workspace_id(self._random),
             spec=spec,
@@ -118,8 +123,18 @@ class Fleet(Picture):
             create_time=self._clock(),
             deployment=Deployment(target=spec.replicas),
         )
-        await self._on_disk(self._rows.add_workspace(census.workspace_row(workspace)))
-        return self._show_workspace(workspace)
+
+    def described(self, spec: Spec) -> tuple[Workspace | None, Workspace]:
+        """The workspace of that name as it is, None if there is none; and as it would be. Nothing is changed.
+
+        Raises as create_workspace or replace_workspace would.
+        """
+        admission.admit(spec)
+        uid = self._uid_of_name.get(spec.name)
+        if uid is None:
+            return None, self._made(spec)
+        workspace = self._living(uid)
+        return workspace, self._replaced(workspace, spec)
 
     @_change
     async def scale_workspace(self, key: str, replicas: int) -> Workspace:
@@ -168,12 +183,14 @@ class Fleet(Picture):
         """
         admission.admit(spec)
         workspace = self._living(key)
+        return await self._update_workspace(self._replaced(workspace, spec))
+
+    def _replaced(self, workspace: Workspace, spec: Spec) -> Workspace:
         routes = [route for route in self._routes.values() if route.workspace_uid == workspace.uid]
         admission.admit_update(workspace.spec, spec, {route.name: route.port for route in routes})
         replicas = [one for one in self.replicas_of(workspace.uid) if one.generation == workspace.generation]
         serves = any(self.state_of(replica).state is ReplicaState.READY for replica in replicas)
-        used = self._generations(workspace.uid)
-        return await self._update_workspace(generations.updated(workspace, spec, used, serves=serves))
+        return generations.updated(workspace, spec, self._generations(workspace.uid), serves=serves)
 
     @_change
     async def keep_good(self, uid: str, generation: int) -> None:

@@ -28,6 +28,8 @@ def made_of(spec: Spec) -> tuple[object, ...]:
         spec.memory_bytes,
         spec.shm_bytes,
         spec.writable_paths,
+        spec.gpu.share,  # told in the environment
+        spec.volumes,
     )
 
 

@@ -21,13 +21,18 @@ from controlplane.lifecycle import Lifecycle, Metrics
 from controlplane.model import State, Task
 from controlplane.queues import Queue
 from controlplane.quotas import Quotas
+from controlplane.sizes import LEAST_MEAN_S
 from controlplane.slots import Pool, Replica, Slots
+from controlplane.spec import Spec
 from controlplane.store import Store
-from controlplane.tasks import NewTask, OpenTask, Phase, TaskView, Waiter, row_of, view_of_row
+from controlplane.tasks import NewTask, OpenTask, Phase, TaskView, Waiter, caller_of, row_of, view_of_row
 from controlplane.writes import error_of
 
 #: Least and most of the advice when to try again with a full queue.
 RETRY_AFTER_S: Final = (1.0, 60.0)
+
+#: A queue may become so much longer, by the tasks of callers of whom nothing waits there.
+ROOM_FOR_OTHERS: Final = 0.1
 
 #: Questions after jobs that a replica may answer at once beside the tasks that it has slots for.
 QUESTIONS: Final = 64
@@ -75,7 +80,8 @@ class Intake:
         limits = workspace.spec.limits
         queue = life.queues.of(workspace.uid)
         pool = self._slots.pool(workspace.uid)
-        if len(queue) >= limits.queue_length and not new.pin:
+        caller = caller_of(new.btc_address, new.user_ip)
+        if len(queue) >= limits.queue_length and not new.pin and _is_full(queue, limits.queue_length, caller):
             raise QueueFull(retry_after_s=_retry_after_s(queue, pool))
         self._quotas.admit(workspace, queue)
         if new.pin:
@@ -101,20 +107,28 @@ class Intake:
             pin=new.pin,
             cancel_on_hangup=cancels,
             callback_url=new.callback_url,
+            hedge_times=_hedge_times(new, workspace.spec) if workspace.spec.hedge else 0.0,
+            caller=caller,
+            priority=new.priority,
         )
+        if pool.mean_s >= LEAST_MEAN_S and len(pool.replicas) > 1 and not new.pin:
+            task.features = pool.sizes.features(new.request.path, new.request.body)
+            if task.features is not None:
+                task.work = pool.sizes.work(task.features)
         # Who comes while others wait, waits behind them.
         bindings: Sequence[routing.Binding[OpenTask]] = ()
         if new.pin:
             bindings = (routing.Binding(task, new.pin, "the replica of the job that is asked after"),)
         elif not (keyed or queue):
-            bindings = routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now)
+            bindings = routing.plan((task,), pool.replicas.values(), mean_s=pool.mean_s, now=now).bindings
         for _, replica_id, reason in bindings:
             life.place(task, pool.replicas[replica_id], reason)
             life.mark_running(task)
         # Nobody is told of it before its end: a caller who waits, and one who reads along would be told of its head.
         ends_soon = bool(bindings) and wait_s > 0 and not task.streamed
-        insert = self._store.add_task(row_of(task, new), ends_soon=ends_soon)
-        insert.add_done_callback(partial(self._inserted, task))
+        row = row_of(task, new)
+        insert = self._store.add_task(row, ends_soon=ends_soon)
+        insert.add_done_callback(partial(self._inserted, task, row))
         life.tasks[task.id] = task
         future = life.callers.wait(task, wait_s, cancels=cancels, streamed=new.streamed)
         if bindings:
@@ -125,36 +139,48 @@ class Intake:
         self._metrics.task_accepted(task.workspace_name)
         return future
 
-    def _inserted(self, task: OpenTask, insert: "asyncio.Future[Task | None]") -> None:
+    def _inserted(self, task: OpenTask, row: Task, insert: "asyncio.Future[Task | None]") -> None:
         error = error_of(insert)
-        if error is not None:
-            self._not_inserted(task, error)
+        if error is None:
+            self._recorded(insert, task)
             return
+        refuse(task.take_waiters(), error)
+        if not isinstance(error, Unavailable):
+            if not isinstance(error, Conflict):
+                log.error("task_insert_refused", task_id=task.id, error=repr(error))
+            self._life.forget(task, error)
+            return
+        log.warning("task_insert_failed", task_id=task.id, error=str(error))
+        # It may be on disk all the same. A caller with a key will come again, and is to find the task under way;
+        # without one nobody waits for it, so it is ended, whether it is there or not.
+        if task.phase is Phase.RECORDING:
+            self._life.record_again(task, partial(self._insert_again, task, row))
+        else:
+            self._life.end(task, UNRECORDED)
+
+    def _insert_again(self, task: OpenTask, row: Task) -> "asyncio.Future[Task | None]":
+        insert = self._store.add_task(row)
+        task.then = partial(self._recorded, insert)
+        return insert
+
+    def _recorded(self, insert: "asyncio.Future[Task | None]", task: OpenTask) -> None:
         earlier = insert.result()
         if earlier is not None:
             self._join(task, earlier)
             return
         task.recorded = True
-        if task.phase is Phase.ENDED:
-            return
         life = self._life
         if task.phase is Phase.RECORDING:
             task.move(Phase.WAITING)
             task.ready = True
+            wanted, task.wanted = task.wanted, None
+            if wanted is not None:
+                life.end(task, wanted)
+                return
             life.fill(task.workspace_uid)
-        life.callers.answer_due(task)
-        life.heed(task)
-
-    def _not_inserted(self, task: OpenTask, error: BaseException) -> None:
-        refuse(task.take_waiters(), error)
-        if isinstance(error, Unavailable):
-            # It may be on disk all the same. Nobody waits for it, so it is ended, whether it is there or not.
-            log.warning("task_insert_failed", task_id=task.id, error=str(error))
-            self._life.end(task, UNRECORDED)
-            return
-        if not isinstance(error, Conflict):
-            log.error("task_insert_refused", task_id=task.id, error=repr(error))
-        self._life.forget(task, error)
+        if task.phase is not Phase.ENDED:
+            life.callers.answer_due(task)
+            life.heed(task)
 
     def _join(self, task: OpenTask, earlier: Task) -> None:
         """The idempotency key has led to an earlier task: the callers of this one wait for that."""
@@ -180,6 +206,11 @@ class Intake:
             answer(waiters, view_of_row(row))
 
 
+def _hedge_times(new: NewTask, spec: Spec) -> float:
+    """What may have a second attempt: any replica could answer it, twice, and in one piece."""
+    return spec.hedge if new.repeatable and not (new.streamed or new.pin or spec.jobs) else 0.0
+
+
 def _check_pin(replica: Replica | None) -> None:
     """Raises JobLost, Unavailable, QueueFull unless the replica can be asked now."""
     if replica is None:
@@ -188,6 +219,11 @@ def _check_pin(replica: Replica | None) -> None:
         raise Unavailable("The node that knows this job is not connected; ask again soon.", retry_after_s=2.0)
     if len(replica.in_flight) >= max(replica.capacity, 1) + QUESTIONS:
         raise QueueFull("Too many ask after jobs of this replica at once; ask again soon.", retry_after_s=1.0)
+
+
+def _is_full(queue: Queue, length: int, caller: str) -> bool:
+    """For a caller of whom nothing waits there is a little more room: one must not shut out all others."""
+    return queue.has(caller) or len(queue) >= length * (1 + ROOM_FOR_OTHERS)
 
 
 def _retry_after_s(queue: Queue, pool: Pool) -> float:

@@ -10,28 +10,35 @@ from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
 from math import inf
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from msgspec import structs
 
-from controlplane import ids, routing
+from controlplane import explain, ids, routing
 from controlplane.callers import Callers, Fleet, refuse
+from controlplane.doubts import Doubts
 from controlplane.errors import NgpuError, NotFound, Unavailable
+from controlplane.explain import Decision
 from controlplane.failures import (
+    BUSY,
     CANCELLED,
     DELETED,
+    HEDGED,
     HUNG_UP,
     LOST_BEFORE_SENT,
     NODE_LOST,
+    OVERTAKEN,
     queue_time,
     run_time,
     state_of,
     total_time,
 )
+from controlplane.hedging import Hedges
 from controlplane.job_writes import JobWrites
 from controlplane.jobs import begun_by
+from controlplane.lineup import FRESH_S, Lineup, decision, line_up
 from controlplane.model import Attempt, Cause, Delivery, Job, State
-from controlplane.queues import Queues
+from controlplane.queues import Queue, Queues
 from controlplane.receipts import TermsOf
 from controlplane.retries import after, backoff_s, judge
 from controlplane.slots import AttemptResult, Failure, Replica, Slots, Start
@@ -56,6 +63,10 @@ RUN_GRACE_S: Final = 30.0
 UNREAD_S: Final = 45.0
 #: An attempt is slow that takes so many times what is usual in its workspace.
 SLOW_TIMES: Final = 4
+#: An attempt whose task waited for so long keeps how the replicas stood.
+WAITED_S: Final = 1.0
+#: Where a task waits for a slot that is late although others are free, they are looked at again at most this often.
+PLAN_S: Final = 0.05
 #: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
 SILENCE_S: Final = 120.0
 #: How often it is looked whether that is over.
@@ -73,6 +84,9 @@ class Metrics(Protocol):
 
     def attempt_failed(self, workspace: str, reason: str) -> None:
         """An attempt ended without an answer of the container."""
+
+    def retry_held(self, workspace: str) -> None:
+        """An attempt that is to run again is held back: its workspace has run too much again lately."""
 
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
@@ -117,18 +131,35 @@ class Lifecycle:
         #: By attempt, from when its node is told until what came of it is on disk.
         self.attempts: dict[str, OpenTask] = {}
         self.queues = queues
-        self.callers = Callers(self.queues, slots, fleet, monotonic=monotonic, heed=self.heed, hang_up=self.hang_up)
+        #: Set when the first timer has become earlier.
+        self.sooner = asyncio.Event()
+        self.doubts = Doubts(slots, wake=self.sooner.set)
+        self.callers = Callers(
+            self.queues, slots, fleet, self.doubts, monotonic=monotonic, heed=self.heed, hang_up=self.hang_up
+        )
         #: What must be read from the store before a task goes on. Bounded by slots, and by callers with a key.
         self.reads: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._jobs = JobWrites(store, self.reads.put_nowait)
+        self.hedges = Hedges(
+            store,
+            slots,
+            queues,
+            monotonic=monotonic,
+            later=self.reads.put_nowait,
+            fill=self.fill,
+            place=self._attempt,
+            receipt=self._row,
+        )
         self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
-        self._timers: Timers[OpenTask] = Timers()
+        self._timers: Timers[OpenTask | Queue] = Timers()
         #: Whether most nodes are silent, if that has been asked in this tick.
         self._silence: bool | None = None
-        #: Set when the first timer has become earlier.
-        self.sooner = asyncio.Event()
 
     # -- from the queue to a slot
+
+    def record_again(self, task: OpenTask, write: "Callable[[], asyncio.Future[Any]]") -> None:
+        """Its insert, with an idempotency key, may be on disk or not: give it to the store anew."""
+        self._writes.begin_later(task, write)
 
     def enqueue(self, task: OpenTask) -> None:
         """Into its queue."""
@@ -143,14 +174,22 @@ class Lifecycle:
         pool = self._slots.pool(workspace_uid)
         if not pool.replicas:
             return
-        bindings = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=self._monotonic())
-        for task, replica_id, reason in bindings:
+        now = self._monotonic()
+        plan = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=now)
+        for task, replica_id, reason in plan.bindings:
             self._assign(task, pool.replicas[replica_id], reason)
+        queue.plan_at = now + max(plan.again_s, PLAN_S)
+        if plan.again_s < inf:
+            self.heed(queue)
 
     def place(self, task: OpenTask, replica: Replica, reason: str) -> OpenAttempt:
         """The task's next attempt, on that replica."""
-        number = task.number + 1
-        task.attempt = OpenAttempt(
+        task.attempt = self._attempt(task, replica, reason, task.number + 1)
+        return task.attempt
+
+    def _attempt(self, task: OpenTask, replica: Replica, reason: str, number: int) -> OpenAttempt:
+        now = self._monotonic()
+        return OpenAttempt(
             id=ids.attempt_id(task.id, number),
             number=number,
             replica_id=replica.id,
@@ -160,12 +199,38 @@ class Lifecycle:
             queue_time=task.queue_time or task.create_time,
             assign_time=self._clock(),
             reason=reason,
-            given_at=self._monotonic(),
+            given_at=now,
+            lineup=self._lineup(task.workspace_uid, now),
+            avoided=task.avoid,
+            work=task.work,
         )
-        return task.attempt
+
+    def _lineup(self, workspace_uid: str, now: float) -> Lineup:
+        pool = self._slots.pool(workspace_uid)
+        if len(pool.replicas) <= 1:
+            return ()
+        if now - pool.lined_up_at >= FRESH_S:
+            pool.lineup = line_up(pool.replicas.values(), pool.mean_s, now)
+            pool.lined_up_at = now
+        return pool.lineup
+
+    def decision(self, task: OpenTask) -> Decision | None:
+        """Why its attempt is where it is; None: it has none, or there was no choice."""
+        attempt = task.attempt
+        if attempt is None or not attempt.lineup:
+            return None
+        return decision(
+            attempt.lineup,
+            time=attempt.assign_time,
+            subject=f"attempt {attempt.number}",
+            chosen=attempt.replica_id,
+            work=attempt.work,
+            avoid=attempt.avoided,
+            name_of=lambda addr: self._fleet.node(addr).name,
+        )
 
     def _assign(self, task: OpenTask, replica: Replica, reason: str) -> None:
-        self.queues.leave(task)
+        self.queues.leave(task, served=True)
         task.move(Phase.ASSIGNING)
         attempt = self.place(task, replica, reason)
         self._slots.reserve(attempt.id, replica)
@@ -228,7 +293,9 @@ class Lifecycle:
             attempt.run_at = now + limits.run_time_s + RUN_GRACE_S
             slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
             attempt.slow_us = slow_s * 1e6
-            self._slots.take(attempt.id, replica, now)
+            if task.hedge_times:
+                attempt.hedge_at = now + self.hedges.after_s(task)
+            self._slots.take(attempt.id, replica, now, task.work)
             self.attempts[attempt.id] = task
             task.request = None
             job = begun_by(task.jobs, request.method, request.path) if task.jobs else None
@@ -246,6 +313,7 @@ class Lifecycle:
                 )
             )
             if attempt.number == 1:
+                self.queues.of(task.workspace_uid).budget.begin(now)
                 self._metrics.task_started(task.workspace_name, now - task.accepted_at)
             self.heed(task)
             return
@@ -311,6 +379,7 @@ class Lifecycle:
         task.failure = failure
         if attempt.replica_id not in task.avoid:
             task.avoid = (*task.avoid, attempt.replica_id)
+        self.hedges.drop(task)
         row = self._receipt(task, delivery, result, failure)
         if failure.cause is Cause.CUSTOMER:
             task.gpu_us += row.gpu_us
@@ -328,9 +397,22 @@ class Lifecycle:
             self.end(task, wanted)
             return
         task.ready = False
-        task.ready_at = self._monotonic() + backoff_s(task.history.failures, self._jitter())
+        now = self._monotonic()
+        hold_s = self._hold_s(task, now)
+        task.held = hold_s > 0
+        task.ready_at = now + backoff_s(task.history.failures, self._jitter()) + hold_s
         self.enqueue(task)
         self.callers.answer_due(task)
+
+    def _hold_s(self, task: OpenTask, now: float) -> float:
+        failure = task.failure
+        if failure is None or failure.cause is not Cause.PLATFORM or failure.reason == BUSY:
+            return 0.0
+        left_s = min(task.limits.queue_time_s, task.total_at - now)
+        hold_s = self.queues.of(task.workspace_uid).budget.hold_s(now, left_s)
+        if hold_s:
+            self._metrics.retry_held(task.workspace_name)
+        return hold_s
 
     def begun(self, task: OpenTask, job_id: str) -> None:
         """The container works on it by itself, under that id. Said again it changes nothing."""
@@ -369,7 +451,8 @@ class Lifecycle:
 
     def end(self, task: OpenTask, failure: Failure) -> None:
         """End the task without an answer: cancelled, or over a limit. Nothing happens if it is about to end."""
-        if task.phase in {Phase.ASSIGNING, Phase.REQUEUEING}:
+        recording = task.phase is Phase.RECORDING and task.write is not None
+        if recording or task.phase in {Phase.ASSIGNING, Phase.REQUEUEING}:
             task.wanted = task.wanted or failure
         elif task.phase is Phase.RUNNING:
             attempt = task.current
@@ -394,6 +477,7 @@ class Lifecycle:
     ) -> None:
         """End the task with its attempt. The slot stays taken until its node has said that the attempt is over."""
         task.move(Phase.ENDING)
+        self.hedges.drop(task)
         row = self._receipt(task, delivery, result, attempt_failure or failure)
         total_us = task.gpu_us if row.cause == Cause.PLATFORM else task.gpu_us + row.gpu_us
         task.failure = failure
@@ -401,10 +485,34 @@ class Lifecycle:
         task.end = end_of(state, row.end_time, total_us, task.response, failure, meter=task.current.meter)
         self._writes.begin(task, partial(self._store.finish, row, task.end, webhook_of(task, task.end)), self._ended)
 
+    def hedged(self, task: OpenTask, node_addr: str, result: AttemptResult) -> None:
+        """A second attempt has ended: it ends the task if it was answered before the first, and well."""
+        hedge, response = task.hedge, result.response
+        assert hedge is not None
+        well = response is not None and response.status < 500 and response.size == len(response.body)
+        if not well or response is None or task.phase is not Phase.RUNNING or task.current.head is not None:
+            # Its answer would have to be read from elsewhere than its task's, or is none.
+            self.hedges.drop(task, result)
+            if (link := self._slots.link(node_addr)) is not None:
+                link.ack(hedge.id)
+            return
+        task.winner = self.hedges.take(task)
+        task.response = response
+        task.move(Phase.ENDING)
+        first = self._receipt(task, task.current.delivery, None, OVERTAKEN)
+        second = self._row(task, hedge, result.delivery, result, None)
+        task.end = end_of(State.COMPLETED, second.end_time, task.gpu_us + second.gpu_us, response, None)
+        write = partial(self._store.finish, first, task.end, webhook_of(task, task.end), hedge=second)
+        self._writes.begin(task, write, self._ended)
+
     def _ended(self, task: OpenTask) -> None:
         assert task.end is not None
         task.state = task.end.state
         self._remove(task)
+        if task.winner is not None:
+            self._call_off(task.current)
+            if (link := self._slots.link(task.winner.node_addr)) is not None:
+                link.ack(task.winner.id)
         self.callers.answer_all(task)
         seconds = self._monotonic() - task.accepted_at
         self._metrics.task_ended(task.workspace_name, task.state, task.failure.reason if task.failure else "", seconds)
@@ -427,6 +535,7 @@ class Lifecycle:
 
     def _remove(self, task: OpenTask) -> None:
         task.move(Phase.ENDED)
+        self.hedges.drop(task)
         self.tasks.pop(task.id, None)
         if task.attempt is not None:
             self.attempts.pop(task.attempt.id, None)
@@ -449,17 +558,37 @@ class Lifecycle:
     def _receipt(
         self, task: OpenTask, delivery: Delivery, result: AttemptResult | None, failure: Failure | None
     ) -> Attempt:
-        """The row of its attempt, which has ended."""
+        """The row of its attempt, which has ended; and what else is to be kept of that."""
         attempt = task.current
-        terms = self._terms(task.workspace_uid, attempt.node_addr, attempt.gpu_ids, attempt.assign_time)
-        passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
-        row = ledger_row(task, delivery, self._clock(), passed_us, terms, result=result, failure=failure)
+        row = self._row(task, attempt, delivery, result, failure)
+        # Where somebody may ask.
+        waited = attempt.number > 1 or attempt.given_at - task.accepted_at >= WAITED_S
+        slow = (self._monotonic() - attempt.given_at) * 1e6 >= attempt.slow_us
+        if attempt.lineup and (waited or slow or failure is not None):
+            decided = self.decision(task)
+            row.decision_json = None if decided is None else explain.encode(decided)
         if failure is None:
-            if passed_us >= attempt.slow_us:
+            if slow:
                 self._recorder.keep(row, "slow")
-        elif failure.reason != CANCELLED:
+        elif failure.reason not in {CANCELLED, HEDGED}:
             self._recorder.keep(row, "failed")
         return row
+
+    def _row(
+        self,
+        task: OpenTask,
+        attempt: OpenAttempt,
+        delivery: Delivery,
+        result: AttemptResult | None,
+        failure: Failure | None,
+    ) -> Attempt:
+        terms = self._terms(
+            task.workspace_uid, attempt.replica_id, attempt.node_addr, attempt.gpu_ids, attempt.assign_time
+        )
+        passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
+        return ledger_row(
+            task, attempt, delivery, self._clock(), passed_us=passed_us, terms=terms, result=result, failure=failure
+        )
 
     def hang_up(self, task: OpenTask) -> None:
         """The one caller that it is for has gone: that ends it, unless its workspace says otherwise."""
@@ -475,7 +604,7 @@ class Lifecycle:
 
     # -- time
 
-    def heed(self, task: OpenTask) -> None:
+    def heed(self, task: OpenTask | Queue) -> None:
         """Its next time may have become earlier."""
         if self._timers.set(task):
             self.sooner.set()
@@ -485,9 +614,14 @@ class Lifecycle:
         now = self._monotonic()
         self._silence = None
         while (task := self._timers.pop(now)) is not None:
-            self._attend(task, now)
+            if isinstance(task, Queue):
+                self.fill(task.workspace_uid)
+            else:
+                self._attend(task, now)
             self.heed(task)
-        return self._timers.next()
+        for uid in self.doubts.look(now):
+            self.fill(uid)
+        return min(self._timers.next(), self.doubts.next(now))
 
     def _attend(self, task: OpenTask, now: float) -> None:
         self.callers.answer_due(task)
@@ -512,6 +646,8 @@ class Lifecycle:
                 self._lose(task, now)
             elif attempt.run_at <= now:
                 self.end(task, run_time(task.limits.run_time_s))
+            elif attempt.hedge_at <= now:
+                self.hedges.attend(task, now)
             elif attempt.unread_at <= now:
                 attempt.unread_at = inf
                 self.hang_up(task)

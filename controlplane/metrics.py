@@ -67,6 +67,7 @@ class Metrics:
         self.accepted: Counter[str] = Counter()
         self.ended: Counter[tuple[str, State, str]] = Counter()
         self.attempts_failed: Counter[str] = Counter()
+        self.retries_held: Counter[str] = Counter()
         self.waited = Histogram()
         self.took = Histogram()
 
@@ -81,6 +82,10 @@ class Metrics:
     def attempt_failed(self, workspace: str, reason: str) -> None:  # noqa: ARG002
         """An attempt ended without an answer of the container."""
         self.attempts_failed[reason] += 1
+
+    def retry_held(self, workspace: str) -> None:
+        """An attempt that is to run again is held back: its workspace has run too much again lately."""
+        self.retries_held[self._shown(workspace)] += 1
 
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
@@ -102,6 +107,9 @@ class Tasks(Protocol):
 
     def running_on(self, replica_id: str) -> int:
         """Attempts in flight there."""
+
+    def ejected(self, workspace_uid: str) -> tuple[int, int]:
+        """Replicas that are ejected now, and how often one was."""
 
 
 class Waiting(Protocol):
@@ -149,6 +157,7 @@ class Scrape(Collector):
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
         counted, by_reason = self._metrics, ("workspace", "state", "reason")
+        yield _active(1)
         yield _counter("ngpu_calls", "Calls answered.", ("method", "code"), self._calls)
         accepted = {(name,): count for name, count in counted.accepted.items()}
         yield _counter("ngpu_tasks_accepted", "Tasks accepted.", ("workspace",), accepted)
@@ -156,6 +165,8 @@ class Scrape(Collector):
         yield _counter("ngpu_tasks_ended", "Tasks ended.", by_reason, ended)
         failed = {(reason,): count for reason, count in counted.attempts_failed.items()}
         yield _counter("ngpu_attempts_failed", "Attempts without an answer of the container.", ("reason",), failed)
+        held = {(name,): count for name, count in counted.retries_held.items()}
+        yield _counter("ngpu_retries_held", "Attempts held back by the retry budget.", ("workspace",), held)
         yield counted.waited.family("ngpu_task_wait_seconds", "From a task's acceptance to an attempt's start.")
         yield counted.took.family("ngpu_task_seconds", "From a task's acceptance to its end.")
         yield GaugeMetricFamily("ngpu_store_writes_waiting", "Writes not on disk yet.", value=self._store.waiting)
@@ -176,10 +187,15 @@ class Scrape(Collector):
         tasks: Counter[tuple[str, ...]] = Counter()
         replicas: Counter[tuple[str, ...]] = Counter()
         slots: Counter[tuple[str, ...]] = Counter()
+        ejected: Counter[tuple[str, ...]] = Counter()
+        ejections: Counter[tuple[str, ...]] = Counter()
         for number, workspace in enumerate(self._fleet.workspaces()):
             name = workspace.name if number < WORKSPACES else "other"
             tasks[name, "queued"] += self._tasks.queued(workspace.uid)
             tasks[name, "running"] += self._tasks.running(workspace.uid)
+            out, ever = self._tasks.ejected(workspace.uid)
+            ejected[name,] += out
+            ejections[name,] += ever
             for replica in self._fleet.replicas_of(workspace.uid):
                 state = self._fleet.state_of(replica)
                 busy = self._tasks.running_on(replica.id)
@@ -188,6 +204,8 @@ class Scrape(Collector):
                 slots[name, "free"] += max(0, state.capacity - busy) if replica.active else 0
         yield _gauge("ngpu_tasks", "Tasks that have not ended.", ("workspace", "state"), tasks)
         yield _gauge("ngpu_replicas", "Replicas as their nodes say.", ("workspace", "state"), replicas)
+        yield _gauge("ngpu_replicas_ejected", "Replicas that get nothing for a while.", ("workspace",), ejected)
+        yield _counter("ngpu_ejections", "How often a replica was ejected.", ("workspace",), ejections)
         yield _gauge("ngpu_slots", "Tasks that replicas may run at once.", ("workspace", "state"), slots)
 
     def _nodes(self) -> Iterator[Metric]:
@@ -198,6 +216,18 @@ class Scrape(Collector):
             gpus.update((health.grade.name.lower(),) for health in node.health.values())
         yield _gauge("ngpu_nodes", "Nodes enrolled and not revoked.", ("state",), nodes)
         yield _gauge("ngpu_gpus", "GPUs by grade.", ("grade",), gpus)
+
+
+class Standby(Collector):
+    """What there is of a control plane that stands by."""
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        yield _active(0)
+
+
+def _active(value: int) -> Metric:
+    return GaugeMetricFamily("ngpu_controlplane_active", "1: it serves; 0: it stands by for another.", value=value)
 
 
 def _counter(name: str, words: str, labels: Sequence[str], values: Mapping[Any, int]) -> Metric:

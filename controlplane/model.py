@@ -216,6 +216,8 @@ class Task(SQLModel):
     cancel_on_hangup: bool = False
     #: Where its end is to be told; empty: nowhere.
     callback_url: str = ""
+    #: Against other tasks of the same caller; more: sooner.
+    priority: int = 0
 
     attempt: int = 0
     replica_id: str = ""
@@ -269,6 +271,9 @@ class Attempt(SQLModel):
     #: What a second of all its GPUs cost, and what came of it: in 10^-9 of the operator's unit of money.
     price_nanos: int = Field(default=0, sa_type=sa.BigInteger)
     cost_nanos: int = Field(default=0, sa_type=sa.BigInteger)
+    #: Where there was a choice and somebody may ask (it failed, was slow, waited or was not the first): the replicas as
+    #: they stood at `assign_time`, an explain.Decision as JSON.
+    decision_json: bytes | None = None
 
 
 class Price(SQLModel):
@@ -437,3 +442,18 @@ class WebhookSecretTable(WebhookSecret, table=True):
     """The table of webhooks' secrets."""
 
     __tablename__ = "webhook_secret"
+
+
+class LeaseTable(SQLModel, table=True):
+    """Which control plane is the active one: a single row, on PostgreSQL only. See `store_lease`."""
+
+    __tablename__ = "lease"
+
+    name: str = Field(primary_key=True)
+    #: One more with each that took over.
+    epoch: int
+    #: Who that is, for people.
+    holder: str
+    #: Of the directory of bodies that belongs to this database.
+    bodies_id: str
+    expire_time: datetime = Field(sa_type=UtcTime)

@@ -54,7 +54,7 @@ class NodeView(msgspec.Struct, frozen=True):
 
     `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: sizes by normalised reference,
     or by directory with the process engine. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers
-    it has that are no replicas of ours. `replicas`: all that are; `here`: by workspace uid.
+    it has that are no replicas of ours. `replicas`: all that are; `here`: by workspace uid. `volumes`: are allowed.
     """
 
     addr: str
@@ -74,6 +74,7 @@ class NodeView(msgspec.Struct, frozen=True):
     orphans: int = 0
     replicas: int = 0
     here: Mapping[str, int] = {}
+    volumes: bool = True
 
     def cards(self) -> tuple[Card, ...]:
         """Its GPUs, whichever they are, in order."""
@@ -84,8 +85,7 @@ class Need(msgspec.Struct, frozen=True):
     """What one replica needs.
 
     `image`: a normalised reference; `directory`: what stands for it with the process engine; `image_bytes`: its size if
-    any node knows it. `replicas`: how many the workspace wants in all. `share`: with `gpu.count` 1, so many thousandths
-    of a GPU and of its memory; 0: all of it.
+    any node knows it. `replicas`: how many the workspace wants in all. `volumes`: does it keep any?
     """
 
     workspace_uid: str
@@ -96,17 +96,17 @@ class Need(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     replicas: int = 1
     image_bytes: int | None = None
-    share: int = 0
+    volumes: bool = False
 
     @property
     def gpu_share(self) -> int:
         """Thousandths of each of its GPUs."""
-        return self.share or WHOLE
+        return self.gpu.share or WHOLE
 
     @property
     def shape(self) -> Shape:
         """What of it says something about the requests to come."""
-        return Shape(self.gpu.model, self.gpu.count, self.share, self.gpu.min_memory_bytes, self.cpus)
+        return Shape(self.gpu.model, self.gpu.count, self.gpu.share, self.gpu.min_memory_bytes, self.cpus)
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -183,7 +183,7 @@ def has_engine(_need: Need, node: NodeView, _policy: Policy) -> str:
 
 def has_gpus(need: Need, node: NodeView, _policy: Policy) -> str:
     """Enough of its GPUs pass each of cards.FILTERS."""
-    return fits(need.gpu, need.gpu_share, node.cards())[1]
+    return fits(need.gpu, node.cards())[1]
 
 
 def has_cpus(need: Need, node: NodeView, _policy: Policy) -> str:
@@ -221,12 +221,17 @@ def has_disk(need: Need, node: NodeView, policy: Policy) -> str:
     )
 
 
+def has_volumes(need: Need, node: NodeView, _policy: Policy) -> str:
+    """Its operator allows them, if the replica has any."""
+    return "its operator allows no volumes" if need.volumes and not node.volumes else ""
+
+
 #: Of the node alone, cheap ones first, ...
 NODE_FILTERS: Final[tuple[Filter, ...]] = (is_connected, is_open, has_engine)
 #: ... of what the replica needs of it, those that say the most first, ...
 SHAPE_FILTERS: Final[tuple[Filter, ...]] = (has_gpus, has_cpus, has_memory, is_tidy, has_room)
-#: ... and of its image.
-IMAGE_FILTERS: Final[tuple[Filter, ...]] = (has_directory, has_disk)
+#: ... and of its image and volumes.
+IMAGE_FILTERS: Final[tuple[Filter, ...]] = (has_directory, has_disk, has_volumes)
 FILTERS: Final = (*NODE_FILTERS, *SHAPE_FILTERS, *IMAGE_FILTERS)
 #: Said of nodes that have half of the workspace's replicas, while others have not.
 CROWDED: Final = "has half of the workspace's replicas already"
@@ -254,8 +259,7 @@ def leftover(need: Need, node: NodeView, fit: Fit, market: Market) -> float:
 
 def degraded(_need: Need, _node: NodeView, fit: Fit, market: Market) -> float:
     """Share of the GPUs that are not quite well."""
-    unwell = sum([card[0] is Grade.DEGRADED for card in fit.taken])
-    return market.policy.degraded * unwell / len(fit.taken) if unwell else 0.0
+    return market.policy.degraded * fit.degraded / len(fit.taken) if fit.degraded else 0.0
 
 
 def unreliable(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
@@ -264,8 +268,8 @@ def unreliable(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
 
 
 def load(_need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
-    """It is busy. In steps of a tenth of its slots: it need not change with each task."""
-    return round(market.policy.load * round(node.load, 1), 6)
+    """It is busy."""
+    return load_cost(node, market.policy)
 
 
 def scarcity(need: Need, _node: NodeView, fit: Fit, market: Market) -> float:
@@ -286,7 +290,10 @@ def crowded(need: Need, node: NodeView, _fit: Fit, market: Market) -> float:
 #: What depends on node and shape alone and changes only with them, ...
 SHAPE_COSTS: Final[tuple[Cost, ...]] = (fragmentation, leftover, degraded, load, unreliable)
 #: ... and what depends on the other nodes, the image or the workspace.
-COSTS: Final[tuple[Cost, ...]] = (*SHAPE_COSTS, scarcity, image, crowded)
+OTHER_COSTS: Final[tuple[Cost, ...]] = (scarcity, image, crowded)
+COSTS: Final = (*SHAPE_COSTS, *OTHER_COSTS)
+#: Costs are compared in millionths: what is less is rounding.
+DIGITS: Final = 6
 
 
 def place(
@@ -297,16 +304,20 @@ def place(
     subject: str,
     policy: Policy = DEFAULT_POLICY,
     demand: Fragmentation = NO_DEMAND,
+    without: Collection[str] = (),
 ) -> Placement | Refusals:
     """The node and GPUs for one replica, with the explanation; or why there are none.
 
-    `time` and `subject` are the decision's. `demand`: what requests are to come.
+    `time` and `subject` are the decision's. `demand`: what requests are to come. `without`: addresses of nodes that are
+    not considered.
     """
     nodes = tuple(nodes)
     market = Market(policy, demand, prices(nodes, policy))
     fitting: list[NodeView] = []
     refused: list[Candidate] = []
     for node in nodes:
+        if node.addr in without:
+            continue
         why = refusal(need, node, policy, FILTERS)
         if why:
             refused.append(Candidate(node.addr, node.name, why))
@@ -314,11 +325,15 @@ def place(
             fitting.append(node)
     fitting, others = _spread(need, fitting)
     refused.extend(Candidate(node.addr, node.name, CROWDED) for node in others)
-    decision = decide(time, subject, [rated(need, node, market) for node in fitting], refused)
+    decision = decide(time, subject, [rated(need, node, _ways(need, node), market) for node in fitting], refused)
     if not decision.chosen:
         return Refusals(decision)
     chosen = next(node for node in fitting if node.addr == decision.chosen)
-    return Placement(chosen.addr, gpu_ids(need, chosen, market), decision)
+    return Placement(chosen.addr, gpu_ids(need, chosen, _ways(need, chosen), market), decision)
+
+
+def _ways(need: Need, node: NodeView) -> Sequence[Fit]:
+    return fits(need.gpu, node.cards())[0]
 
 
 def refusal(need: Need, node: NodeView, policy: Policy, filters: Iterable[Filter]) -> str:
@@ -329,15 +344,19 @@ def refusal(need: Need, node: NodeView, policy: Policy, filters: Iterable[Filter
     return ""
 
 
-def rated(need: Need, node: NodeView, market: Market) -> Candidate:
-    """A node that passes all filters, with each part of its cost."""
-    parts = cost_parts(need, node, best_fit(need, node, _ways(need, node), market), market, COSTS)
-    return Candidate(node.addr, node.name, parts=parts, cost=round(sum(parts.values()), 6))
+def rated(need: Need, node: NodeView, ways: Sequence[Fit], market: Market) -> Candidate:
+    """A node that passes all filters, with each part of its cost; `ways`: to give it GPUs there, of which there are."""
+    fit = best_fit(need, node, ways, market)
+    parts = {cost.__name__: round(cost(need, node, fit, market), DIGITS) for cost in COSTS}
+    others = sum([parts[cost.__name__] for cost in OTHER_COSTS])
+    return Candidate(
+        node.addr, node.name, parts=parts, cost=round(shape_cost(need, node, fit, market) + others, DIGITS)
+    )
 
 
-def cost_parts(need: Need, node: NodeView, fit: Fit, market: Market, costs: Iterable[Cost]) -> dict[str, float]:
-    """By name; rounded, so that equal nodes cost the same whatever the order of sums."""
-    return {cost.__name__: round(cost(need, node, fit, market), 6) for cost in costs}
+def shape_cost(need: Need, node: NodeView, fit: Fit, market: Market) -> float:
+    """The sum of SHAPE_COSTS."""
+    return round(sum([cost(need, node, fit, market) for cost in SHAPE_COSTS]), DIGITS)
 
 
 def best_fit(need: Need, node: NodeView, ways: Sequence[Fit], market: Market) -> Fit:
@@ -348,24 +367,20 @@ def best_fit(need: Need, node: NodeView, ways: Sequence[Fit], market: Market) ->
 
     def rank(fit: Fit) -> tuple[object, ...]:
         grade, memory_bytes, model, free = fit.taken[0]
-        return grade, round(market.demand.of(fit.after, cpus), 6), free, memory_bytes, model
+        return grade, round(market.demand.of(fit.after, cpus), DIGITS), free, memory_bytes, model
 
     return min(ways, key=rank)
 
 
-def gpu_ids(need: Need, node: NodeView, market: Market) -> tuple[str, ...]:
+def gpu_ids(need: Need, node: NodeView, ways: Sequence[Fit], market: Market) -> tuple[str, ...]:
     """The GPUs that the replica would get; the node must pass the filters."""
     gpus = sorted(node.gpus, key=lambda gpu: (gpu.index, gpu.id))
     ids: list[str] = []
-    for card in best_fit(need, node, _ways(need, node), market).taken:
+    for card in best_fit(need, node, ways, market).taken:
         gpu = next(gpu for gpu in gpus if gpu.card == card)
         gpus.remove(gpu)
         ids.append(gpu.id)
     return tuple(ids)
-
-
-def _ways(need: Need, node: NodeView) -> Sequence[Fit]:
-    return fits(need.gpu, need.gpu_share, node.cards())[0]
 
 
 def prices(nodes: Iterable[NodeView], policy: Policy) -> dict[str, float]:
@@ -373,15 +388,15 @@ def prices(nodes: Iterable[NodeView], policy: Policy) -> dict[str, float]:
     held: Counter[str] = Counter()
     there: Counter[str] = Counter()
     for node in nodes:
-        for model, _, free in offered(node):
+        for model, _, free in offered(node, node.cards()):
             there[model] += WHOLE
             held[model] += WHOLE - free
     return {model: price(held[model] / there[model], policy) for model in there}
 
 
-def offered(node: NodeView) -> Sequence[Lot]:
-    """The GPUs that it has for replicas, taken or not."""
-    return lots_of(node.cards()) if node.connected and node.availability is Availability.OPEN else ()
+def offered(node: NodeView, cards: tuple[Card, ...]) -> Sequence[Lot]:
+    """The GPUs that it has for replicas, taken or not; `cards` are its."""
+    return lots_of(cards) if node.connected and node.availability is Availability.OPEN else ()
 
 
 def price(utilisation: float, policy: Policy) -> float:
@@ -392,7 +407,12 @@ def price(utilisation: float, policy: Policy) -> float:
 
 def gpu_price(need: Need, market: Market, models: Iterable[str]) -> float:
     """Of what it takes of GPUs of these models."""
-    return round(sum([market.prices[model] for model in models]) * need.gpu_share / WHOLE, 6)
+    return round(sum([market.prices[model] for model in models]) * need.gpu_share / WHOLE, DIGITS)
+
+
+def load_cost(node: NodeView, policy: Policy) -> float:
+    """In steps of a tenth of its slots: it need not change with each task."""
+    return policy.load * round(node.load, 1) if node.load else 0.0
 
 
 def unreliable_cost(node: NodeView, policy: Policy) -> float:
@@ -415,7 +435,7 @@ def with_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeVi
     """The node with one more replica."""
     return replace(
         node,
-        gpus=tuple(_taken(gpu, need.share) if gpu.id in gpu_ids else gpu for gpu in node.gpus),
+        gpus=tuple(_taken(gpu, need.gpu.share) if gpu.id in gpu_ids else gpu for gpu in node.gpus),
         cpus_free=node.cpus_free - need.cpus,
         memory_free_bytes=node.memory_free_bytes - need.memory_bytes,
         replicas=node.replicas + 1,

@@ -12,11 +12,12 @@ from controlplane import ids
 from controlplane.callers import Fleet
 from controlplane.errors import NotFound
 from controlplane.failures import LOST_AT_START
+from controlplane.hedging import HEDGE
 from controlplane.model import Cause, State, Task
 from controlplane.retries import NO_HISTORY, History, after
 from controlplane.spec import Limits
 from controlplane.store import Store
-from controlplane.tasks import OpenAttempt, OpenTask, Phase
+from controlplane.tasks import OpenAttempt, OpenTask, Phase, caller_of
 
 
 class Graces(msgspec.Struct, frozen=True):
@@ -62,6 +63,8 @@ async def taken_up(
         jobs=jobs,
         cancel_on_hangup=row.cancel_on_hangup,
         callback_url=row.callback_url,
+        caller=caller_of(row.btc_address, row.user_ip),
+        priority=row.priority,
         number=row.attempt,
         start_time=row.start_time,
     )
@@ -94,6 +97,9 @@ async def _remember(task: OpenTask, store: Store) -> None:
     """Its failed attempts, from the ledger."""
     history: History = NO_HISTORY
     for attempt in await store.attempts(task.id):
+        if attempt.number >= HEDGE:
+            # No failure of its task's: there was another that went on.
+            continue
         history = after(
             history,
             delivery=attempt.delivery,

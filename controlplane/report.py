@@ -47,6 +47,7 @@ class Inventory(msgspec.Struct, frozen=True):
     os: str = ""
     daemon_version: str = ""
     gpu_message: str = ""
+    volume_limit_bytes: int = 0
 
 
 class ReplicaState(enum.IntEnum):
@@ -81,6 +82,14 @@ class CachedImage(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
+class KeptVolume(msgspec.Struct, frozen=True):
+    """A workspace's volume on the node."""
+
+    workspace_uid: str
+    name: str
+    size_bytes: int = 0
+
+
 class Report(msgspec.Struct, frozen=True):
     """All that is on a node: one Heartbeat message."""
 
@@ -90,3 +99,4 @@ class Report(msgspec.Struct, frozen=True):
     images: tuple[CachedImage, ...] = ()
     attempt_ids: tuple[str, ...] = ()
     goodbye: bool = False
+    volumes: tuple[KeptVolume, ...] = ()

@@ -24,13 +24,12 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from controlplane import placement
 from controlplane.census import Move, Node, Replica, Workspace
 from controlplane.explain import Decision
 from controlplane.model import Availability
-from controlplane.placement import NodeView, Policy
 from controlplane.report import ReplicaState
 from controlplane.room import MISSING, Room
+from controlplane.sites import Sites
 
 #: Placements tried in one plan: each costs milliseconds on a large fleet, and the dispatcher runs beside us.
 PLACEMENTS_AT_ONCE: Final = 8
@@ -54,17 +53,17 @@ EXPLANATION_S: Final = 60.0
 class World(msgspec.Struct, frozen=True):
     """All that a plan is made of.
 
-    `views`: the nodes as placement sees them. `replicas`: all not known to be gone, oldest first. `running`: how many
-    attempts a replica has in flight. `failing`: why a replica will not come up by itself. `image_bytes`: an image's
-    size by normalised reference. `turn`: counts plans, so that workspaces that find no room take turns. `now_s`:
-    monotonic.
+    `sites`: the nodes as placement sees them, those not revoked. `replicas`: all not known to be gone, oldest first.
+    `running`: how many attempts a replica has in flight. `failing`: why a replica will not come up by itself.
+    `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
+    take turns. `now_s`: monotonic.
     """
 
     time: datetime
     now_s: float
     workspaces: Sequence[Workspace]
     nodes: Mapping[str, Node]
-    views: Mapping[str, NodeView]
+    sites: Sites
     replicas: Sequence[Replica]
     new_id: Callable[[], str]
     running: Callable[[str], int] = lambda _: 0
@@ -74,7 +73,6 @@ class World(msgspec.Struct, frozen=True):
     lost_after_s: float = 15.0
     #: When most nodes were last silent at once; see lost_nodes.
     cut_off_s: float = -math.inf
-    policy: Policy = placement.DEFAULT_POLICY
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -151,24 +149,19 @@ def plan(world: World) -> tuple[Action, ...]:
             short.append(shortage)
         elif workspace.unplaced is not None:
             actions.append(Unplaced(workspace.uid, None))
-    views = {
-        addr: replace(view, connected=False) if addr in lost else view
-        for addr, view in world.views.items()
-        if not world.nodes[addr].revoked
-    }
-    room = Room(views, time=world.time, image_bytes=world.image_bytes, policy=world.policy)
-    actions.extend(_placed(short, world, room))
-    ending = {action.replica.id for action in actions if isinstance(action, Update)}
-    settled = [
-        (workspace, replica)
-        for workspace in world.workspaces
-        if workspace.uid not in returning
-        for replica in active[workspace.uid]
-        if replica.generation == workspace.generation
-        and replica.id not in ending
-        and not _leaves(replica, world.nodes[replica.node_addr])
-    ]
-    actions.extend(_moved(settled, world, room))
+    with Room(world.sites, time=world.time, image_bytes=world.image_bytes) as room:
+        actions.extend(_placed(short, world, room))
+        ending = {action.replica.id for action in actions if isinstance(action, Update)}
+        settled = [
+            (workspace, replica)
+            for workspace in world.workspaces
+            if workspace.uid not in returning
+            for replica in active[workspace.uid]
+            if replica.generation == workspace.generation
+            and replica.id not in ending
+            and not _leaves(replica, world.nodes[replica.node_addr])
+        ]
+        actions.extend(_moved(settled, world, room))
     return tuple(actions)
 
 

@@ -1,18 +1,20 @@
 """Where there is room for a replica: nodes as placement sees them, less what is placed on them meanwhile. Pure."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from msgspec.structs import replace
 
-from controlplane import explain, placement
+from controlplane import explain
 from controlplane.census import Node, Replica, Workspace
 from controlplane.explain import Decision
 from controlplane.grade import Grade, Health
 from controlplane.image import comparable, directory
-from controlplane.placement import GpuView, Need, NodeView, Policy
+from controlplane.placement import GpuView, Need, NodeView, Refusals, with_replica
+from controlplane.sites import Sites
 from controlplane.spec import Spec
 
 #: Of a GPU that its node does not know.
@@ -20,20 +22,25 @@ MISSING: Final = Health(Grade.QUARANTINED, "missing from the node's inventory", 
 
 
 class Room:
-    """What is left of the nodes in the course of one plan."""
+    """What is left of the nodes in the course of one plan, which is the block.
 
-    def __init__(
-        self,
-        views: Mapping[str, NodeView],
-        *,
-        time: datetime,
-        image_bytes: Callable[[str], int | None],
-        policy: Policy,
-    ) -> None:
-        self._views = dict(views)
+    After it the sites are as they were: whether the plan comes true the next one sees from what is on disk.
+    """
+
+    def __init__(self, sites: Sites, *, time: datetime, image_bytes: Callable[[str], int | None]) -> None:
+        self._sites = sites
         self._time = time
         self._image_bytes = image_bytes
-        self._policy = policy
+        self._before: dict[str, NodeView] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for view in self._before.values():
+            self._sites.put(view)
 
     def find(self, workspace: Workspace, replica_id: str, *, without: Collection[str] = ()) -> Replica | Decision:
         """A new replica of the workspace, whose room is taken from now on; or why there is none.
@@ -41,11 +48,12 @@ class Room:
         `without`: addresses of nodes that are not considered.
         """
         need = need_of(workspace, self._image_bytes)
-        views = [view for view in self._views.values() if view.addr not in without] if without else self._views.values()
-        found = placement.place(need, views, time=self._time, subject=f"replica {replica_id}", policy=self._policy)
-        if isinstance(found, placement.Refusals):
+        found = self._sites.place(need, time=self._time, subject=f"replica {replica_id}", without=without)
+        if isinstance(found, Refusals):
             return replace(found.decision, subject=f"replica of {workspace.name}")
-        self._views[found.node_addr] = _taken(self._views[found.node_addr], need, found.gpu_ids)
+        view = self._sites[found.node_addr]
+        self._before.setdefault(view.addr, view)
+        self._sites.put(with_replica(need, view, found.gpu_ids))
         return Replica(
             id=replica_id,
             workspace_uid=workspace.uid,
@@ -70,23 +78,43 @@ def need_of(workspace: Workspace, image_bytes: Callable[[str], int | None]) -> N
         memory_bytes=spec.memory_bytes,
         replicas=workspace.wanted,
         image_bytes=image_bytes(image),
+        volumes=bool(spec.volumes),
     )
 
 
-def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica], Spec], time: datetime) -> NodeView:
+def newly_wanted(before: Workspace | None, after: Workspace) -> int:
+    """How many replicas of its kind a workspace asks for that it did not ask for before; None: there was none."""
+    if before is None or need_of(before, _unknown).shape != need_of(after, _unknown).shape:
+        return after.wanted
+    return max(0, after.wanted - before.wanted)
+
+
+def _unknown(_image: str) -> int | None:
+    return None
+
+
+def view_of(
+    node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica], Spec], time: datetime, *, lost: bool = False
+) -> NodeView:
     """The node as placement sees it: what it has, less what the rows of its replicas hold.
 
-    `spec_of`: what a replica is made of.
+    `spec_of`: what a replica is made of. `lost`: the node is given up, whatever its session says.
     """
     specs = [spec_of(replica) for replica in replicas]
-    held = {gpu_id for replica in replicas for gpu_id in replica.gpu_ids}
+    held: set[str] = set()
+    shared: Counter[str] = Counter()
+    for replica, spec in zip(replicas, specs, strict=True):
+        if spec.gpu.share:
+            shared.update(dict.fromkeys(replica.gpu_ids, spec.gpu.share))
+        else:
+            held.update(replica.gpu_ids)
     rows = {replica.id for replica in replicas}
     slots = sum(said.capacity for said in node.said.values())
     tasks = len(node.report.attempt_ids) if node.report else 0
     return NodeView(
         addr=node.addr,
         name=node.name,
-        connected=node.connected and node.report is not None,
+        connected=node.connected and node.report is not None and not lost,
         availability=node.availability,
         engine=node.inventory.engine,
         gpus=tuple(
@@ -97,6 +125,7 @@ def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica]
                 index=gpu.index,
                 grade=node.health.get(gpu.id, MISSING).grade,
                 free=gpu.id not in held,
+                shared=shared[gpu.id],
             )
             for gpu in node.inventory.gpus
         ),
@@ -111,16 +140,5 @@ def view_of(node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica]
         replicas=len(replicas),
         orphans=sum(replica_id not in rows for replica_id in node.said),
         here=Counter(replica.workspace_uid for replica in replicas if replica.active),
-    )
-
-
-def _taken(view: NodeView, need: Need, gpu_ids: Sequence[str]) -> NodeView:
-    """The node with one more replica."""
-    return replace(
-        view,
-        gpus=tuple(replace(gpu, free=False) if gpu.id in gpu_ids else gpu for gpu in view.gpus),
-        cpus_free=view.cpus_free - need.cpus,
-        memory_free_bytes=view.memory_free_bytes - need.memory_bytes,
-        replicas=view.replicas + 1,
-        here={**view.here, need.workspace_uid: view.here.get(need.workspace_uid, 0) + 1},
+        volumes=node.inventory.volume_limit_bytes > 0,
     )

@@ -11,8 +11,11 @@ from typing import Final, Protocol
 
 import msgspec
 
-from controlplane import routing
+from controlplane import estimates
+from controlplane.ejection import CLEAN
+from controlplane.lineup import Lineup
 from controlplane.model import Cause, Delivery
+from controlplane.sizes import Features, Sizes
 from controlplane.spec import JobRule
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -119,14 +122,24 @@ class Replica:
     """A replica and what it has in flight. What it satisfies is routing.Candidate."""
 
     __slots__ = (
+        "answered_at",
+        "answers",
         "capacity",
+        "crowd",
+        "crowding",
         "failures",
         "gpu_ids",
         "id",
         "in_flight",
+        "most",
+        "neighbours",
         "node",
         "pace_s",
         "pace_time",
+        "past_s",
+        "record",
+        "usual_s",
+        "works",
         "workspace_uid",
     )
 
@@ -138,26 +151,83 @@ class Replica:
         self.gpu_ids: tuple[str, ...] = ()
         #: Attempt id -> since when, monotonic. Attempts that were given up count until their node says they are over.
         self.in_flight: dict[str, float] = {}
+        #: The work of those of which more is known than that it is 1.
+        self.works: dict[str, float] = {}
+        #: Replicas that share a GPU with it; how many of them, itself included, were at work on average while it was;
+        #: and how that is now, by that average.
+        self.neighbours: tuple[Replica, ...] = ()
+        self.crowd = 0.0
+        self.crowding = 1.0
         self.pace_s = 0.0
+        self.usual_s = 0.0
         self.pace_time = 0.0
         self.failures = 0
+        #: How far it is trusted, and what follows from that: the most it may run at once; None: all that it can.
+        self.record = CLEAN
+        self.most: int | None = None
+        #: What `doubts` goes by: its last answer, how many there were (up to what it takes), and its usual seconds.
+        self.answered_at = -inf
+        self.answers = 0
+        self.past_s = 0.0
 
     @property
     def free(self) -> int:
         """How many more it could take now; below 0 where its capacity has become less than it runs."""
         node = self.node
-        return 0 if node.link is None else self.capacity - len(self.in_flight) - len(node.strangers)
+        if node.link is None:
+            return 0
+        free = self.capacity - len(self.in_flight) - len(node.strangers)
+        return free if self.most is None else min(free, self.most - len(self.in_flight))
+
+    @property
+    def comes_free(self) -> bool:
+        """See routing.Candidate."""
+        return self.node.link is not None and bool(self.in_flight) and self.most != 0
+
+    def oldest(self) -> tuple[float, float]:
+        """See routing.Candidate."""
+        # In order of arrival, so the first is the oldest.
+        attempt_id, since = next(iter(self.in_flight.items()))
+        return since, self.works.get(attempt_id, 1.0)
+
+
+def _settle(node: Node) -> None:
+    """Who shares GPUs with whom has changed."""
+    for replica in node.replicas.values():
+        gpus = set(replica.gpu_ids)
+        replica.neighbours = tuple(
+            other for other in node.replicas.values() if other is not replica and gpus.intersection(other.gpu_ids)
+        )
+        replica.crowding = 1.0
+    for replica in node.replicas.values():
+        _tell_neighbours(replica)
+
+
+def _crowd_now(replica: Replica) -> int:
+    return 1 + sum(1 for other in replica.neighbours if other.in_flight)
+
+
+def _tell_neighbours(replica: Replica) -> None:
+    """What it has in flight has changed. GPUs divide their time evenly among those at work."""
+    for other in replica.neighbours:
+        other.crowding = _crowd_now(other) / (other.crowd or 1.0)
 
 
 class Pool:
     """The replicas of one workspace."""
 
-    __slots__ = ("mean_s", "replicas")
+    __slots__ = ("ejections", "lined_up_at", "lineup", "mean_s", "replicas", "sizes")
 
     def __init__(self) -> None:
         self.replicas: dict[str, Replica] = {}
-        #: Average seconds of its tasks, over all replicas; 0: none seen.
+        #: Average seconds of its tasks, each divided by its work, over all replicas; 0: none seen.
         self.mean_s = 0.0
+        self.sizes = Sizes()
+        #: How its replicas stood at that time, to explain what was chosen then.
+        self.lineup: Lineup = ()
+        self.lined_up_at = -inf
+        #: How often one of them was ejected.
+        self.ejections = 0
 
 
 #: How long after most nodes were silent at once none is given up yet.
@@ -197,6 +267,7 @@ class Slots:
         if replica is None:
             return []
         del replica.node.replicas[replica_id]
+        _settle(replica.node)
         pool = self._pools[replica.workspace_uid]
         del pool.replicas[replica_id]
         if not pool.replicas:
@@ -204,6 +275,12 @@ class Slots:
         for attempt_id in replica.in_flight:
             del self._where[attempt_id]
         return list(replica.in_flight)
+
+    def set_gpus(self, replica: Replica, gpu_ids: tuple[str, ...]) -> None:
+        """It runs on these. Again is no error."""
+        if replica.gpu_ids != gpu_ids:
+            replica.gpu_ids = gpu_ids
+            _settle(replica.node)
 
     def replica(self, replica_id: str) -> Replica | None:
         """By id."""
@@ -220,10 +297,14 @@ class Slots:
         replica.in_flight[attempt_id] = RESERVED
         self._where[attempt_id] = replica
 
-    def take(self, attempt_id: str, replica: Replica, now: float) -> None:
-        """The attempt is given to the node and in flight there from now on."""
+    def take(self, attempt_id: str, replica: Replica, now: float, work: float = 1.0) -> None:
+        """The attempt, of that much work, is given to the node and in flight there from now on."""
         replica.in_flight[attempt_id] = now
         self._where[attempt_id] = replica
+        if work != 1.0:
+            replica.works[attempt_id] = work
+        if replica.neighbours:
+            _tell_neighbours(replica)
 
     def release(self, attempt_id: str, node_addr: str) -> Collection[str]:
         """The attempt is over, by word of this node. Gives the workspaces that have got a free slot by that."""
@@ -232,6 +313,10 @@ class Slots:
             if replica.node.addr != node_addr:
                 return ()
             del self._where[attempt_id], replica.in_flight[attempt_id]
+            if replica.works:
+                replica.works.pop(attempt_id, None)
+            if replica.neighbours:
+                _tell_neighbours(replica)
             return (replica.workspace_uid,)
         node = self._nodes.get(node_addr)
         if node is None or attempt_id not in node.strangers:
@@ -239,14 +324,24 @@ class Slots:
         node.strangers.remove(attempt_id)
         return node.workspaces
 
-    def observe(self, replica: Replica, seconds: float, now: float) -> None:
-        """A task ran there for so long and was answered."""
-        replica.pace_s = routing.renewed(replica.pace_s, seconds, routing.NEWEST_WEIGHT)
+    def observe(
+        self, replica: Replica, seconds: float, now: float, work: float = 1.0, features: "Features | None" = None
+    ) -> None:
+        """A task of that much work, and of these features if its request was looked at, took so long there."""
+        pool = self._pools.get(replica.workspace_uid)
+        if features is not None and replica.pace_s and pool is not None:
+            pool.sizes.learn(features, seconds / replica.pace_s)
+        if replica.neighbours:
+            replica.crowd = estimates.renewed(replica.crowd, _crowd_now(replica), estimates.NEWEST_WEIGHT)
+        seconds /= work
+        if not replica.pace_s and pool is not None and pool.mean_s:
+            seconds = min(seconds, estimates.FIRST_TIMES * pool.mean_s)
+        replica.pace_s = estimates.renewed(replica.pace_s, seconds, estimates.NEWEST_WEIGHT)
+        replica.usual_s = estimates.renewed(replica.usual_s, seconds, estimates.NEWEST_WEIGHT_OF_USUAL)
         replica.pace_time = now
         replica.failures = 0
-        pool = self._pools.get(replica.workspace_uid)
         if pool is not None:
-            pool.mean_s = routing.renewed(pool.mean_s, seconds, routing.NEWEST_WEIGHT_OF_ALL)
+            pool.mean_s = estimates.renewed(pool.mean_s, seconds, estimates.NEWEST_WEIGHT_OF_ALL)
 
     # -- nodes
 
@@ -259,6 +354,8 @@ class Slots:
             over = [held for held, since in replica.in_flight.items() if since is not RESERVED and held not in running]
             for attempt_id in over:
                 del self._where[attempt_id], replica.in_flight[attempt_id]
+                replica.works.pop(attempt_id, None)
+            _tell_neighbours(replica)
         node.strangers = {attempt_id for attempt_id in running if attempt_id not in self._where}
         return node.workspaces
 

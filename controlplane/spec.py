@@ -29,6 +29,13 @@ class Readiness(msgspec.Struct, frozen=True):
     start_limit_s: float = 600.0
 
 
+class Volume(msgspec.Struct, frozen=True):
+    """A directory that a node keeps for the workspace from one replica to the next; see Volume in workspace.proto."""
+
+    name: str
+    path: str
+
+
 class Registry(msgspec.Struct, frozen=True):
     """Credentials for a private image."""
 
@@ -112,6 +119,9 @@ class Spec(msgspec.Struct, frozen=True):
     account: str = ""
     scale: Scale = Scale()
     jobs: tuple[JobRule, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+    #: A task that takes so many times the average gets a second attempt elsewhere; 0: none does.
+    hedge: float = 0.0
 
     def __repr__(self) -> str:
         """Without environment and credentials: values end up in logs and tracebacks."""

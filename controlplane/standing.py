@@ -1,6 +1,7 @@
 """How a workspace stands, where that is not as it should be: what its owner reads first. Pure."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 from controlplane import explain
 from controlplane.census import Replica, Workspace
@@ -8,17 +9,21 @@ from controlplane.report import ReplicaReport, ReplicaState
 
 
 def words(
-    workspace: Workspace, replicas: Collection[tuple[Replica, ReplicaReport]], failing: Callable[[Replica], str]
+    workspace: Workspace,
+    replicas: Collection[tuple[Replica, ReplicaReport]],
+    failing: Callable[[Replica], str],
+    doubts: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Sentences; empty: nothing is missing and nothing under way. `replicas`: those not gone, as they stand.
 
-    `failing`: why one will not come up by itself, or nothing.
+    `failing`: why one will not come up by itself, or nothing. `doubts`: by id, why one gets less work than it could do.
     """
     said = [
         workspace.deployment.fault,
         _update(workspace, replicas),
         _idle(workspace),
         _failing(workspace, replicas, failing),
+        doubt(doubts),
         "" if workspace.unplaced is None else explain.summary(workspace.unplaced),
     ]
     return " ".join(sentence for sentence in said if sentence)
@@ -36,6 +41,15 @@ def _failing(
     text = f"{who} not come up: {why}."
     others = {move.node_addr for move in workspace.deployment.moves} - {replica.node_addr}
     return f"{text} Nor did it on {len(others)} other node{'s' * (len(others) > 1)}." if others else text
+
+
+def doubt(doubts: Mapping[str, str]) -> str:
+    """Of replicas that are not fully trusted: one stands for all. `doubts`: why, by id."""
+    if not doubts:
+        return ""
+    replica_id, why = next(iter(doubts.items()))
+    more = f" {len(doubts) - 1} more are not fully trusted." if len(doubts) > 1 else ""
+    return f"Replica {replica_id} is {why.rstrip('.')}.{more}"
 
 
 def absence(workspace: Workspace) -> str:

@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -42,6 +43,20 @@ def keep_secret(file: Path, secret: str, *, unless: Callable[[str], bool]) -> st
         return text
     write_secret(file, secret + "\n")
     return secret
+
+
+def identity(directory: Path) -> str:
+    """What tells this directory from all others: in its file `identity`, made if there is none, also by several."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = directory / "identity"
+    draft = file.with_name(f"identity.{secrets.token_hex(8)}")
+    if not file.exists():
+        write_secret(draft, secrets.token_hex(16) + "\n")
+        # Whoever comes second finds the first one's.
+        with suppress(FileExistsError):
+            os.link(draft, file)
+        draft.unlink()
+    return file.read_text().strip()
 
 
 def write_secret(file: Path, text: str) -> None:

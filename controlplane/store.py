@@ -21,7 +21,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from controlplane import store_fleet, store_jobs, store_tasks, store_usage, store_webhooks
+from controlplane import store_fleet, store_hedges, store_jobs, store_lease, store_tasks, store_usage, store_webhooks
 from controlplane.errors import Unavailable
 from controlplane.migrations import check_current
 from controlplane.model import (
@@ -40,6 +40,7 @@ from controlplane.model import (
     Workspace,
 )
 from controlplane.store_database import connect_to, is_down, is_lost, reason, unavailable
+from controlplane.store_lease import Lease
 from controlplane.store_tasks import End, Page, PassedOn, TaskQuery, check_move
 from controlplane.store_usage import Usage, UsageQuery
 from controlplane.store_writer import Writer
@@ -62,16 +63,18 @@ class Store:
     """The database, opened with `Store.open`."""
 
     @classmethod
-    async def open(cls, url: str) -> Self:
+    async def open(cls, url: str, lease: Lease | None = None) -> Self:
         """Open the database at `url` (`sqlite:////absolute/path`, `postgresql+psycopg://...`), which must be migrated.
+
+        `lease`: taken; what is written is written with it, and it is renewed as long as the store is open.
 
         Raises Unavailable if it cannot be reached or is not migrated, ValueError for a URL that is none.
         """
         await asyncio.to_thread(check_current, url)
-        return cls(url)
+        return cls(url, lease)
 
-    def __init__(self, url: str) -> None:
-        self._writing = connect_to(url)
+    def __init__(self, url: str, lease: Lease | None = None) -> None:
+        self._writing = connect_to(url) if lease is None else lease.engine
         self._reading = connect_to(url, connections=READERS, read_only=True)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
         self._reads = 0
@@ -79,12 +82,15 @@ class Store:
         self._closed = False
         #: Set when a webhook has been written.
         self.webhook_news = asyncio.Event()
-        self._writer = Writer(self._writing.connect)
+        self._writer = Writer(self._writing.connect if lease is None else lease.connect)
+        self._keeping = asyncio.create_task(lease.keep(self._renew), name="lease") if lease else None
 
     async def close(self) -> None:
         """Finish what is in the queue, refuse everything else, let go of the database."""
         self._closed = True
         await self._writer.close()
+        if self._keeping is not None:
+            self._keeping.cancel()
         await asyncio.to_thread(self._readers.shutdown)
         self._writing.dispose()
         self._reading.dispose()
@@ -126,14 +132,23 @@ class Store:
         }
         return self._writer.put(store_tasks.assign, move, key=task_id)
 
-    def finish(self, attempt: Attempt, end: End, webhook: Webhook | None = None) -> Future[None]:
+    def finish(
+        self, attempt: Attempt, end: End, webhook: Webhook | None = None, *, hedge: Attempt | None = None
+    ) -> Future[None]:
         """RUNNING -> its end, `attempt` into the ledger, and the webhook that is to tell of it.
 
+        `hedge`: a second attempt that was answered instead, into the ledger as well.
         Raises StaleAttempt if that attempt of the task is not the one running; the same end given again is no error.
         """
         move = _end(attempt.task_id, State.RUNNING, end) | {"of_attempt": attempt.number}
         item = move, _without_nul(attempt)
         size_bytes = len(end.response_body or b"")
+        if hedge is not None:
+            both = item, None if webhook is None else webhook.__dict__.copy(), _without_nul(hedge)
+            writing = self._writer.put(store_hedges.finish, both, key=attempt.task_id, size_bytes=size_bytes)
+            if webhook is not None:
+                writing.add_done_callback(self._say_webhook)
+            return writing
         if webhook is not None:
             told = item, webhook.__dict__.copy()
             writing = self._writer.put(store_webhooks.finish, told, key=attempt.task_id, size_bytes=size_bytes)
@@ -208,6 +223,10 @@ class Store:
     async def tasks_passed_on(self, since: datetime, before: datetime, limit: int = 500) -> list[PassedOn]:
         """Streamed tasks that ended between these and have, or had, bodies in the body store; oldest first."""
         return await self._read(store_tasks.passed_on, since, before, limit)
+
+    def put_attempt(self, attempt: Attempt) -> Future[None]:
+        """A second attempt into the ledger, in the place of what was said of it before."""
+        return self._write(store_hedges.put, _without_nul(attempt))
 
     def put_job(self, row: Job) -> Future[None]:
         """Remember under which id a container works on a task. A later job of the same id takes its place."""
@@ -374,6 +393,10 @@ class Store:
         return self._write(store_fleet.revoke_token, token_id, now)
 
     # How.
+
+    def _renew(self, renewal: store_lease.Renewal) -> Future[int]:
+        # A key of its own, so that it is no barrier among the others.
+        return self._writer.put(store_lease.renew, renewal, key="lease")
 
     def _write(
         self,

@@ -10,18 +10,26 @@ import enum
 from collections.abc import Callable
 from datetime import datetime
 from math import inf
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
 
+from controlplane.lineup import Lineup
 from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task, Told, Webhook, made
 from controlplane.prices import cost_of
-from controlplane.receipts import Terms
+from controlplane.receipts import WHOLE, Terms
 from controlplane.retries import NO_HISTORY, History
+from controlplane.sizes import Features
 from controlplane.slots import AttemptResult, Failure, Headers, Request, Response
 from controlplane.spec import JobRule, Limits
 from controlplane.store import End
+
+#: The most urgent priority of a task; the least is -PRIORITY.
+PRIORITY: Final = 5
+
+#: A task's turn in its workspace's queue: the round, and a running number.
+Turn: TypeAlias = tuple[int, int]
 
 
 class NewTask(msgspec.Struct, frozen=True):
@@ -47,6 +55,8 @@ class NewTask(msgspec.Struct, frozen=True):
     pin: str = ""
     #: Where its end is to be told; empty: nowhere.
     callback_url: str = ""
+    #: Against other tasks of the same caller, from -PRIORITY to PRIORITY; more: sooner.
+    priority: int = 0
 
 
 class TaskView(msgspec.Struct, frozen=True):
@@ -192,6 +202,13 @@ class OpenAttempt(_Open):
     meter: Meter | None = None
     #: When it is clear that nobody comes to read the response that `head` begins.
     unread_at: float = inf
+    #: When to begin a second attempt elsewhere: see hedging.
+    hedge_at: float = inf
+    #: How the replicas stood when this one was chosen, those among them where its task had failed before, and for how
+    #: much work; empty: there was no choice.
+    lineup: Lineup = ()
+    avoided: tuple[str, ...] = ()
+    work: float = 1.0
 
     @property
     def delivery(self) -> Delivery:
@@ -230,16 +247,31 @@ class OpenTask(_Open):
     cancel_on_hangup: bool = False
     #: Where its end is to be told; empty: nowhere.
     callback_url: str = ""
+    #: Whose task it is among its workspace's: between callers its queue is fair. See `caller_of`.
+    caller: str = ""
+    #: See NewTask.
+    priority: int = 0
+    #: That it had last.
+    turn: Turn | None = None
 
     #: Number of the current or last attempt.
     number: int = 0
     attempt: OpenAttempt | None = None
+    #: After so many times the average it gets a second attempt, 0: it does not; that attempt while there is one; and if
+    #: it was answered first.
+    hedge_times: float = 0.0
+    hedge: OpenAttempt | None = None
+    winner: OpenAttempt | None = None
     start_time: datetime | None = None
     history: History = NO_HISTORY
     #: When it entered the queue again, after an attempt.
     queue_time: datetime | None = None
     #: Replicas on which it has failed.
     avoid: tuple[str, ...] = ()
+    #: How much there is to do, by what is known of its size; 1: as much as in the workspace's average task.
+    work: float = 1.0
+    #: What is to be learnt from how long it takes; None: nothing.
+    features: "Features | None" = None
     #: GPU time of failed attempts that the customer's side caused.
     gpu_us: int = 0
 
@@ -250,6 +282,8 @@ class OpenTask(_Open):
     queue_at: float = inf
     ready: bool = True
     ready_at: float = inf
+    #: The backoff is longer than usual, since the workspace has run so much again lately.
+    held: bool = False
 
     #: The write that is under way, what follows when it is on disk, and when to give it to the store again.
     write: "Callable[[], asyncio.Future[None]] | None" = None
@@ -293,7 +327,7 @@ class OpenTask(_Open):
         when = self.write_at
         if phase is Phase.RUNNING:
             attempt = self.current
-            when = min(when, self.total_at, attempt.run_at, attempt.lost_at, attempt.unread_at)
+            when = min(when, self.total_at, attempt.run_at, attempt.lost_at, attempt.unread_at, attempt.hedge_at)
         elif phase is Phase.WAITING:
             when = min(when, self.total_at, self.queue_at, self.ready_at)
         if self.recorded:
@@ -318,6 +352,11 @@ class OpenTask(_Open):
             waiting_for=waiting_for,
             expected_wait_s=expected_wait_s,
         )
+
+
+def caller_of(btc_address: str, user_ip: str) -> str:
+    """Whose task it is among those of its workspace: the user's if one is named, else whoever called from there."""
+    return btc_address or user_ip
 
 
 def row_of(task: OpenTask, new: NewTask) -> Task:
@@ -347,6 +386,7 @@ def row_of(task: OpenTask, new: NewTask) -> Task:
         streamed=task.streamed,
         cancel_on_hangup=task.cancel_on_hangup,
         callback_url=task.callback_url,
+        priority=task.priority,
         attempt=task.number,
         replica_id="" if attempt is None else attempt.replica_id,
         node_addr="" if attempt is None else attempt.node_addr,
@@ -388,11 +428,12 @@ def view_of_row(row: Task, position: int = 0, waiting_for: str = "") -> TaskView
 
 def ledger_row(
     task: OpenTask,
+    attempt: OpenAttempt,
     delivery: Delivery,
     end_time: datetime,
+    *,
     passed_us: int,
     terms: Terms,
-    *,
     result: AttemptResult | None,
     failure: Failure | None,
 ) -> Attempt:
@@ -401,7 +442,6 @@ def ledger_row(
     Nothing in it took longer than `passed_us`, the time that has passed here, whatever the node's clock says. What the
     platform caused is shown and costs nothing.
     """
-    attempt = task.current
     response = None if result is None else result.response
     gpu_us = 0
     if attempt.gpu_ids:
@@ -410,6 +450,7 @@ def ledger_row(
         elif failure is not None and failure.cause is Cause.CUSTOMER and delivery is not Delivery.NOT_SENT:
             # Nobody has measured it, and others may have shared the GPUs: its least share of them until now.
             gpu_us = passed_us // terms.concurrency
+        gpu_us = gpu_us * terms.share // WHOLE
     is_free = failure is not None and failure.cause is Cause.PLATFORM
     return made(
         Attempt,

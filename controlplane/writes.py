@@ -46,6 +46,11 @@ class Writes:
         task.then = then
         self.try_again(task)
 
+    def begin_later(self, task: OpenTask, write: Callable[[], "asyncio.Future[Any]"]) -> None:
+        """`begin`, after the wait of a write that the store did not take; what is then to be done, `write` says."""
+        task.write = write
+        self._put_off(task)
+
     def try_again(self, task: OpenTask) -> None:
         """Give the task's write to the store, the first time or anew."""
         assert task.write is not None
@@ -71,12 +76,16 @@ class Writes:
         then(task)
 
     def _failed(self, task: OpenTask, error: BaseException) -> None:
-        if isinstance(error, StaleAttempt):
+        # What is being recorded need not be: another task may have its key by now.
+        if isinstance(error, StaleAttempt) or (task.phase is Phase.RECORDING and not isinstance(error, Unavailable)):
             if task.recorded:
                 log.error("task_not_as_known", task_id=task.id, phase=task.phase.name)
             self._stale(task)
             return
         log.warning("task_write_failed", task_id=task.id, phase=task.phase.name, error=str(error))
+        self._put_off(task)
+
+    def _put_off(self, task: OpenTask) -> None:
         task.write_at = self._monotonic() + REWRITE_S
         self._heed(task)
 

@@ -157,7 +157,9 @@ cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @cli.command()
 def bridge(  # noqa: PLR0917 typer calls it
     config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
-    controlplane: Annotated[str | None, typer.Option(help="HOST:PORT of the control plane.")] = None,
+    controlplane: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the control plane; of all, with commas.")
+    ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the bridge's token.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT for HTTP; port 0: any free one.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Where `address` is written once it serves.")] = None,

@@ -13,7 +13,7 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from ngpu import streams, wire
+from ngpu import dial, streams, wire
 from ngpu.v1 import asset_pb2, asset_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2, workspace_pb2_grpc
 from ngpu.v1 import task_pb2 as pb
 
@@ -31,6 +31,9 @@ FOLLOW_LIMIT_S: Final = 30.0
 #: How often a broken stream is taken up again without having got any further.
 RESUMES: Final = 3
 RESUME_PAUSE_S: Final = 0.5
+
+#: With a socket of its own, and so with no memory of earlier failures to connect.
+_SMALL_OPTIONS: Final[wire.ChannelOptions] = [*wire.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 Answer = TypeVar("Answer")
 #: Bytes both ways.
@@ -110,24 +113,24 @@ class TaskEnded(errors.BadGateway):
 class ControlPlane:
     """A connection to the control plane; all methods raise BridgeError.
 
-    `token` is asked anew at every connection, so that a token may be replaced while the bridge runs.
+    `addresses`: its own; or several, with commas between them, of which one answers. `token` is asked anew at every
+    connection, so that a token may be replaced while the bridge runs.
     """
 
     def __init__(
         self,
-        address: str,
+        addresses: str,
         token: Callable[[], str],
         *,
         credentials: grpc.ChannelCredentials | None = None,
         outstanding: int = wire.BATCH_OUTSTANDING,
     ) -> None:
         self._token = token
-        self._small = _channel(address, credentials, wire.CLIENT_OPTIONS)
-        self._large = _channel(address, credentials, wire.BULK_CLIENT_OPTIONS)
-        self._tasks = task_pb2_grpc.TaskServiceStub(self._small)
-        self._bodies = task_pb2_grpc.TaskServiceStub(self._large)
-        self._workspaces = workspace_pb2_grpc.WorkspaceServiceStub(self._small)
-        self._assets = asset_pb2_grpc.AssetServiceStub(self._small)
+        self._addresses = dial.split(addresses)
+        self._credentials = credentials
+        #: Of those that were left, to be closed when what is under way there has ended.
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._use(self._addresses[0], self._dial(self._addresses[0]))
         self.batch = Batch(self._open_batch, outstanding=outstanding)
 
     async def run(self) -> None:
@@ -136,7 +139,31 @@ class ControlPlane:
 
     async def close(self) -> None:
         """Close the connections."""
-        await asyncio.gather(self._small.close(), self._large.close())
+        for leaving in self._leaving:
+            leaving.cancel()
+        await asyncio.gather(self._small.close(), self._large.close(), *self._leaving, return_exceptions=True)
+
+    def _dial(self, address: str) -> grpc.aio.Channel:
+        return _channel(address, self._credentials, _SMALL_OPTIONS)
+
+    def _use(self, address: str, small: grpc.aio.Channel) -> None:
+        self._small = small
+        self._large = _channel(address, self._credentials, wire.BULK_CLIENT_OPTIONS)
+        self._tasks = task_pb2_grpc.TaskServiceStub(self._small)
+        self._bodies = task_pb2_grpc.TaskServiceStub(self._large)
+        self._workspaces = workspace_pb2_grpc.WorkspaceServiceStub(self._small)
+        self._assets = asset_pb2_grpc.AssetServiceStub(self._small)
+
+    async def _reach(self) -> None:
+        """Go on with the one of several that answers."""
+        while (found := await dial.reach(self._addresses, self._dial)) is None:
+            log.info("connecting_to_control_plane")
+        for channel in (self._small, self._large):
+            # Not at once: streams that still come would end as if their own callers had gone.
+            leaving = asyncio.create_task(channel.close(CALL_LIMIT_S), name="leave a control plane")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+        self._use(*found)
 
     async def __aenter__(self) -> Self:
         return self
@@ -145,6 +172,8 @@ class ControlPlane:
         await self.close()
 
     async def _open_batch(self) -> Stream:
+        if len(self._addresses) > 1:
+            await self._reach()
         if self._small.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
             log.info("connecting_to_control_plane")
         await self._small.channel_ready()

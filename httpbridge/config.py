@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
 import pydantic_settings
+from ngpu import dial
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -53,6 +54,11 @@ def _words(value: object) -> object:
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
+def _addresses(value: str) -> str:
+    split_addresses(value)
+    return value
+
+
 def _address(value: str) -> str:
     split_address(value)
     return value
@@ -80,8 +86,8 @@ class Config(BaseSettings):
         env_prefix=ENV_PREFIX, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
 
-    controlplane: Address = "127.0.0.1:50051"
-    """HOST:PORT of the control plane."""
+    controlplane: Annotated[str, AfterValidator(_addresses)] = "127.0.0.1:50051"
+    """HOST:PORT of the control plane; of all, with commas between them, if others stand by."""
     token_file: Path = Path(".ngpu/controlplane/bridge.token")
     """File with the bridge's token (role service). Read anew at every connection."""
     listen: Address = "127.0.0.1:8080"
@@ -150,7 +156,8 @@ class Config(BaseSettings):
             ("listen", self.listen, self.tls_cert is None),
             ("controlplane", self.controlplane, not self.with_tls),
         ):
-            if plain and not self.allow_plaintext and not is_loopback(split_address(address)[0]):
+            hosts = [host for host, _ in split_addresses(address)]
+            if plain and not self.allow_plaintext and not all(map(is_loopback, hosts)):
                 raise ValueError(
                     f"{name} = {address!r} leaves this machine without TLS: set "
                     f"{'tls_cert and tls_key' if name == 'listen' else 'tls = true'}, "
@@ -221,6 +228,11 @@ def settings() -> list[tuple[str, str, str]]:
         shown = "" if default is None else ",".join(default) if isinstance(default, list) else str(default)
         rows.append((name, shown, " ".join((field.description or "").split())))
     return rows
+
+
+def split_addresses(addresses: str) -> list[tuple[str, int]]:
+    """`HOST:PORT,HOST:PORT`. Raises ValueError."""
+    return [split_address(address) for address in dial.split(addresses)]
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -29,6 +29,9 @@ _CURSOR: Final = re.compile(r"[\x21-\x7e]{1,512}")
 _CALLBACK: Final = re.compile(r"https?://[\x21-\x7e]+")
 _CALLBACK_CHARS: Final = 2048
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
+#: The most urgent; the least is -PRIORITY.
+PRIORITY: Final = 5
+_PRIORITY: Final = re.compile(rf"\+?[0-{PRIORITY}]|-[0-{PRIORITY}]")
 
 
 def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
@@ -171,6 +174,15 @@ def idempotency_key(value: str | None) -> str:
     if _KEY.fullmatch(value) is None:
         raise BadRequest("Idempotency-Key is 1 to 255 printable ASCII characters")
     return value
+
+
+def priority(value: str | None) -> int:
+    """The `X-NGPU-Priority` header; 0 without it. Raises BadRequest."""
+    if value is None:
+        return 0
+    if _PRIORITY.fullmatch(value) is None:
+        raise BadRequest(f"X-NGPU-Priority is a whole number from -{PRIORITY} to {PRIORITY}")
+    return int(value)
 
 
 def callback_url(value: str | None, header: str | None) -> str:

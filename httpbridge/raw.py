@@ -27,7 +27,7 @@ from httpbridge.calls import ControlPlane, TaskEnded
 from httpbridge.errors import BadGateway, NotFound, Unauthorized
 from httpbridge.passed import Live, Passed
 from httpbridge.reply import Reply
-from httpbridge.submit import CALLBACK_URL
+from httpbridge.submit import CALLBACK_URL, PRIORITY
 from httpbridge.tunnel import Tunnel
 
 OPERATION: Final = "run"
@@ -58,6 +58,7 @@ class Raw:
             streamed=True,
             cancel_on_hangup=True,
             callback_url=params.callback_url(None, fields.get(CALLBACK_URL)),
+            priority=params.priority(fields.get(PRIORITY)),
         )
         request.wait.seconds = WAIT_S
         passed = request.request

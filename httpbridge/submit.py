@@ -22,6 +22,7 @@ from httpbridge.reply import Reply
 
 SCHEDULING_TASK: Final = "schedulingTask"
 CALLBACK_URL: Final = "X-NGPU-Callback-Url"
+PRIORITY: Final = "X-NGPU-Priority"
 #: The parameters that are ours; all others are the container's.
 OWN: Final = frozenset({"paramUrl", "paramPort", "taskMode", "callback_url"})
 
@@ -86,6 +87,7 @@ class Submission:
 
     async def _submit(self, call: Call, request: pb.ScheduleRequest, operation: str, *, sync: bool) -> Reply:
         fields = call.request.headers
+        request.priority = params.priority(fields.get(PRIORITY))
         key = params.idempotency_key(fields.get("Idempotency-Key"))
         if key:
             if request.route:

@@ -12,8 +12,9 @@ Words, one meaning each. Those of the control plane (workspace, replica, task, a
 * delivery: how far an attempt got (not sent, sent partly, sent, answered). Known, never guessed.
 * spool: what was done and is not yet acknowledged: results, and bodies too large to ride inside them.
 * journal: which attempts a container has seen, so that a daemon that was killed can say so when it is back.
+* keeper: a process that holds connections to containers over the daemon's death. An errand is what one was sent for.
 
 Reading order: `__main__` wires it all; `session` holds the control plane's hand; `execute` takes starts and gives
 results, `relay` (over `connection` and `http1`) does each exchange, `bulk` moves large bodies, `spool` and `journal`
-remember.
+remember, `held` (with `errand` and `keeper`) has connections outlive the daemon.
 """

@@ -1,18 +1,12 @@
 """The node daemon's command: reads the settings, wires the parts in reading order, runs until a signal."""
 
 import asyncio
-import contextlib
-import fcntl
 import json
 import os
-import resource
 import secrets
 import signal
-import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import grpc
 import structlog
@@ -21,21 +15,26 @@ from ngpu import heap
 
 from nodedaemon import config, log
 from nodedaemon.bulk import Bulk
+from nodedaemon.caches import Caches
+from nodedaemon.command import alone, raise_open_files, settings_of, told
 from nodedaemon.dial import Dialler, LinkLost, stub_of, words_of
-from nodedaemon.engine import Engine, EngineDown, EngineError
+from nodedaemon.engine import EngineDown, EngineError
 from nodedaemon.engine.docker import DockerEngine
 from nodedaemon.engine.process import ProcessEngine
-from nodedaemon.errors import ConfigFault, NodeError, NotEnrolled, Revoked, StateDirBusy
+from nodedaemon.errors import NodeError, NotEnrolled, Revoked
 from nodedaemon.execute import Executor
 from nodedaemon.flight import Recorder
 from nodedaemon.gpus import Gpus
+from nodedaemon.held import Held
 from nodedaemon.identity import Identity
 from nodedaemon.journal import Journal
+from nodedaemon.last_use import LastUse
 from nodedaemon.machine import Machine
 from nodedaemon.metrics import MetricsServer, NodeCollector
 from nodedaemon.relay import Relay
 from nodedaemon.replicas import Replicas
 from nodedaemon.session import GOODBYE_LIMIT_S, Session, enroll
+from nodedaemon.simulated.command import simulate, simulate_fault
 from nodedaemon.spool import Spool
 
 #: For the control plane to acknowledge the last results when the daemon stops.
@@ -54,19 +53,39 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     if settings.engine == "auto":
         _publish(settings.state_dir / "engine", kind)
     engine = _engine(settings, kind, identity.address)
-    gpus = Gpus(engine.owns)
-    machine = Machine(engine)
+    gpus, machine = Gpus(engine.owns), Machine(engine)
 
     # What runs containers, and what passes requests to them.
-    replicas = Replicas(engine, may_start=lambda assignment: gpus.refusal(assignment.gpu_ids))
-    relay = Relay()
+    replicas = Replicas(
+        engine,
+        may_start=lambda one: gpus.refusal(one.gpu_ids) or caches.refusal(one),
+        blind=engine.blind if isinstance(engine, DockerEngine) else None,
+    )
+    caches = Caches(
+        engine,
+        replicas,
+        LastUse(settings.state_dir / "volumes.json"),
+        volume_limit_bytes=settings.volumes,
+        disk_reserve_bytes=settings.disk_reserve,
+        image_idle_s=settings.image_idle,
+    )
+    # Processes end with the daemon: nothing of theirs could be gone on with.
+    held = Held(settings.state_dir) if kind == "docker" else None
+    relay = Relay(held=held)
     spool = Spool(settings.state_dir / "spool", limit_bytes=settings.spool_limit)
     journal = Journal(settings.state_dir / "journal")
     dialler = Dialler(settings.controlplane, tls=settings.with_tls, tls_ca=settings.tls_ca)
-    bulk_channel = dialler.channel()
-    bulk = Bulk(bulk_channel)
+    bulk = Bulk(dialler.channel())
     recorder = Recorder(logs=engine, replicas=replicas, gpus=gpus, tell=bulk.record)
-    executor = Executor(places=replicas, relay=relay, bulk=bulk, spool=spool, journal=journal, record=recorder.keep)
+    executor = Executor(
+        places=replicas,
+        relay=relay,
+        bulk=bulk,
+        spool=spool,
+        journal=journal,
+        taken=held.taken if held else (),
+        record=recorder.keep,
+    )
     replicas.on_exit(executor.container_exited)
 
     # What speaks.
@@ -81,6 +100,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
         replicas=replicas,
         gpus=gpus,
         machine=machine,
+        caches=caches,
     )
     metrics = MetricsServer(NodeCollector(executor, spool, session, replicas, gpus))
     address_file = settings.state_dir / "metrics_address"
@@ -95,13 +115,14 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
                 group.create_task(gpus.run(), name="gpus"),
                 group.create_task(machine.run(), name="machine"),
                 group.create_task(replicas.run(), name="replicas"),
+                group.create_task(caches.run(), name="caches"),
                 group.create_task(executor.run(), name="executor"),
                 group.create_task(spool.run(), name="spool"),
                 group.create_task(recorder.run(), name="flights"),
             ]
             speaking = group.create_task(_speak(gpus, machine, replicas, session), name="session")
             await stop.wait()
-            await _hand_over(settings, executor, session, speaking)
+            await _hand_over(settings, executor, session, speaking, leave=held is not None and not stop_containers)
             for loop in loops:
                 loop.cancel()
     except BaseExceptionGroup as faults:
@@ -117,8 +138,10 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
             # Processes are our children: nobody could take them up again.
             await _stop_containers(replicas)
         await engine.close()
-        await bulk_channel.close()
+        await bulk.shut()
         relay.close()
+        if held:
+            held.close()
         spool.close()
         _log.info("node_stopped", results_left=len(spool))
 
@@ -132,13 +155,13 @@ async def _speak(gpus: Gpus, machine: Machine, replicas: Replicas, session: Sess
 
 
 async def _hand_over(
-    settings: config.Config, executor: Executor, session: Session, speaking: asyncio.Task[None]
+    settings: config.Config, executor: Executor, session: Session, speaking: asyncio.Task[None], *, leave: bool
 ) -> None:
-    """Finish what runs or give it back, and say goodbye."""
+    """Finish what runs, leave it to the next daemon or give it back, and say goodbye."""
     _log.info("node_stopping", running=executor.running, grace_s=settings.stop_grace)
     executor.close()
     session.report_soon()
-    await executor.finish(settings.stop_grace)
+    await executor.finish(settings.stop_grace, leave=leave)
     if session.up:
         await executor.quiet(LAST_ACKS_S)
     session.leave()
@@ -175,7 +198,7 @@ async def _engine_kind(settings: config.Config, node_addr: str) -> str:
     return "docker"
 
 
-def _engine(settings: config.Config, kind: str, node_addr: str) -> Engine:
+def _engine(settings: config.Config, kind: str, node_addr: str) -> DockerEngine | ProcessEngine:
     if kind == "docker":
         return DockerEngine(node_addr, state_dir=settings.state_dir, allow_root=settings.allow_root)
     return ProcessEngine(node_addr, images=settings.images, state_dir=settings.state_dir)
@@ -192,18 +215,6 @@ def _publish(file: Path, text: str) -> None:
     new = file.with_name(f"{file.name}.new")
     new.write_text(text + "\n")
     new.replace(file)
-
-
-@contextlib.contextmanager
-def _alone(state_dir: Path) -> Iterator[None]:
-    """Two daemons with one key would take each other's sessions. Raises StateDirBusy."""
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (state_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateDirBusy from None
-        yield
 
 
 async def _until_signal(settings: config.Config, *, stop_containers: bool) -> None:
@@ -240,7 +251,7 @@ app = typer.Typer(
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help=f"TOML file with settings; else ${config.ENV_FILE}.")
 ]
-ControlPlane = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The control plane's gRPC port.")]
+ControlPlane = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The control plane; of all, with commas.")]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's key and spool. [.ngpu/node]")]
 EngineKind = Annotated[str | None, typer.Option(metavar="auto|docker|process", help="What runs containers.")]
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="One-time token, if not yet joined.")]
@@ -270,17 +281,18 @@ def run(  # noqa: PLR0917, typer takes them by name
     """Run until SIGTERM or SIGINT (a second one ends it at once). Joins first, if it has not and a token is given.
 
     At the end running tasks get STOP_GRACE to finish, the control plane is told, and containers keep running for the
-    next start to take up, unless --stop-containers is given (processes of the process engine always end).
+    next start to take up with what they still work on, unless --stop-containers is given (processes of the process
+    engine always end).
 
     Exit status: 0 stopped as asked; 2 settings, key or state directory cannot be used; 3 another daemon has taken over
     this node's key; 4 not joined, or the token was refused; 5 revoked. With systemd:
     RestartPreventExitStatus=2 3 4 5.
     """
     options = {key: value for key, value in locals().items() if key not in ("config_file", "stop_containers")}
-    settings = _settings(config_file, options)
+    settings = settings_of(config_file, options)
     log.set_up(settings.log_level, settings.log_format)
-    _raise_open_files()
-    with _told(), _alone(settings.state_dir):
+    raise_open_files()
+    with told(), alone(settings.state_dir):
         heap.settle()
         asyncio.run(_until_signal(settings, stop_containers=stop_containers))
 
@@ -298,9 +310,9 @@ def join(  # noqa: PLR0917, typer takes them by name
 ) -> None:
     """Make this node known to the control plane, once, with a one-time token (--token-file or $NGPU_NODE_TOKEN)."""
     options = {key: value for key, value in locals().items() if key != "config_file"}
-    settings = _settings(config_file, options)
+    settings = settings_of(config_file, options)
     log.set_up(settings.log_level, settings.log_format)
-    with _told():
+    with told():
         if not settings.join_token():
             raise NotEnrolled("No token: give --token-file FILE, or set NGPU_NODE_TOKEN.")
         identity = Identity.load(settings.state_dir / "node.key")
@@ -316,9 +328,9 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show this node's address, and what the control plane would be told of the machine. Speaks to nobody."""
-    settings = _settings(config_file, {"state_dir": state_dir, "engine": engine})
+    settings = settings_of(config_file, {"state_dir": state_dir, "engine": engine})
     log.set_up("error", settings.log_format)
-    with _told():
+    with told():
         identity = Identity.load(settings.state_dir / "node.key")
         facts = asyncio.run(_inventory(settings, identity.address))
         if as_json:
@@ -339,11 +351,11 @@ def show_settings() -> None:
 
 async def _join(settings: config.Config, identity: Identity) -> str:
     dialler = Dialler(settings.controlplane, tls=settings.with_tls, tls_ca=settings.tls_ca)
-    async with dialler.channel() as channel:
+    async with await dialler.reach() as channel:
         try:
             return await enroll(stub_of(channel), identity, settings.join_token(), settings.node_name())
         except (grpc.aio.AioRpcError, LinkLost) as fault:
-            raise NodeError(f"The control plane at {dialler.target} did not answer: {words_of(fault)}") from None
+            raise NodeError(f"The control plane at {settings.controlplane} did not answer: {words_of(fault)}") from None
 
 
 async def _inventory(settings: config.Config, node_addr: str) -> dict[str, Any]:
@@ -381,34 +393,8 @@ def _words(value: object) -> str:
     return str(value) or "-"
 
 
-def _settings(file: Path | None, options: dict[str, Any]) -> config.Config:
-    try:
-        return config.load(file, options)
-    except ConfigFault as fault:
-        _fail(f"The settings cannot be used:\n{textwrap.indent(str(fault), '  ')}", fault.exit_code)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What is the operator's business is told in a sentence, and the exit status says which kind it was."""
-    try:
-        yield
-    except NodeError as fault:
-        _fail(str(fault), fault.exit_code)
-    except OSError as fault:
-        _fail(str(fault), 1)
-
-
-def _fail(words: str, code: int) -> NoReturn:
-    print(f"ngpu-node: {words}", file=sys.stderr)  # noqa: T201
-    raise typer.Exit(code)
-
-
-def _raise_open_files() -> None:
-    """A connection for each attempt: the usual limit of 1,024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard > 0 else 65_536, hard))
+app.command()(simulate)
+app.command()(simulate_fault)
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from ngpu.v1 import node_pb2, task_pb2
 from nodedaemon.connection import Address
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.engine import Exit
-from nodedaemon.jobs import Job
+from nodedaemon.held import Taken
+from nodedaemon.jobs import ADOPT_LOOK_S, Job
+from nodedaemon.relay import Exchange
 
 #: How long an attempt may run if its Start does not say.
 RUN_TIME_LIMIT_MS: Final = 3_600_000
@@ -75,6 +77,7 @@ class Attempt:
         self.record_after_s = start.record_after_ms / 1000
         self.course = course
         self.accepted_at = accepted_at
+        self.exchange: Exchange | None = None
         #: What it may become; None: its container's answer is the end of it.
         self.job: Job | None = None
         #: Of its time, what was over before this daemon began.
@@ -86,7 +89,31 @@ class Attempt:
         # A task that is cancelled before its first step ends without a word.
         self.stepped = False
         self.given_up = False
+        #: To the next daemon: no result follows.
+        self.left = False
         self.task: asyncio.Task[None]
+
+    @classmethod
+    def waiting(cls, taken: Taken, course: Course, at_once: int, *, now: float) -> "Attempt":
+        """One whose answer an earlier daemon waited for, with `at_once` of them on its replica."""
+        attempt = cls(taken.errand.start, course, taken.errand.accepted_at)
+        attempt.before_s = max(0.0, now - attempt.accepted_at)
+        course.delivery, course.sent_at = task_pb2.DELIVERY_SENT, taken.begun_at
+        if taken.errand.has_gpus:
+            # How they shared the GPUs until now nobody knows any more.
+            attempt.gpu_held_s = max(0.0, now - taken.begun_at) / at_once
+        return attempt
+
+    @classmethod
+    def at_work(cls, job: Job, course: Course, at_once: int, *, now: float, passed_s: float) -> "Attempt":
+        """One with a job that an earlier daemon began so long ago, one of `at_once` on its replica."""
+        attempt = cls(job.start, course, now - passed_s)
+        attempt.job = job
+        attempt.before_s = passed_s
+        course.sent_at = course.first_byte_at = attempt.accepted_at
+        course.answered()
+        attempt.gpu_held_s = passed_s / at_once
+        return attempt
 
     def interrupt(self, why: NoAnswer) -> None:
         """End it for that reason; the first one stays. Its container's connection is closed at once."""
@@ -94,6 +121,15 @@ class Attempt:
             self.interruption = why
             if self.stepped:
                 self.task.cancel()
+
+    def leave(self) -> None:
+        """Leave it to the next daemon, if that can go on with it: with a job, or a request that only waits."""
+        connection = self.exchange.connection if self.exchange is not None else None
+        if self.interruption is not None:
+            return
+        if (self.job is not None and self.job.id) or (connection is not None and connection.leave()):
+            self.left = True
+            self.task.cancel()
 
     def leave_gpus(self) -> None:
         """It holds them no more."""
@@ -125,6 +161,19 @@ class Attempt:
         if course.last_byte_at:
             result.last_byte_after_us = _us(course.last_byte_at - since)
         result.gpu_us = round(self.gpu_held_s * 1e6)
+
+
+async def find_container(attempt: Attempt, container_id: str, places: Places) -> None:
+    """Of an attempt that was taken up: end it if its replica has another by now. What ends later, the engine tells."""
+    while not attempt.task.done():
+        now = places.container_id(attempt.replica_id)
+        if now == container_id:
+            return
+        if now:
+            words = "The container that worked on it was replaced while the node's daemon was down."
+            attempt.interrupt(NoAnswer("REPLICA_LOST", PLATFORM, words))
+            return
+        await asyncio.sleep(ADOPT_LOOK_S)
 
 
 def exited(exit_: Exit) -> NoAnswer:

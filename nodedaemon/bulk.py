@@ -86,7 +86,7 @@ class Tunnel:
 
 
 class Bulk:
-    """Fetches and delivers bodies over `channel`, which lives as long as the daemon: sessions come and go beside it."""
+    """Fetches and delivers bodies over `channel`, which outlives sessions: they come and go beside it."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
@@ -94,6 +94,16 @@ class Bulk:
         self._metadata: Metadata = ()
         self._open = asyncio.Event()
         self._backlog = asyncio.Semaphore(BACKLOG_AT_ONCE)
+
+    async def move(self, channel: grpc.aio.Channel) -> None:
+        """Over this one from now on: it is another control plane. What was under way goes on there."""
+        old, self._channel = self._channel, channel
+        self._stub = stub_of(channel)
+        await old.close()
+
+    async def shut(self) -> None:
+        """Nothing more."""
+        await self._channel.close()
 
     def open(self, session_token: str) -> None:
         """A session has begun."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
 import pydantic_settings
+from ngpu import dial
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -46,6 +47,11 @@ def _size(value: object) -> object:
     return int(match[1]) * _SIZES[match[2]]
 
 
+def _addresses(value: str) -> str:
+    split_addresses(value)
+    return value
+
+
 def _address(value: str) -> str:
     split_address(value)
     return value
@@ -72,8 +78,8 @@ class Config(BaseSettings):
         env_prefix=ENV_PREFIX, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
 
-    controlplane: Annotated[str, AfterValidator(_address)] = "127.0.0.1:50051"
-    """HOST:PORT of the control plane. The node only ever dials out."""
+    controlplane: Annotated[str, AfterValidator(_addresses)] = "127.0.0.1:50051"
+    """HOST:PORT of the control plane; of all, with commas, if others stand by. The node only ever dials out."""
     tls: bool = False
     """Speak TLS to the control plane."""
     tls_ca: Path | None = None
@@ -96,6 +102,12 @@ class Config(BaseSettings):
     """Docker engine: let containers run as root if their image says so."""
     stop_grace: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
     """How long running tasks may take to finish when the daemon stops."""
+    volumes: Annotated[Bytes, Field(ge=0)] = 64 * 1024**3
+    """Disk for volumes, in which workspaces keep what they have loaded, all together. 0: none are allowed."""
+    disk_reserve: Annotated[Bytes, Field(ge=0)] = 20 * 1024**3
+    """With less free disk, images that this daemon pulled and no replica uses are removed. 0: never."""
+    image_idle: Annotated[Seconds, Field(ge=60)] = 3600.0
+    """An image used within this time is not removed."""
     spool_limit: Annotated[Bytes, Field(ge=64 * 1024**2)] = 4 * 1024**3
     """Disk for answers that the control plane has not acknowledged; past it containers wait with theirs."""
     metrics_listen: Annotated[str, AfterValidator(_optional_address)] = ""
@@ -116,7 +128,8 @@ class Config(BaseSettings):
     def _safe(self) -> Self:
         if self.token.get_secret_value() and self.token_file is not None:
             raise ValueError("token and token_file: set one of them")
-        if not self.with_tls and not self.allow_plaintext and not is_loopback(split_address(self.controlplane)[0]):
+        hosts = [host for host, _ in split_addresses(self.controlplane)]
+        if not self.with_tls and not self.allow_plaintext and not all(map(is_loopback, hosts)):
             raise ValueError(
                 f"controlplane = {self.controlplane!r} leaves this machine without TLS: set tls = true, "
                 "or allow_plaintext = true if something around it adds TLS"
@@ -195,6 +208,11 @@ def settings() -> list[tuple[str, str, str]]:
 def env_name(setting: str) -> str:
     """The environment variable of a setting."""
     return ENV_PREFIX + setting.upper()
+
+
+def split_addresses(addresses: str) -> list[tuple[str, int]]:
+    """`HOST:PORT,HOST:PORT`. Raises ValueError."""
+    return [split_address(address) for address in dial.split(addresses)]
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Connections to containers: one exchange at a time on each, kept for the next where that is safe.
+"""A connection to a container: one exchange at a time on it, kept for the next where that is safe.
 
 Nothing is retried once a byte of a request has gone out: a container that closes a reused connection may have read what
 we wrote into it. To keep that race rare a connection is reused only within IDLE_S and after a look at its socket.
@@ -7,21 +7,17 @@ we wrote into it. To keep that race rare a connection is reused only within IDLE
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import Callable
 from typing import Final
 
 from ngpu import wire
 
-from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+from nodedaemon.course import CUSTOMER, Course, NoAnswer
+from nodedaemon.held import Hold, Taken
 from nodedaemon.http1 import Malformed, ResponseParser
 
-#: To reach a container on this machine.
-CONNECT_LIMIT_S: Final = 5.0
 #: How long an unused connection is kept: less than servers commonly do, so that we are the one who closes.
 IDLE_S: Final = 1.0
-#: Unused connections kept per container and port.
-IDLE_CONNECTIONS: Final = 256
 #: Body bytes that wait in a connection for their reader; past it the container waits.
 BUFFER_BYTES: Final = wire.CHUNK_BYTES
 
@@ -32,8 +28,16 @@ Address = tuple[str, int]
 class Connection(asyncio.Protocol):
     """One connection. `begin` an exchange, then `wait` and `take` until it is `over` and nothing is buffered."""
 
-    def __init__(self, sock: socket.socket, address: Address, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, sock: socket.socket, address: Address, monotonic: Callable[[], float], hold: Hold | None = None
+    ) -> None:
         self._sock = sock
+        self._hold = hold
+        # The kernel's counts, when all that was begun is over.
+        self._sent_bytes = hold.begins_at if hold is not None else 0
+        self._received_bytes = 0
+        # Another daemon could wait for the answer.
+        self._noted = False
         self._monotonic = monotonic
         self._transport: asyncio.Transport
         self._loop = asyncio.get_running_loop()
@@ -65,13 +69,28 @@ class Connection(asyncio.Protocol):
         sent = self._written_all and not self._unflushed
         return self.response.complete and self.response.reusable and sent and not self._lost
 
-    def begin(self, method: str, data: bytes, course: Course, *, whole: bool, switches: bool = False) -> bool:
+    def begin(
+        self,
+        method: str,
+        data: bytes,
+        course: Course,
+        *,
+        whole: bool,
+        switches: bool = False,
+        later_bytes: int = 0,
+        errand: bytes | None = None,
+    ) -> bool:
         """Send a request's beginning (all of it, if `whole`). False: the container is gone and no byte went out.
 
-        `switches`: the answer may be a change of protocol; what comes after it is taken like a body.
+        `switches`: the answer may be a change of protocol; what comes after it is taken like a body. `later_bytes`: so
+        many will follow. `errand`: noted, so that another daemon can wait for the answer.
         """
         if self._lost:
             return False
+        self._sent_bytes += len(data) + later_bytes
+        self._noted = self._hold is not None and errand is not None
+        if self._hold is not None and errand is not None:
+            self._hold.note(errand, sent=self._sent_bytes, received=self._received_bytes, now=self._monotonic())
         # By our own hand, not the transport's: so that we know whether a byte went out.
         try:
             written = self._sock.send(data)
@@ -87,6 +106,24 @@ class Connection(asyncio.Protocol):
             self._transport.write(data[written:])
         elif whole:
             course.sent()
+        return True
+
+    def go_on(self, method: str, course: Course, taken: Taken) -> None:
+        """With an exchange that an earlier daemon began: all that is left of it is the answer."""
+        self._sent_bytes, self._received_bytes = taken.sent, taken.received
+        self._noted = True
+        self.response = ResponseParser(method)
+        self._course = course
+        self._written_all = True
+
+    def leave(self) -> bool:
+        """Leave the exchange to the next daemon, if it only waits for the answer; then close this end of it."""
+        course = self._course
+        if course is None or not course.sent_at or course.first_byte_at or self.over or self._lost:
+            return False
+        if self._hold is None or not self._noted or not self._hold.leave():
+            return False
+        self.abort()
         return True
 
     async def write(self, data: bytes) -> None:
@@ -160,9 +197,17 @@ class Connection(asyncio.Protocol):
             return False
         return False
 
+    def discard(self) -> None:
+        """Close it before it was made."""
+        if self._hold is not None:
+            self._hold.let_go()
+        self._sock.close()
+
     def abort(self) -> None:
         """Close it now, whatever is under way."""
         self._lost = True
+        if self._hold is not None:
+            self._hold.let_go()
         self._transport.abort()
 
     # What asyncio calls.
@@ -176,6 +221,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the answer."""
+        self._received_bytes += len(data)
         course = self._course
         if course is None or self.over:
             # Nobody asked for it.
@@ -213,6 +259,8 @@ class Connection(asyncio.Protocol):
             # A write failed, say. An answer given before the request was read (413) may still lie in the socket.
             self._read_rest()
         self._lost = True
+        if self._hold is not None:
+            self._hold.let_go()
         self._close(proper=False)
 
     def pause_writing(self) -> None:
@@ -268,82 +316,3 @@ class Connection(asyncio.Protocol):
         with contextlib.suppress(OSError):
             while not self.over and (data := self._sock.recv(BUFFER_BYTES)):
                 self.data_received(data)
-
-
-class Connections:
-    """Connections to the containers of this node, by container and address: an address may become another's."""
-
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._monotonic = monotonic
-        # The last one used comes first: the others grow old and are closed.
-        self._idle: dict[tuple[str, Address], list[Connection]] = {}
-        self._sweep: asyncio.TimerHandle | None = None
-
-    def idle(self, container_id: str, address: Address) -> Connection | None:
-        """A connection that may be used again, if there is one."""
-        kept = self._idle.get((container_id, address))
-        while kept:
-            connection = kept.pop()
-            if connection.fresh():
-                return connection
-            connection.abort()
-        return None
-
-    async def new(self, address: Address) -> Connection:
-        """A new connection. Raises NoAnswer."""
-        try:
-            return await self._connect(address)
-        except TimeoutError:
-            words = f"it did not answer within {CONNECT_LIMIT_S:g} s"
-        except ConnectionRefusedError:
-            words = "nothing listens on its port"
-        except OSError as fault:
-            words = fault.strerror or str(fault)
-        raise NoAnswer("CONNECT_FAILED", PLATFORM, f"No connection to the container could be made: {words}.")
-
-    async def _connect(self, address: Address) -> Connection:
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            loop = asyncio.get_running_loop()
-            async with asyncio.timeout(CONNECT_LIMIT_S):
-                await loop.sock_connect(sock, address)
-            _, connection = await loop.create_connection(lambda: Connection(sock, address, self._monotonic), sock=sock)
-        except BaseException:
-            sock.close()
-            raise
-        return connection
-
-    def keep(self, container_id: str, connection: Connection) -> None:
-        """The exchange on it is over: keep it for the next, or close it."""
-        if not connection.reusable:
-            connection.abort()
-            return
-        kept = self._idle.setdefault((container_id, connection.address), [])
-        if len(kept) >= IDLE_CONNECTIONS:
-            kept.pop(0).abort()
-        connection.rest()
-        kept.append(connection)
-        if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(IDLE_S, self._close_old)
-
-    def close(self) -> None:
-        """Close all that are kept."""
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
-        for kept in self._idle.values():
-            for connection in kept:
-                connection.abort()
-        self._idle.clear()
-
-    def _close_old(self) -> None:
-        self._sweep = None
-        for key, kept in list(self._idle.items()):
-            while kept and not kept[0].young():
-                kept.pop(0).abort()
-            if not kept:
-                del self._idle[key]
-        if self._idle:
-            self._sweep = asyncio.get_running_loop().call_later(IDLE_S, self._close_old)

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from ngpu import streams, wire
+from ngpu import dial, streams, wire
 from ngpu.v1 import http_pb2, node_pb2_grpc
 
 Asked = TypeVar("Asked")
@@ -27,17 +27,32 @@ class LinkLost(Exception):
 
 
 class Dialler:
-    """Makes channels to one control plane. `tls_ca`: PEM file with the authority to trust; None: the system's."""
+    """Makes channels to the control plane. `tls_ca`: PEM file with the authority to trust; None: the system's.
 
-    def __init__(self, target: str, *, tls: bool = False, tls_ca: Path | None = None) -> None:
-        self.target = target
+    `targets`: its address; or several, with commas between them, of which one answers. `target` is that one.
+    """
+
+    def __init__(self, targets: str, *, tls: bool = False, tls_ca: Path | None = None) -> None:
+        self.targets = dial.split(targets)
+        self.target = self.targets[0]
         self._credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes() if tls_ca else None) if tls else None
 
+    async def reach(self) -> grpc.aio.Channel:
+        """A channel to the one that answers, which is `target` from now on; if none does, calls on it say why."""
+        if len(self.targets) > 1 and (found := await dial.reach(self.targets, self._dial)):
+            self.target, channel = found
+            return channel
+        return self.channel()
+
     def channel(self) -> grpc.aio.Channel:
-        """A channel with a socket of its own, and so with no memory of earlier failures to connect."""
+        """A channel to `target`."""
+        return self._dial(self.target)
+
+    def _dial(self, target: str) -> grpc.aio.Channel:
+        # With a socket of its own, and so with no memory of earlier failures to connect.
         if self._credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=wire.BULK_CLIENT_OPTIONS)
-        return grpc.aio.secure_channel(self.target, self._credentials, options=wire.BULK_CLIENT_OPTIONS)
+            return grpc.aio.insecure_channel(target, options=wire.BULK_CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(target, self._credentials, options=wire.BULK_CLIENT_OPTIONS)
 
 
 class Backoff:

@@ -7,38 +7,34 @@ result is sent on it again until it is acknowledged.
 import asyncio
 import contextlib
 import functools
-import itertools
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from typing import Final, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from typing import Final
 from weakref import WeakValueDictionary
 
-import grpc
 import structlog
-from ngpu import wire
 from ngpu.v1 import http_pb2, node_pb2, task_pb2
 
-from nodedaemon.attempt import Attempt, GpuClock, Places, exited
+from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container
 from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.deadlines import Deadlines
 from nodedaemon.dial import read, write
 from nodedaemon.engine import Address, Exit
+from nodedaemon.errand import pack
+from nodedaemon.frames import ExecuteCall, Frames
+from nodedaemon.held import Taken
 from nodedaemon.http1 import BadRequest, request_head
 from nodedaemon.jobs import Job, Jobs
 from nodedaemon.journal import Journal
-from nodedaemon.relay import Exchange, Relay
+from nodedaemon.relay import Exchange, Relay, rest_of
 from nodedaemon.spool import Body, Spool
-
-ExecuteCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.ExecuteRequest, node_pb2.ExecuteResponse]"
 
 log = structlog.get_logger()
 
 #: Attempts at once on one node; capacities are far below it.
 RUNNING_LIMIT: Final = 10_000
-#: That a request is sent is told with the next result, or after this long. Most results come sooner and say it too.
-SENT_DELAY_S: Final = 0.02
 #: A connection that breaks may do so because its container exits; the engine says so within this time. A busy one takes
 #: more than a second, and so does the end of a process that held a GPU.
 EXIT_NEWS_S: Final = 3.0
@@ -58,6 +54,7 @@ class Executor:
         bulk: Bulk,
         spool: Spool,
         journal: Journal,
+        taken: Iterable[Taken] = (),
         record: Callable[[Attempt], None] = lambda _: None,
         monotonic: Callable[[], float] = time.monotonic,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -67,6 +64,7 @@ class Executor:
         self._bulk = bulk
         self._spool = spool
         self._journal = journal
+        self._taken = tuple(taken)
         self._record = record
         self._jobs = Jobs(relay=relay, places=places, journal=journal, monotonic=monotonic)
         self._monotonic = monotonic
@@ -78,13 +76,10 @@ class Executor:
         self._gpu_clocks: WeakValueDictionary[str, GpuClock] = WeakValueDictionary()
         # Of attempts, running or ended, whose body is on its way to the control plane: their results wait for it.
         self._deliveries: dict[str, asyncio.Task[None]] = {}
-        # What the next frames carry; the results themselves lie in the spool.
-        self._results: deque[str] = deque()
-        self._begun: deque[str] = deque()
-        self._sent: dict[str, None] = {}
-        self._sent_ripe = False
-        self._sent_timer: asyncio.TimerHandle | None = None
-        self._frame_due = asyncio.Event()
+        # What is to be told; the results themselves lie in the spool.
+        self._frames = Frames(spool.result, self._job_id)
+        # To the next daemon.
+        self._left: list[str] = []
         self._closed = False
         self._quiet = asyncio.Event()
         self.ended: Counter[str] = Counter()
@@ -97,8 +92,10 @@ class Executor:
                 body, result = self._spool.body(attempt_id), self._spool.result(attempt_id)
                 if body and result:
                     self._deliver_soon(attempt_id, result.response, body)
-            left = [attempt_id for attempt_id in self._journal.interrupted if attempt_id not in self._spool]
-            jobs = {attempt_id: Job.noted(self._journal.notes.get(attempt_id, b"")) for attempt_id in left}
+            notes = self._journal.notes
+            interrupted = [attempt_id for attempt_id in self._journal.interrupted if attempt_id not in self._spool]
+            waiting = self._take_up([attempt_id for attempt_id in interrupted if attempt_id not in notes])
+            jobs = {i: Job.noted(notes.get(i, b"")) for i in interrupted if i not in waiting}
             at_once = Counter(job.start.replica_id for job in jobs.values() if job)
             for attempt_id, job in jobs.items():
                 if job is not None:
@@ -109,7 +106,12 @@ class Executor:
                     words = "The node's daemon was killed while the container worked on the request."
                     result.failure.CopyFrom(NoAnswer("NODE_LOST", PLATFORM, words).failure())
                     self._add(result)
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                if not self._closed:
+                    # The daemon fails: that costs no more than its being killed.
+                    self._leave()
 
     # What the control plane says.
 
@@ -117,8 +119,7 @@ class Executor:
         """Begin an attempt. Of one that is held already it changes nothing."""
         if start.attempt_id in self._running or start.attempt_id in self._spool:
             return
-        course = Course(functools.partial(self._note_sent, start.attempt_id), self._monotonic)
-        attempt = Attempt(start, course, self._monotonic())
+        attempt = Attempt(start, self._course(start.attempt_id), self._monotonic())
         if start.HasField("job"):
             attempt.job = Job.of(start, self._clock_ns())
         try:
@@ -126,23 +127,50 @@ class Executor:
         except NoAnswer as why:
             self._end(attempt, node_pb2.Result(attempt_id=attempt.id), why)
             return
-        self._running[attempt.id] = attempt
-        attempt.task = self._group.create_task(self._run(attempt, exchange), name=attempt.id)
+        self._launch(attempt, exchange)
+
+    def _take_up(self, interrupted: Collection[str]) -> Collection[str]:
+        """Go on waiting for the answers to what an earlier daemon sent; which attempts these are."""
+        waiting: dict[str, Taken] = {}
+        for taken in self._taken:
+            attempt_id = taken.errand.start.attempt_id
+            if attempt_id in interrupted and attempt_id not in waiting:
+                waiting[attempt_id] = taken
+            else:
+                taken.hold.discard()
+        self._taken = ()
+        at_once = Counter(taken.errand.start.replica_id for taken in waiting.values())
+        for taken in waiting.values():
+            self._wait_on(taken, at_once[taken.errand.start.replica_id])
+        return waiting
+
+    def _wait_on(self, taken: Taken, at_once: int) -> None:
+        """For an answer, one of so many on its replica."""
+        errand = taken.errand
+        attempt = Attempt.waiting(taken, self._course(errand.start.attempt_id), at_once, now=self._monotonic())
+        if errand.job is not None:
+            attempt.job = Job(errand.job, begun_ns=self._clock_ns() - round(attempt.before_s * 1e9))
+        if errand.has_gpus:
+            self._enter_gpus(attempt)
+        self._launch(attempt, rest_of(taken, functools.partial(self._open_body, attempt)))
+        finding = find_container(attempt, errand.container_id, self._places)
+        self._group.create_task(finding, name=f"find the container of {attempt.id}")
 
     def _go_on(self, job: Job, at_once: int) -> None:
         """With a job that an earlier daemon began, one of so many on its replica."""
-        attempt_id, now = job.start.attempt_id, self._monotonic()
-        course = Course(functools.partial(self._note_sent, attempt_id), self._monotonic)
+        now = self._monotonic()
         passed_s = min(max(0.0, (self._clock_ns() - job.begun_ns) / 1e9), job.start.run_time_limit_ms / 1000)
-        attempt = Attempt(job.start, course, now - passed_s)
-        attempt.job = job
-        attempt.before_s = passed_s
-        course.sent_at = course.first_byte_at = attempt.accepted_at
-        course.answered()
-        # How they shared the GPUs until now nobody knows any more.
-        attempt.gpu_held_s = passed_s / at_once
-        self._running[attempt_id] = attempt
-        attempt.task = self._group.create_task(self._run(attempt, None), name=attempt_id)
+        self._launch(
+            Attempt.at_work(job, self._course(job.start.attempt_id), at_once, now=now, passed_s=passed_s), None
+        )
+
+    def _course(self, attempt_id: str) -> Course:
+        return Course(functools.partial(self._frames.sent, attempt_id), self._monotonic)
+
+    def _launch(self, attempt: Attempt, exchange: Exchange | None) -> None:
+        attempt.exchange = exchange
+        self._running[attempt.id] = attempt
+        attempt.task = self._group.create_task(self._run(attempt, exchange), name=attempt.id)
 
     def cancel(self, attempt_id: str) -> None:
         """End an attempt; its result follows. Of one that has ended it changes nothing."""
@@ -170,7 +198,7 @@ class Executor:
 
     def held(self) -> list[str]:
         """Attempts that run, and those that have ended and are not acknowledged."""
-        return [*self._running, *self._spool.attempts()]
+        return [*self._running, *self._left, *self._spool.attempts()]
 
     def container_exited(self, exit_: Exit) -> None:
         """A container ended by itself. Its connections break; what is left after EXIT_NEWS_S is ended here."""
@@ -181,17 +209,31 @@ class Executor:
         self._closed = True
         self._check_quiet()
 
-    async def finish(self, within_s: float) -> None:
-        """After `close`: give what runs so long to end; the rest ends as lost with the node."""
+    async def finish(self, within_s: float, *, leave: bool = False) -> None:
+        """After `close`: give what runs so long to end; the rest ends as lost with the node.
+
+        `leave`: what can be is left to the next daemon instead.
+        """
         tasks = [attempt.task for attempt in self._running.values()]
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=within_s)
         lost = NoAnswer("NODE_LOST", PLATFORM, "The node's daemon was stopped before the container had answered.")
+        if leave:
+            self._leave()
         for attempt in self._running.values():
-            attempt.interrupt(lost)
+            if not attempt.left:
+                attempt.interrupt(lost)
         if late:
             await asyncio.wait(late)
+        self._check_quiet()
+
+    def _leave(self) -> None:
+        """To the next daemon, what can be."""
+        for attempt in self._running.values():
+            attempt.leave()
+            if attempt.left:
+                self._left.append(attempt.id)
 
     async def quiet(self, within_s: float) -> bool:
         """After `finish`: wait so long until all that is held is acknowledged. False: something is left."""
@@ -206,14 +248,14 @@ class Executor:
         """Serve one Execute stream until it ends. Raises a group with LinkLost or AioRpcError in it."""
         resume = node_pb2.Resume(running=list(self._running), ended=self._spool.attempts())
         await write(call, node_pb2.ExecuteRequest(resume=resume))
-        self._results = deque(i for i in self._spool.attempts() if i not in self._deliveries)
-        self._sent = dict.fromkeys(i for i, attempt in self._running.items() if attempt.course.sent_at)
-        self._sent_ripe = True
-        self._begun = deque(i for i, attempt in self._running.items() if attempt.job is not None)
-        self._frame_due.set()
+        self._frames.restate(
+            results=(i for i in self._spool.attempts() if i not in self._deliveries),
+            sent=(i for i, attempt in self._running.items() if attempt.course.sent_at),
+            begun=(i for i, attempt in self._running.items() if attempt.job is not None),
+        )
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear(call), name="execute: hear")
-            group.create_task(self._tell(call), name="execute: tell")
+            group.create_task(self._frames.tell(call), name="execute: tell")
 
     async def _hear(self, call: ExecuteCall) -> None:
         while True:
@@ -224,39 +266,6 @@ class Executor:
                 self.cancel(attempt_id)
             for attempt_id in frame.acks:
                 self.acknowledge(attempt_id)
-
-    async def _tell(self, call: ExecuteCall) -> None:
-        """Whatever waits goes in one frame; while that is on its way, more comes to wait."""
-        while True:
-            await self._frame_due.wait()
-            self._frame_due.clear()
-            while self._results or self._begun or (self._sent and self._sent_ripe):
-                await write(call, self._frame())
-
-    def _frame(self) -> node_pb2.ExecuteRequest:
-        frame = node_pb2.ExecuteRequest()
-        items = size = 0
-        while self._begun and items < wire.BATCH_ITEMS:
-            begun = self._running.get(self._begun.popleft())
-            # The result of one that has ended says it, too.
-            if begun is not None and begun.job is not None and begun.job.id:
-                frame.jobs.add(attempt_id=begun.id, job_id=begun.job.id)
-                items += 1
-        while self._results and items < wire.BATCH_ITEMS and size < wire.BATCH_BYTES:
-            attempt_id = self._results.popleft()
-            result = self._spool.result(attempt_id)
-            if result is not None:
-                # It says that the request was sent, too.
-                self._sent.pop(attempt_id, None)
-                frame.results.append(result)
-                items += 1
-                size += len(result.response.body.inline)
-        if self._sent_ripe:
-            for attempt_id in list(itertools.islice(self._sent, wire.BATCH_ITEMS - items)):
-                del self._sent[attempt_id]
-                frame.sent.append(attempt_id)
-            self._sent_ripe = bool(self._sent)
-        return frame
 
     # One attempt.
 
@@ -278,18 +287,26 @@ class Executor:
         except BadRequest as fault:
             raise NoAnswer("INTERNAL", PLATFORM, f"The request cannot be written as HTTP: {fault}.") from None
         inline = body.inline
+        container_id = self._places.container_id(start.replica_id)
         return Exchange(
-            container_id=self._places.container_id(start.replica_id),
+            container_id=container_id,
             address=address,
             method=request.method,
             payload=head + inline,
             begin=functools.partial(self._begin, attempt, address),
             open_body=functools.partial(self._open_body, attempt),
             upload=self._bulk.fetch(attempt.id, len(inline), body.size) if body.size > len(inline) else None,
+            upload_bytes=body.size - len(inline),
             limit_bytes=start.response_body_limit_bytes,
             streamed=start.streamed and attempt.job is None,
             open_tunnel=functools.partial(self._bulk.tunnel, attempt.id) if switches else None,
+            errand=self._errand(attempt, start, container_id) if self._relay.holds and not switches else None,
         )
+
+    def _errand(self, attempt: Attempt, start: node_pb2.Start, container_id: str) -> bytes | None:
+        job = attempt.job.start if attempt.job is not None else None
+        has_gpus = bool(self._places.gpu_ids(start.replica_id))
+        return pack(start, container_id, attempt.accepted_at, has_gpus=has_gpus, job=job)
 
     async def _run(self, attempt: Attempt, exchange: Exchange | None) -> None:
         """`exchange` is None where an earlier daemon did it."""
@@ -302,6 +319,9 @@ class Executor:
             if why is None:
                 why = await self._relayed(attempt, exchange, result.response)
         except asyncio.CancelledError:
+            if attempt.left:
+                attempt.task.uncancel()
+                return
             why = attempt.interruption
             if why is None:
                 raise
@@ -313,6 +333,8 @@ class Executor:
             why = NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")
         finally:
             self._deadlines.remove(attempt.id)
+            # They know each other, and would wait for the garbage collector.
+            attempt.exchange = None
             attempt.leave_gpus()
             del self._running[attempt.id]
         self._end(attempt, result, why)
@@ -351,8 +373,11 @@ class Executor:
 
     def _hold_gpus(self, attempt: Attempt) -> None:
         if attempt.gpu_clock is None and self._places.gpu_ids(attempt.replica_id):
-            clock = self._gpu_clocks.setdefault(attempt.replica_id, GpuClock(self._monotonic))
-            attempt.gpu_clock, attempt.gpu_entered = clock, clock.enter()
+            self._enter_gpus(attempt)
+
+    def _enter_gpus(self, attempt: Attempt) -> None:
+        clock = self._gpu_clocks.setdefault(attempt.replica_id, GpuClock(self._monotonic))
+        attempt.gpu_clock, attempt.gpu_entered = clock, clock.enter()
 
     def _open_body(self, attempt: Attempt, head: http_pb2.HttpResponse) -> Body:
         """The answer's body needs a place of its own."""
@@ -397,14 +422,13 @@ class Executor:
         self.ended[result.failure.reason] += 1
         self._spool.add(result)
         if result.attempt_id not in self._deliveries:
-            self._results.append(result.attempt_id)
-            self._frame_due.set()
+            self._frames.ended(result.attempt_id)
 
     def _forget(self, attempt_id: str) -> None:
         self._drop_body(attempt_id)
         self._spool.forget(attempt_id)
         self._journal.end(attempt_id)
-        self._sent.pop(attempt_id, None)
+        self._frames.forget(attempt_id)
         self._check_quiet()
 
     # Bodies.
@@ -434,8 +458,7 @@ class Executor:
             self._replace(attempt_id, why)
         self._deliveries.pop(attempt_id, None)
         if attempt_id in self._spool:
-            self._results.append(attempt_id)
-            self._frame_due.set()
+            self._frames.ended(attempt_id)
 
     def _replace(self, attempt_id: str, why: NoAnswer) -> None:
         """An answer that was complete here cannot be had after all."""
@@ -465,21 +488,13 @@ class Executor:
             if attempt.replica_id == exit_.replica_id and attempt.accepted_at <= exit_.at:
                 attempt.interrupt(exited(exit_))
 
-    def _note_sent(self, attempt_id: str) -> None:
-        self._sent[attempt_id] = None
-        if self._sent_timer is None:
-            self._sent_timer = asyncio.get_running_loop().call_later(SENT_DELAY_S, self._ripen_sent)
-
     def _job_begun(self, attempt: Attempt) -> None:
         self._hold_gpus(attempt)
-        self._begun.append(attempt.id)
-        self._frame_due.set()
+        self._frames.begun(attempt.id)
 
-    def _ripen_sent(self) -> None:
-        self._sent_timer = None
-        if self._sent:
-            self._sent_ripe = True
-            self._frame_due.set()
+    def _job_id(self, attempt_id: str) -> str:
+        attempt = self._running.get(attempt_id)
+        return attempt.job.id if attempt is not None and attempt.job is not None else ""
 
     def _check_quiet(self) -> None:
         if self._closed and not self._running and not len(self._spool):

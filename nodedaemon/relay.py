@@ -17,8 +17,10 @@ import structlog
 from ngpu import wire
 from ngpu.v1 import http_pb2
 
-from nodedaemon.connection import Address, Connection, Connections
+from nodedaemon.connection import Address, Connection
+from nodedaemon.connections import Connections
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
+from nodedaemon.held import Held, Taken
 from nodedaemon.http1 import ResponseParser
 
 log = structlog.get_logger()
@@ -64,7 +66,9 @@ class Exchange:
     `payload`: the head, and what is inline of the body. `upload`: the rest of the body, if there is more. `begin` is
     called when connected, before the first byte goes out: whether the address is still the container's is to be asked
     there. `open_body` is called with the head of an answer whose body needs a sink. Both may raise NoAnswer.
-    `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101.
+    `open_tunnel`: it asks for another protocol, and this is for the bytes after the container's 101. `errand`: what
+    another daemon needs to go on with it. `taken`: with this one an earlier daemon began, and `payload` has gone out.
+    `connection` is set while there is one.
     """
 
     container_id: str
@@ -74,23 +78,52 @@ class Exchange:
     begin: Callable[[], None]
     open_body: Callable[[http_pb2.HttpResponse], Sink]
     upload: AsyncGenerator[bytes, None] | None = None
+    upload_bytes: int = 0
     limit_bytes: int = 0
     streamed: bool = False
     open_tunnel: Callable[[http_pb2.HttpResponse], Awaitable[Tunnel]] | None = None
+    errand: bytes | None = None
+    taken: Taken | None = None
+    connection: Connection | None = None
+
+
+def rest_of(taken: Taken, open_body: Callable[[http_pb2.HttpResponse], Sink]) -> Exchange:
+    """What is left of an exchange that an earlier daemon began."""
+    errand = taken.errand
+    return Exchange(
+        container_id=errand.container_id,
+        address=taken.address,
+        method="HEAD" if errand.is_head else "",
+        payload=b"",
+        begin=_nothing,
+        open_body=open_body,
+        limit_bytes=errand.start.response_body_limit_bytes,
+        streamed=errand.start.streamed and errand.job is None,
+        taken=taken,
+    )
 
 
 class Relay:
     """Does exchanges; keeps connections between them."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._connections = Connections(monotonic)
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic, held: Held | None = None) -> None:
+        self._connections = Connections(monotonic, held)
+
+    @property
+    def holds(self) -> bool:
+        """Connections may outlive the daemon, if errands are given."""
+        return self._connections.held is not None
 
     async def run(self, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> None:
         """Do it, and fill `response` in: body inline, or its size alone if it went to a sink. Raises NoAnswer.
 
         Cancelling it closes the container's connection. `course` is true at every moment.
         """
-        connection = await self._begin(exchange, course)
+        if exchange.taken is None:
+            connection = await self._begin(exchange, course)
+        else:
+            connection = await self._connections.take_up(exchange.taken, exchange.address, exchange.method, course)
+        exchange.connection = connection
         upload = exchange.upload
         sending = None if upload is None else asyncio.create_task(_send(connection, upload), name="upload")
         try:
@@ -99,6 +132,8 @@ class Relay:
             connection.abort()
             raise
         finally:
+            # From now on it may be another's.
+            exchange.connection = None
             if sending is not None:
                 sending.cancel()
                 await asyncio.wait([sending])
@@ -120,9 +155,17 @@ class Relay:
                 connection = await self._connections.new(exchange.address)
             try:
                 exchange.begin()
-                if connection.begin(exchange.method, exchange.payload, course, whole=whole, switches=switches):
+                if connection.begin(
+                    exchange.method,
+                    exchange.payload,
+                    course,
+                    whole=whole,
+                    switches=switches,
+                    later_bytes=exchange.upload_bytes,
+                    errand=exchange.errand,
+                ):
                     # An attempt may run for long: keep no more of it than is needed.
-                    exchange.payload = b""
+                    exchange.payload, exchange.errand = b"", None
                     return connection
             except BaseException:
                 connection.abort()
@@ -253,6 +296,10 @@ def is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Utf8:

@@ -16,12 +16,13 @@ from nodedaemon.engine import (
     Address,
     Assignment,
     Container,
+    DiskFull,
     Engine,
     EngineDown,
     EngineError,
     Exit,
-    GpuMissing,
     NeverReady,
+    NotNow,
     Readiness,
 )
 from nodedaemon.pulls import Pulls
@@ -114,8 +115,8 @@ class Contact:
 class Means:
     """What a replica lives by.
 
-    The last four are for telling Replicas: that there is news, to ask the engine anew, that it is lost, that a
-    container has ended.
+    The last five are for telling Replicas: that there is news, to ask the engine anew, that it is lost, that a
+    container has ended, that the disk is full.
     """
 
     engine: Engine
@@ -130,6 +131,7 @@ class Means:
     look: Callable[[], None]
     lost: Callable[[EngineError], None]
     ended: Callable[[Exit], None]
+    full: Callable[[], None]
 
 
 async def either(event: asyncio.Event, other: Awaitable[object]) -> bool:
@@ -199,6 +201,12 @@ class Replica:
                 self._means.ended(now.exit)
             self._nudge.set()
 
+    def end(self, why: str, *, customers: bool) -> None:
+        """Have its container ended, with all that runs in it, and another made after a while."""
+        if self.container and not self.container.exit:
+            ended = Exit(self.container.replica_id, None, why=why, customers=customers)
+            self.seen(dataclasses.replace(self.container, addresses={}, exit=ended), engine_was_down=False)
+
     def confirm(self, stream: object | None) -> None:
         """The container as it was last `seen` is what the engine said on that stream's watch."""
         if self._confirmed is not stream:
@@ -220,6 +228,8 @@ class Replica:
                 if ended.ran_s >= HEALTHY_S:
                     failures = 0
                 why = await self._obituary(ended)
+                if ended.why:
+                    await self._means.engine.stop(self.assignment.replica_id, grace_s=0)
             except EngineDown as down:
                 self._means.lost(down)
                 found = self.container = None
@@ -229,6 +239,8 @@ class Replica:
                 continue
             except EngineError as error:
                 why = str(error)
+                if isinstance(error, DiskFull):
+                    self._means.full()
             except Exception:
                 log.exception("replica_failed", replica=self.assignment.replica_id)
                 why = "the node daemon failed at it; its log says how"
@@ -293,7 +305,7 @@ class Replica:
 
     def _refuse(self) -> None:
         if why := self._means.may_start(self.assignment):
-            raise GpuMissing(why)
+            raise NotNow(why)
 
     async def _become_ready(self) -> None:
         readiness = self.assignment.readiness

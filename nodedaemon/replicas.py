@@ -24,6 +24,8 @@ log = structlog.get_logger()
 
 #: How often the engine is asked for all that is, in case an event was lost.
 STOCK_S = 30.0
+#: How often it is asked whether containers still see their GPUs.
+SIGHT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Replicas:
         engine: Engine,
         *,
         may_start: Callable[[Assignment], str] = lambda _: "",
+        blind: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
         stop_grace_s: float = 10.0,
         probe: Callable[[Readiness, Address], Awaitable[str]] = probe,
         monotonic: Callable[[], float] = time.monotonic,
@@ -69,9 +72,11 @@ class Replicas:
     ) -> None:
         """`may_start` says in words why an assignment must not start now ("": it may).
 
-        Wire `Gpus.refusal` of its gpu_ids there.
+        Wire `Gpus.refusal` of its gpu_ids and `Caches.refusal` there. `blind` asks which replicas' containers have lost
+        sight of GPUs that they were given, and how that shows; None: nobody can tell.
         """
         self._engine = engine
+        self._blind = blind
         self._stop_grace_s = stop_grace_s
         self._monotonic = monotonic
         self._sleep = sleep
@@ -89,6 +94,7 @@ class Replicas:
             look=self._look,
             lost=self._lost,
             ended=self._ended,
+            full=self._full,
         )
         self._group: asyncio.TaskGroup
         #: None until the control plane has spoken.
@@ -99,6 +105,7 @@ class Replicas:
         self._stopping: dict[str, ReplicaReport] = {}
         self._exits: dict[str, Exit] = {}
         self._callbacks: list[Callable[[Exit], None]] = []
+        self._make_room: Callable[[], None] = lambda: None
         self._listed = asyncio.Event()
         self._stale = True
         self._wake = asyncio.Event()
@@ -171,9 +178,25 @@ class Replicas:
         """The replica, if it is looked after here."""
         return self._kept.get(replica_id)
 
+    def assignments(self) -> tuple[Assignment, ...] | None:
+        """All that should be here or still is; None: the control plane has not spoken yet."""
+        if self._desired is None:
+            return None
+        return (*self._desired.values(), *(replica.assignment for replica in self._kept.values()))
+
+    def end(self, replica_id: str, why: str, *, customers: bool) -> None:
+        """End its container, whatever it does, and make another after a while. No error if there is none."""
+        replica = self._kept.get(replica_id)
+        if replica:
+            replica.end(why, customers=customers)
+
     def on_exit(self, callback: Callable[[Exit], None]) -> None:
         """Have `callback` called, in the event loop, for every container that ended otherwise than by our order."""
         self._callbacks.append(callback)
+
+    def on_full(self, make_room: Callable[[], None]) -> None:
+        """Have `make_room` called for every pull or start that failed because the disk is full."""
+        self._make_room = make_room
 
     async def exited(self, replica_id: str, *, since: float, within_s: float) -> Exit | None:
         """Did the replica's container end at or after `since` (monotonic)? Waits up to `within_s` for the engine to
@@ -198,6 +221,8 @@ class Replicas:
         async with asyncio.TaskGroup() as self._group:
             self._group.create_task(self._watch(), name="engine events")
             self._group.create_task(self._reconcile(), name="replicas")
+            if self._blind:
+                self._group.create_task(self._watch_gpus(self._blind), name="replicas' GPUs")
 
     async def stop_all(self, *, within_s: float) -> None:
         """Stop every container of this node; after `run` has ended, when the daemon is told to leave nothing behind.
@@ -302,6 +327,20 @@ class Replicas:
         self._bump()
         self._wake.set()
 
+    async def _watch_gpus(self, blind: Callable[[], Awaitable[Mapping[str, str]]]) -> None:
+        while True:
+            await self._sleep(SIGHT_S)
+            if not any(replica.assignment.gpu_ids for replica in self._kept.values()):
+                continue
+            try:
+                found = await blind()
+            except EngineError:
+                # The replicas' messages say so too.
+                continue
+            for replica_id, words in found.items():
+                why = f"it has lost sight of its GPUs ({words}), as after a reload of systemd; it is made anew"
+                self.end(replica_id, why, customers=False)
+
     # What replicas and the engine tell.
 
     def _look(self) -> None:
@@ -327,6 +366,9 @@ class Replicas:
         self._bump()
         for callback in self._callbacks:
             callback(known)
+
+    def _full(self) -> None:
+        self._make_room()
 
     def _bump(self) -> None:
         self._version += 1

@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
 import grpc
@@ -32,7 +32,7 @@ from nodedaemon.dial import (
     words_of,
     write,
 )
-from nodedaemon.engine import Assignment
+from nodedaemon.engine import Assignment, Volume
 from nodedaemon.errors import EnrolRefused, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
 from nodedaemon.gpus import GpuInventory, GpuReading
@@ -90,6 +90,19 @@ class Gpus(Protocol):
         """The control plane has these."""
 
 
+class Caches(Protocol):
+    """What a session needs of the volumes of this node."""
+
+    #: What its operator allows; 0: none.
+    volume_limit_bytes: int
+
+    def volumes(self) -> Sequence[Volume]:
+        """All that are kept."""
+
+    def bury(self, workspace_uids: Iterable[str]) -> None:
+        """These workspaces are no more."""
+
+
 async def enroll(stub: Stub, identity: Identity, token: str, name: str) -> str:
     """Make the node known, with a one-time token; the name it was given.
 
@@ -128,11 +141,13 @@ class Session:
         replicas: Replicas,
         gpus: Gpus,
         machine: Machine,
+        caches: Caches | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         answer_limit_s: float = ANSWER_LIMIT_S,
     ) -> None:
         self._dialler = dialler
+        self._target = dialler.target
         self._identity = identity
         self._boot_id = boot_id
         self._name = name
@@ -142,6 +157,7 @@ class Session:
         self._replicas = replicas
         self._gpus = gpus
         self._machine = machine
+        self._caches = caches
         self._monotonic = monotonic
         self._backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S, chance=chance)
         self._answer_limit_s = answer_limit_s
@@ -190,8 +206,12 @@ class Session:
 
     async def _once(self) -> str:
         """One session, from login to its end; why it ended."""
-        channel = self._dialler.channel()
+        channel = await self._dialler.reach()
         try:
+            if self._dialler.target != self._target:
+                self._target = self._dialler.target
+                log.info("control_plane_elsewhere", address=self._target)
+                await self._bulk.move(self._dialler.channel())
             stub = stub_of(channel)
             login = await self._login(stub)
             log.info("session_begun", node=self._identity.address, name=login.name)
@@ -271,19 +291,23 @@ class Session:
             self._report_after_s = min(max(after_s, REPORT_INTERVAL_S), REPORT_AFTER_CAP_S)
             while self._unanswered and self._unanswered[0][0] <= answer.sequence:
                 self._gpus.acknowledge(self._unanswered.popleft()[2])
+            if self._caches and answer.sequence:
+                self._caches.bury(answer.dead_workspaces)
             if not self._leaving.is_set():
                 self._replicas.apply([statement.assignment(message) for message in answer.assignments])
 
     def _report(self, sequence: int, readings: tuple[GpuReading, ...]) -> node_pb2.HeartbeatRequest:
         """All that is."""
         taking = self._executor.taking
+        limit = self._caches.volume_limit_bytes if self._caches else 0
         return node_pb2.HeartbeatRequest(
             sequence=sequence,
-            inventory=statement.inventory(self._machine, self._gpus.inventory()),
+            inventory=statement.inventory(self._machine, self._gpus.inventory(), volume_limit_bytes=limit),
             readings=map(statement.reading, readings),
             replicas=[statement.replica(report, taking=taking) for report in self._replicas.reports()],
             images=statement.images(self._machine.images),
             attempt_ids=self._executor.held(),
+            volumes=statement.volumes(self._caches.volumes() if self._caches else ()),
         )
 
 

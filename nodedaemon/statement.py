@@ -5,7 +5,7 @@ from typing import Final
 
 from ngpu.v1 import node_pb2, workspace_pb2
 
-from nodedaemon.engine import Assignment, CachedImage, Credentials, Readiness
+from nodedaemon.engine import Assignment, CachedImage, Credentials, Mount, Readiness, Volume
 from nodedaemon.gpus import GpuInventory, GpuReading
 from nodedaemon.machine import Machine
 from nodedaemon.replicas import ReplicaReport
@@ -17,7 +17,7 @@ SHM_BYTES: Final = 64 * 1024**2
 START_LIMIT_S: Final = 600.0
 
 
-def inventory(machine: Machine, gpus: GpuInventory) -> node_pb2.Inventory:
+def inventory(machine: Machine, gpus: GpuInventory, *, volume_limit_bytes: int = 0) -> node_pb2.Inventory:
     """What the machine has."""
     return node_pb2.Inventory(
         gpus=[
@@ -36,6 +36,7 @@ def inventory(machine: Machine, gpus: GpuInventory) -> node_pb2.Inventory:
         os=machine.os,
         daemon_version=machine.daemon_version,
         gpu_message=gpus.message,
+        volume_limit_bytes=volume_limit_bytes,
     )
 
 
@@ -77,6 +78,14 @@ def images(cached: Sequence[CachedImage]) -> list[node_pb2.CachedImage]:
     return [node_pb2.CachedImage(reference=image.reference, size_bytes=image.size_bytes) for image in cached]
 
 
+def volumes(kept: Sequence[Volume]) -> list[node_pb2.KeptVolume]:
+    """Volumes kept here."""
+    return [
+        node_pb2.KeptVolume(workspace_uid=one.workspace_uid, name=one.name, size_bytes=one.size_bytes or 0)
+        for one in kept
+    ]
+
+
 def assignment(message: node_pb2.Assignment) -> Assignment:
     """A replica that should run here, every default resolved."""
     spec = message.spec
@@ -102,7 +111,10 @@ def assignment(message: node_pb2.Assignment) -> Assignment:
         memory_bytes=spec.memory_bytes or MEMORY_BYTES,
         shm_bytes=spec.shm_bytes or SHM_BYTES,
         writable_paths=tuple(spec.writable_paths),
+        workspace_uid=message.workspace_uid,
+        mounts=tuple(Mount(volume.name, volume.path) for volume in spec.volumes),
         gpu_ids=tuple(message.gpu_ids),
+        gpu_share=spec.gpu.share_milli,
         registry=Credentials(registry.username, registry.password) if registry.username or registry.password else None,
         draining=message.draining,
     )

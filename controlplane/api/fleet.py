@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 from ngpu.v1 import fleet_pb2 as pb
 
-from controlplane import ids
+from controlplane import explain, ids, rehearsal, standing
 from controlplane.access import Access, Kind, KnownToken
 from controlplane.api import translate
 from controlplane.api.gate import Caller
@@ -15,7 +15,7 @@ from controlplane.deployer import Deployer
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NodeRevoked, NotFound
 from controlplane.fleet import Fleet, Node
-from controlplane.model import Availability, Role, State, Task, Token
+from controlplane.model import Attempt, Availability, Role, State, Task, Token
 from controlplane.store import Store
 
 #: How long a node's token is good if nothing else is said.
@@ -99,7 +99,8 @@ class FleetApi:
             replicas=len(replicas),
             running_tasks=sum(self._dispatcher.running_on(replica.id) for replica in replicas),
             ip=node.ip,
-            gpu_ids_in_use=[gpu_id for replica in replicas for gpu_id in replica.gpu_ids],
+            # Replicas with shares may hold the same one.
+            gpu_ids_in_use=dict.fromkeys(gpu_id for replica in replicas for gpu_id in replica.gpu_ids),
         )
 
     # Tokens.
@@ -151,34 +152,78 @@ class FleetApi:
         if own not in {"", workspace.uid}:
             raise NotFound("There is no such workspace, or it is not yours.")
         summary, decisions = self._deployer.explain(workspace.uid)
+        if doubt := standing.doubt(self._dispatcher.doubts(workspace.uid)):
+            summary += f" {doubt}"
         return pb.ExplainResponse(summary=summary, decisions=[translate.decision(one) for one in decisions])
 
-    async def _explain_task(self, row: Task) -> pb.ExplainResponse:
-        """Each attempt with its slot and the words kept with it; newest first."""
-        view = await self._dispatcher.query(row.id)
-        placed = (
-            [(row.attempt, row.assign_time, row.replica_id, row.assign_reason)] if row.state is State.RUNNING else []
+    async def plan_workspace(self, request: pb.PlanWorkspaceRequest, caller: Caller) -> pb.PlanWorkspaceResponse:  # noqa: ARG002
+        """See fleet.proto."""
+        planned = await self._deployer.rehearse(translate.spec_of(request.spec))
+        answer = pb.PlanWorkspaceResponse(
+            change=int(planned.change),  # type: ignore[arg-type]
+            generation=planned.generation,
+            wanted_replicas=planned.wanted,
+            kept_replicas=planned.kept,
+            new_replicas=planned.missing,
+            fits=planned.fits,
+            changed_fields=planned.fields,
+            replacing_fields=planned.anew,
+            summary=rehearsal.words(planned),
         )
-        ended = await self._store.attempts(row.id)
-        placed += [(one.number, one.assign_time, one.replica_id, one.reason) for one in reversed(ended)]
+        for step in planned.steps:
+            chosen = step.decision.chosen
+            answer.replicas.add(
+                decision=translate.decision(step.decision),
+                node_name=self._fleet.node(chosen).name if chosen else "",
+                gpu_ids=step.gpu_ids,
+                pulls_image=step.pulls,
+                image_bytes=step.image_bytes or 0,
+                replaces=step.replaces,
+            )
+        return answer
+
+    async def _explain_task(self, row: Task) -> pb.ExplainResponse:
+        """Each attempt with its slot, and why that one; newest first. Then why its last replica is where it is."""
+        view = await self._dispatcher.query(row.id)
+        ended = [
+            (one.number, one.assign_time, one.replica_id, one.reason, explain.decode(one.decision_json), _outcome(one))
+            for one in reversed(await self._store.attempts(row.id))
+        ]
+        placed = ended
+        if row.state is State.RUNNING and row.assign_time is not None:
+            decision = self._dispatcher.decision(row.id)
+            placed = [(row.attempt, row.assign_time, row.replica_id, row.assign_reason, decision, ""), *ended]
         answer = pb.ExplainResponse()
-        for number, time, replica_id, reason in placed:
+        for number, time, replica_id, reason, decision, outcome in placed:
             chosen = self._fleet.replica(replica_id)
             name = self._fleet.node(chosen.node_addr).name if chosen is not None else ""
-            answer.decisions.add(
-                time=translate.timestamp(time),
-                subject=f"attempt {number}",
-                chosen=replica_id,
-                candidates=[pb.Candidate(id=replica_id, name=name)],
+            answer.decisions.append(
+                translate.decision(decision)
+                if decision is not None
+                else pb.Decision(
+                    time=translate.timestamp(time),
+                    subject=f"attempt {number}",
+                    chosen=replica_id,
+                    candidates=[pb.Candidate(id=replica_id, name=name)],
+                )
             )
-            answer.summary += f"Attempt {number} went to {replica_id}{f' on {name}' if name else ''}: {reason} "
+            on = f" on {name}" if name else ""
+            answer.summary += f"Attempt {number} went to {replica_id}{on}: {reason}.{outcome} "
+        if placed and (replica := await self._store.replica(placed[0][2])) is not None:
+            there = explain.decode(replica.explanation_json)
+            if there is not None:
+                answer.decisions.append(translate.decision(there))
         if view.state is State.QUEUED:
-            waits = f"It waits, {view.queue_position} before it: {view.waiting_for}"
+            waits = f"It waits, {view.queue_position} before it: {view.waiting_for}."
             answer.summary = f"{waits} {answer.summary}"
         elif view.failure is not None:
             answer.summary = f"It {view.state.name.lower()}: {view.failure.message} {answer.summary}"
         answer.summary = answer.summary.strip() or f"It is {view.state.name.lower()}."
         return answer
+
+
+def _outcome(attempt: Attempt) -> str:
+    return f" It failed: {attempt.failure_message}" if attempt.failure_reason else ""
 
 
 def new_token(role: Role, name: str, *, now: datetime, lifetime: timedelta | None = None) -> tuple[Token, str]:

@@ -80,6 +80,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.FleetService.ListTokens": _OPERATOR,
     "ngpu.v1.FleetService.RevokeToken": _OPERATOR,
     "ngpu.v1.FleetService.Explain": _OWNER,
+    "ngpu.v1.FleetService.PlanWorkspace": _OPERATOR,
     "ngpu.v1.UsageService.GetUsage": _OWNER,
     "ngpu.v1.UsageService.ListReceipts": _OWNER,
     "ngpu.v1.UsageService.SetPrice": _OPERATOR,

@@ -23,6 +23,8 @@ DEBOUNCE_S: Final = 0.05
 #: A wait that lasts so much longer than asked for says that we were stopped meanwhile.
 STALL_S: Final = 2.0
 
+#: Volumes of one report that are looked at; the wire's own limit (node.proto).
+VOLUMES: Final = 1000
 _ADDR: Final = re.compile(r"0x[0-9a-fA-F]{40}")
 _NAME: Final = re.compile(r"[a-z0-9.-]{1,63}")
 
@@ -141,6 +143,19 @@ class Nodes:
             report_after_ms=self._report_after_ms,
         )
 
+    def dead(self, message: pb.HeartbeatRequest) -> list[str]:
+        """Of the workspaces whose volumes a report names, those that are deleted or not known."""
+        uids = dict.fromkeys(one.workspace_uid for one in message.volumes[:VOLUMES])
+        return [uid for uid in uids if not self._lives(uid)]
+
+    def _lives(self, workspace_uid: str) -> bool:
+        try:
+            workspace = self._fleet.workspace(workspace_uid)
+        except NotFound:
+            return False
+        # By its uid only: a node must not find out what names and ids there are.
+        return workspace.uid == workspace_uid and not workspace.deleted
+
     def desired_version(self, addr: str) -> int:
         """Changes when `desired` may have."""
         return self._fleet.node_changes.version(addr)
@@ -178,6 +193,7 @@ class _Heart:
         self._heard = nodes.now()
         self._due = asyncio.Event()
         self._sequence = 0
+        self._dead: list[str] = []
         self.goodbye = False
 
     async def read_all(self) -> None:
@@ -188,7 +204,7 @@ class _Heart:
             if message.goodbye:
                 self.goodbye = True
                 return
-            self._sequence = message.sequence
+            self._sequence, self._dead = message.sequence, self._nodes.dead(message)
             self._due.set()
 
     async def answer_all(self) -> None:
@@ -200,6 +216,7 @@ class _Heart:
             if version != (newest := self._nodes.desired_version(self._addr)):
                 answer, version = self._nodes.desired(self._addr), newest
             answer.sequence, self._sequence = self._sequence, 0
+            answer.dead_workspaces[:] = self._dead
             await self._stream.write(answer)
 
     async def watch_desired(self) -> None:

@@ -36,7 +36,7 @@ class Records:
             workspace_uid=self._owners.workspace_uid(request.workspace_id, caller.principal),
             start=translate.time_of(request.start_time) if request.HasField("start_time") else None,
             end=translate.time_of(request.end_time) if request.HasField("end_time") else None,
-            node_addr=request.node_addr,
+            node_addr=self._as_recorded(request.node_addr),
             states=_states_of(request),
             limit=request.limit,
             cursor=request.cursor,
@@ -47,6 +47,13 @@ class Records:
                 task_ids=page.task_ids, tasks=[self._task(row) for row in page.tasks], cursor=page.cursor
             )
 
+    def _as_recorded(self, node_addr: str) -> str:
+        """An address may be written in any case."""
+        try:
+            return self._fleet.node(node_addr).addr
+        except NotFound:
+            return node_addr
+
     async def get_detail(self, request: pb.GetDetailRequest, caller: Caller) -> pb.GetDetailResponse:
         """See task.proto."""
         owner = self._owners.owner(request.workspace_id, caller.principal)
@@ -54,7 +61,8 @@ class Records:
         if row is None or (owner and row.workspace_uid != owner):
             raise NotFound
         workspace = self._fleet.workspace(row.workspace_uid)
-        ended = await self._store.attempts(row.id)
+        # The one that was answered comes last, whatever its number: where there was a second attempt, either may be it.
+        ended = sorted(await self._store.attempts(row.id), key=lambda one: not one.failure_reason)
         # A task's id opens its result, and not whose it is.
         owned = bool(owner) or caller.principal.kind is Kind.OPERATOR
         answer = pb.GetDetailResponse(

@@ -35,6 +35,7 @@ from controlplane.model import ENDED
 from controlplane.slots import Request
 from controlplane.spec import Spec
 from controlplane.store import Store
+from controlplane.tasks import PRIORITY
 
 #: Longest time an answer is held, in seconds.
 WAIT_S: Final = 3600.0
@@ -116,6 +117,8 @@ class TaskApi:
             raise InvalidArgument(f"idempotency_key: longer than {IDEMPOTENCY_KEY_BYTES} bytes.")
         if message.callback_url:
             destinations.host_of(message.callback_url, self._destinations)
+        if not -PRIORITY <= message.priority <= PRIORITY:
+            raise InvalidArgument(f"priority: {message.priority} is not from -{PRIORITY} to {PRIORITY}.")
         origin = message.origin
         new = NewTask(
             task_id=self._new_task_id(),
@@ -132,6 +135,7 @@ class TaskApi:
             operation=origin.operation[:RECORD_CHARS],
             streamed=message.streamed,
             callback_url=message.callback_url,
+            priority=message.priority,
         )
         waiting: _Waiting = {"wait_s": wait_s, "cancel_on_hangup": message.cancel_on_hangup}
         body = message.request.body
@@ -218,7 +222,7 @@ class TaskApi:
 
     async def _drop_request(self, task_id: str) -> None:
         """Delete the body of a task that was refused; not of one whose fate is only unknown to us."""
-        if await self._store.task(task_id) is None:
+        if not self._dispatcher.is_open(task_id) and await self._store.task(task_id) is None:
             await self._bodies.delete(body_of_request(task_id))
 
     async def _check_assets(self, address: str) -> None:

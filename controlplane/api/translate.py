@@ -19,7 +19,7 @@ from controlplane.jobs import resolved
 from controlplane.model import EPOCH, MICROSECOND
 from controlplane.prices import amount_text
 from controlplane.slots import AttemptResult, Failure, Headers, Response, Start
-from controlplane.spec import GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec
+from controlplane.spec import GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec, Volume
 
 _HEADERS = msgspec.json.Decoder(Headers)
 _DEFAULT = Spec(name="", image="", ports=())
@@ -216,6 +216,7 @@ def assignment(plain: Assignment) -> node_pb2.Assignment:
         gpu_ids=plain.gpu_ids,
         spec_hash=plain.spec_hash,
         draining=plain.draining,
+        workspace_uid=plain.workspace_uid,
     )
 
 
@@ -242,7 +243,7 @@ def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:
         ports=tuple(message.ports),
         command=tuple(message.command),
         env=dict(message.env),
-        gpu=GpuNeed(message.gpu.model, message.gpu.count, message.gpu.min_memory_bytes),
+        gpu=GpuNeed(message.gpu.model, message.gpu.count, message.gpu.min_memory_bytes, share=message.gpu.share_milli),
         replicas=message.replicas,
         concurrency=message.concurrency or _DEFAULT.concurrency,
         cpus=message.cpus or _DEFAULT.cpus,
@@ -277,6 +278,8 @@ def spec_of(message: workspace_pb2.WorkspaceSpec) -> Spec:
             seconds_of(message.scale.queue_wait) or _DEFAULT.scale.queue_wait_s,
         ),
         jobs=tuple(resolved(_job_rule_of(rule)) for rule in message.jobs),
+        volumes=tuple(Volume(volume.name, volume.path) for volume in message.volumes),
+        hedge=message.hedge,
     )
 
 
@@ -331,7 +334,10 @@ def spec(plain: Spec, *, secrets: bool) -> workspace_pb2.WorkspaceSpec:
         command=plain.command,
         env=plain.env if secrets else dict.fromkeys(plain.env, ""),
         gpu=workspace_pb2.GpuNeed(
-            model=plain.gpu.model, count=plain.gpu.count, min_memory_bytes=plain.gpu.min_memory_bytes
+            model=plain.gpu.model,
+            count=plain.gpu.count,
+            min_memory_bytes=plain.gpu.min_memory_bytes,
+            share_milli=plain.gpu.share,
         ),
         ports=plain.ports,
         replicas=plain.replicas,
@@ -359,6 +365,8 @@ def spec(plain: Spec, *, secrets: bool) -> workspace_pb2.WorkspaceSpec:
         writable_paths=plain.writable_paths,
         account=plain.account,
         jobs=[job_rule(rule) for rule in plain.jobs],
+        volumes=[workspace_pb2.Volume(name=volume.name, path=volume.path) for volume in plain.volumes],
+        hedge=plain.hedge,
     )
     if plain.scale.max_replicas:
         message.scale.min_replicas = plain.scale.min_replicas
@@ -392,6 +400,7 @@ def report_of(message: node_pb2.HeartbeatRequest) -> report.Report:
         images=tuple(report.CachedImage(image.reference, image.size_bytes) for image in message.images),
         attempt_ids=tuple(message.attempt_ids),
         goodbye=message.goodbye,
+        volumes=tuple(report.KeptVolume(one.workspace_uid, one.name, one.size_bytes) for one in message.volumes),
     )
 
 
@@ -409,6 +418,7 @@ def inventory_of(message: node_pb2.Inventory) -> report.Inventory:
         os=message.os,
         daemon_version=message.daemon_version,
         gpu_message=message.gpu_message,
+        volume_limit_bytes=message.volume_limit_bytes,
     )
 
 
@@ -435,6 +445,7 @@ def inventory(plain: report.Inventory) -> node_pb2.Inventory:
         os=plain.os,
         daemon_version=plain.daemon_version,
         gpu_message=plain.gpu_message,
+        volume_limit_bytes=plain.volume_limit_bytes,
     )
 
 

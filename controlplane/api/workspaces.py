@@ -115,6 +115,7 @@ class WorkspaceApi:
         placed = self._fleet.replicas_of(workspace.uid)
         stand = [(replica, self._fleet.state_of(replica)) for replica in placed]
         ready = [replica for replica, state in stand if state.state is ReplicaState.READY]
+        doubts = self._dispatcher.doubts(workspace.uid)
         message = pb.Workspace(
             # The credential: services know it from whoever may know it.
             id="" if principal.kind is Kind.SERVICE else workspace.id,
@@ -125,15 +126,15 @@ class WorkspaceApi:
             ready_replicas=len(ready),
             queued_tasks=self._dispatcher.queued(workspace.uid),
             running_tasks=self._dispatcher.running(workspace.uid),
-            message=standing.words(workspace, stand, self._fleet.failing),
+            message=standing.words(workspace, stand, self._fleet.failing, doubts),
             wanted_replicas=workspace.wanted,
             updated_replicas=sum(replica.generation == workspace.generation for replica in ready),
         )
         if replicas:
-            message.replicas.extend(self._replica(replica) for replica in placed)
+            message.replicas.extend(self._replica(replica, doubts.get(replica.id, "")) for replica in placed)
         return message
 
-    def _replica(self, replica: Replica) -> pb.Replica:
+    def _replica(self, replica: Replica, doubt: str) -> pb.Replica:
         state = self._fleet.state_of(replica)
         return pb.Replica(
             id=replica.id,
@@ -141,7 +142,7 @@ class WorkspaceApi:
             node_name=self._fleet.node(replica.node_addr).name,
             state=int(state.state),  # type: ignore[arg-type]
             progress=state.progress,
-            message=state.message,
+            message="; ".join(filter(None, (state.message, doubt))),
             gpu_ids=replica.gpu_ids,
             create_time=translate.timestamp(replica.create_time),
             restarts=state.restarts,

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from controlplane.ctl import assets, explain, nodes, prices, record, routes, tasks, tokens, usage, workspaces
+from controlplane.ctl import (
+    assets,
+    explain,
+    nodes,
+    plan,
+    prices,
+    record,
+    routes,
+    simulate,
+    tasks,
+    tokens,
+    usage,
+    workspaces,
+)
 
 app = typer.Typer(
     name="ngpu",
@@ -20,6 +33,7 @@ app = typer.Typer(
     \b
     First steps:
       ngpu node list                                  who takes part
+      ngpu plan img2img.toml                          where it would run, and why
       ngpu workspace create img2img.toml --wait       deploy, and watch it come up
       ngpu task submit sdapi/v1/img2img -w img2img --file request.json --wait
       ngpu explain workspace img2img                  why it is where it is
@@ -27,7 +41,8 @@ app = typer.Typer(
     The control plane is $NGPU_SERVER or 127.0.0.1:50051; the token comes from $NGPU_TOKEN, $NGPU_TOKEN_FILE,
     ./.ngpu/controlplane/operator.token or ~/.config/ngpu/token. A workspace's id is a token for that workspace.
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no answer, 4 not found, 5 not allowed.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no answer, 4 not found, 5 not allowed, 6 no
+    room (`ngpu plan`).
     """,
 )
 for _name, _module in (
@@ -41,7 +56,10 @@ for _name, _module in (
     ("price", prices),
 ):
     app.add_typer(_module.app, name=_name)
+app.command("plan")(plan.plan)
 app.command("usage")(usage.usage)
+# What it does not know itself it passes on.
+app.command("simulate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(simulate.simulate)
 tasks.app.command("record")(record.record)
 
 

@@ -15,6 +15,8 @@ _DELIVERY = {
     pb.DELIVERY_SENT: "the container has had the whole request",
     pb.DELIVERY_ANSWERED: "the container answered",
 }
+#: From here on numbers are of second attempts.
+SECOND = 1_000_000
 _CAUSE = {pb.CAUSE_CUSTOMER: "on the customer's side", pb.CAUSE_PLATFORM: "on the platform's side: free of charge"}
 
 
@@ -22,8 +24,13 @@ def attempts_shown(attempts: Iterable[pb.Attempt]) -> RenderableType:
     """One block for each."""
     blocks: list[RenderableType] = []
     for one in attempts:
-        blocks += [cell(""), facts(f"attempt {one.number}", _lines(one))]
+        blocks += [cell(""), facts(f"attempt {_name(one.number)}", _lines(one))]
     return Group(*blocks)
+
+
+def _name(number: int) -> str:
+    """Of a second attempt, which has the number of the first and a million: `1, second`."""
+    return str(number) if number < SECOND else f"{number - SECOND}, second"
 
 
 def _lines(one: pb.Attempt) -> Iterator[tuple[str, object]]:

@@ -24,7 +24,11 @@ def _shared(
     server: Annotated[
         str,
         typer.Option(
-            "--server", envvar="NGPU_SERVER", metavar="HOST:PORT", help="The control plane.", rich_help_panel=_PANEL
+            "--server",
+            envvar="NGPU_SERVER",
+            metavar="HOST:PORT,...",
+            help="The control plane, or all.",
+            rich_help_panel=_PANEL,
         ),
     ] = DEFAULT_SERVER,
     token_file: Annotated[

@@ -48,10 +48,11 @@ def _parts(answer: pb.ExplainResponse) -> Iterator[RenderableType]:
         for reason, count in sorted(decision.refusals.items(), key=lambda item: (-item[1], item[0])):
             yield cell(f"  {count} refused: {reason}", "dim")
         if decision.candidates:
-            yield _candidates(decision)
+            yield candidates(decision)
 
 
-def _candidates(decision: pb.Decision) -> RenderableType:
+def candidates(decision: pb.Decision) -> RenderableType:
+    """A table of them, each part of each cost in a column."""
     # A part that is zero for all of them decided nothing.
     parts = sorted({name for one in decision.candidates for name, cost in one.parts.items() if cost})
     rows = []

@@ -67,7 +67,7 @@ def _gpus(node: pb.Node) -> str:
     models = Counter(gpu.model for gpu in node.inventory.gpus)
     if not models:
         return "none"
-    free = len(node.inventory.gpus) - len(node.gpu_ids_in_use)
+    free = len(node.inventory.gpus) - len(set(node.gpu_ids_in_use))
     bad = sum(health.grade == pb.GRADE_QUARANTINED for health in node.gpu_health)
     text = ", ".join(f"{count} x {_brief(model)}" for model, count in models.items())
     return f"{text} ({free} free{f', {bad} quarantined' if bad else ''})"
@@ -97,6 +97,7 @@ def _shown(node: pb.Node, now: datetime) -> RenderableType:
         ),
         ("engine", f"{has.engine} {has.engine_version}".strip()),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)),
+        ("volumes", f"up to {size_text(has.volume_limit_bytes)}" if has.volume_limit_bytes else "not allowed"),
         ("GPUs", has.gpu_message or ("none" if not has.gpus else "")),
         ("runs", f"{counted(node.replicas, 'replica')}, {counted(node.running_tasks, 'task')}"),
         ("enrolled", f"{time_text(node.enroll_time)} ({age_text(node.enroll_time, now)})"),

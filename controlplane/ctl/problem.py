@@ -16,6 +16,8 @@ class Exit(enum.IntEnum):
     NOT_FOUND = 4
     #: No token, a wrong one, or one whose role may not do this.
     NOT_ALLOWED = 5
+    #: `ngpu plan`: there is not room for all replicas.
+    NO_ROOM = 6
     #: Ctrl-C, as shells number it.
     INTERRUPTED = 130
 

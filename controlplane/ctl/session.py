@@ -2,17 +2,18 @@
 
 import ipaddress
 import os
-from collections.abc import Callable, Iterator, Mapping
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import grpc
-from ngpu import wire
+from ngpu import dial, wire
 from ngpu.v1.asset_pb2_grpc import AssetServiceStub
 from ngpu.v1.fleet_pb2_grpc import FleetServiceStub
 from ngpu.v1.http_pb2 import Error
@@ -76,9 +77,9 @@ class Session(AbstractContextManager["Session"]):
 
     @cached_property
     def _channel(self) -> grpc.Channel:
-        channel = _open(self.target)
-        self._opened.append(channel)
-        return channel
+        channels = _open(self.target)
+        self._opened += channels
+        return channels[0] if len(channels) == 1 else _answering(channels)
 
     @cached_property
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -199,20 +200,42 @@ def _checked(token: str, source: str) -> str:
     return token
 
 
-def _open(target: Target) -> grpc.Channel:
+def _answering(channels: Sequence[grpc.Channel]) -> grpc.Channel:
+    """The first that answers; a control plane that stands by does not. The first of all if none does."""
+    answering: queue.SimpleQueue[grpc.Channel] = queue.SimpleQueue()
+    waiting = [grpc.channel_ready_future(channel) for channel in channels]
+    for channel, ready in zip(channels, waiting, strict=True):
+        ready.add_done_callback(partial(_put, answering, channel))
+    try:
+        return answering.get(timeout=dial.REACH_S)
+    except queue.Empty:
+        return channels[0]
+    finally:
+        for ready in waiting:
+            ready.cancel()
+
+
+def _put(into: queue.SimpleQueue[grpc.Channel], channel: grpc.Channel, _: object) -> None:
+    into.put(channel)
+
+
+def _open(target: Target) -> list[grpc.Channel]:
+    """To each address of `target`."""
+    servers = dial.split(target.server)
     if not target.tls and target.tls_ca is None:
-        if not (target.plaintext or _stays_here(target.server)):
+        if not (target.plaintext or all(map(_stays_here, servers))):
             raise Problem(
                 f"The token would travel to {target.server} unencrypted. Use --tls (with --tls-ca FILE for your own "
                 "CA), or --plaintext where the network is yours alone.",
                 Exit.USAGE,
             )
-        return grpc.insecure_channel(target.server, wire.CLIENT_OPTIONS)
+        return [grpc.insecure_channel(server, wire.CLIENT_OPTIONS) for server in servers]
     try:
         roots = target.tls_ca.read_bytes() if target.tls_ca else None
     except OSError as error:
         raise Problem(f"The CA's certificate cannot be read: {error}", Exit.USAGE) from error
-    return grpc.secure_channel(target.server, grpc.ssl_channel_credentials(roots), wire.CLIENT_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(roots)
+    return [grpc.secure_channel(server, credentials, wire.CLIENT_OPTIONS) for server in servers]
 
 
 def _stays_here(server: str) -> bool:

@@ -91,6 +91,9 @@ def submit(
     btc_address: Annotated[str, typer.Option(help="Must hold a configured asset, or the task is refused.")] = "",
     idempotency_key: Annotated[str, typer.Option(help="Same key, same task: makes it safe to repeat this.")] = "",
     callback_url: Annotated[str, typer.Option(metavar="URL", help="POST the task's end there, signed.")] = "",
+    priority: Annotated[
+        int, typer.Option(min=-5, max=5, help="Among the tasks of the same address that wait; more: sooner.")
+    ] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
     output: OutputFile = None,
     timeout: Limit = "10m",
@@ -119,6 +122,7 @@ def submit(
         btc_address=btc_address,
         idempotency_key=idempotency_key,
         callback_url=callback_url,
+        priority=priority,
         request=http_pb2.HttpRequest(method=method.upper(), headers=_headers(header or [])),
     )
     if path:

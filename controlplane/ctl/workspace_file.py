@@ -10,6 +10,9 @@
     model = "RTX 4090"
     count = 1
 
+    [volumes]
+    models = "/models"
+
 A container that answers at once and works on is declared with `async = "ngpu-classic"`, or with tables [[async]].
 
 Only what the file alone can tell is judged here: names, types, units. The rest is the control plane's to judge.
@@ -63,6 +66,26 @@ def _number(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
         return float(value)
     raise _wrong("a number", value)
+
+
+def _share(value: object) -> int:
+    share = round(_number(value) * 1000)
+    if not 1 <= share <= 999:
+        raise _wrong("a part of one GPU, such as 0.25", value)
+    return share
+
+
+def _volumes(value: object) -> list[dict[str, str]]:
+    """A table of names and paths, or a list of tables with both."""
+    wanted = 'a table of names and paths, such as models = "/models"'
+    if isinstance(value, dict):
+        value = [{"name": name, "path": path} for name, path in value.items()]
+    if not isinstance(value, list):
+        raise _wrong(wanted, value)
+    for volume in value:
+        if not isinstance(volume, dict) or volume.keys() != {"name", "path"}:
+            raise _wrong('tables with "name" and "path"', volume, "each of the list ")
+    return [{"name": _text(volume["name"]), "path": _text(volume["path"])} for volume in value]
 
 
 def _truth(value: object) -> bool:
@@ -168,11 +191,14 @@ _KEYS: Final[Mapping[str, _Key]] = {
     "repeatable": _Key("repeatable", _truth),
     "cancel_on_hangup": _Key("cancel_on_hangup", _truth),
     "writable_paths": _Key("writable_paths", _list_of(_text, '["/data"]')),
+    "volumes": _Key("volumes", _volumes),
     "account": _Key("account", _text),
+    "hedge": _Key("hedge", _number),
     "async": _Key("jobs", _job_rules),
     "gpu.model": _Key("model", _text),
     "gpu.count": _Key("count", _count),
     "gpu.memory": _Key("min_memory_bytes", parse_size),
+    "gpu.share": _Key("share_milli", _share),
     "readiness.path": _Key("path", _text),
     "readiness.port": _Key("port", _port),
     "readiness.start_limit": _Key("start_limit", _duration),
@@ -253,6 +279,8 @@ def to_spec(*sources: Source) -> pb.WorkspaceSpec:
                 _put(fields, key, _read(key, value, source.directory))
             except ValueError as error:
                 faults.append(f"{source.label}: {key}: {error}")
+    if "gpu.share" in given:
+        fields.get("gpu", {}).setdefault("count", 1)
     label = sources[0].label
     faults += [f"{label}: {key}: is missing" for key in _REQUIRED if key not in given]
     if faults:

@@ -58,6 +58,10 @@ def create(
     ready_path: Annotated[str | None, typer.Option(help="Ready once GET on it answers below 500.")] = None,
     registry_username: Annotated[str | None, typer.Option(help="For a private image.")] = None,
     registry_password_file: Annotated[Path | None, typer.Option(metavar="FILE", help="For a private image.")] = None,
+    gpu_share: Annotated[float | None, typer.Option(metavar="0.001-0.999", help="Part of one GPU.")] = None,
+    volume: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Kept by the node for the next replica.")
+    ] = None,
     account: Annotated[str | None, typer.Option(help="For the record; free text.")] = None,
     wait: Wait = False,
     timeout: Limit = "10m",
@@ -92,13 +96,14 @@ def create(
         "image": image,
         "command": _words(command) if command is not None else None,
         "ports": port or None,
-        "env": _pairs(env) if env else None,
+        "env": _pairs(env, "--env") if env else None,
         "replicas": replicas,
         "concurrency": concurrency,
         "cpus": cpus,
         "memory": memory,
         "account": account,
-        "gpu": {"count": gpus, "model": gpu_model, "memory": gpu_memory},
+        "volumes": _pairs(volume, "--volume") if volume else None,
+        "gpu": {"count": gpus, "model": gpu_model, "memory": gpu_memory, "share": gpu_share},
         "readiness": {"path": ready_path},
         "registry": {
             "username": registry_username,
@@ -138,9 +143,9 @@ def _words(command: str) -> list[str]:
         raise Problem(f"--command: {error}", Exit.USAGE) from error
 
 
-def _pairs(typed: list[str]) -> dict[str, str]:
+def _pairs(typed: list[str], option: str) -> dict[str, str]:
     if wrong := [pair for pair in typed if "=" not in pair]:
-        raise Problem(f"--env: {wrong[0]!r} is not NAME=VALUE", Exit.USAGE)
+        raise Problem(f"{option}: {wrong[0]!r} is not NAME=VALUE", Exit.USAGE)
     return {name: value for name, _, value in (pair.partition("=") for pair in typed)}
 
 
@@ -183,9 +188,10 @@ def show(
 
 def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
     spec, limits = workspace.spec, workspace.spec.limits
-    gpu = f"{spec.gpu.count} x {spec.gpu.model or 'any model'}" if spec.gpu.count else "none"
+    count = f"{spec.gpu.share_milli / 1000:g}" if spec.gpu.share_milli else spec.gpu.count
+    gpu = f"{count} x {spec.gpu.model or 'any model'}" if spec.gpu.count else "none"
     if spec.gpu.count and spec.gpu.min_memory_bytes:
-        gpu += f", {size_text(spec.gpu.min_memory_bytes)} or more each"
+        gpu += f", {size_text(spec.gpu.min_memory_bytes)} or more{'' if spec.gpu.share_milli else ' each'}"
     ready = f"GET {spec.readiness.path}" if spec.readiness.path else "the port accepts connections"
     state = cell(count_text(workspace), "green" if is_serving(workspace) else "yellow")
     lines: list[tuple[str, object]] = [
@@ -202,6 +208,7 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
             "each replica",
             f"{counted(spec.cpus, 'CPU')}, {size_text(spec.memory_bytes)}, {counted(spec.concurrency, 'task')} at once",
         ),
+        ("volumes", ", ".join(f"{volume.name} at {volume.path}" for volume in spec.volumes)),
         ("ready when", ready),
         ("registry", spec.registry.username),
         ("time limits", _limits(limits)),
@@ -210,6 +217,7 @@ def _shown(workspace: pb.Workspace, now: datetime) -> RenderableType:
             f"request {size_text(limits.request_body_bytes)}, response {size_text(limits.response_body_bytes)}",
         ),
         ("attempts", f"up to {limits.max_attempts}{'' if spec.repeatable else ', never again once sent'}"),
+        ("hedging", f"after {spec.hedge:g} times the average" if spec.hedge else ""),
         ("hang-up", "cancels" if spec.cancel_on_hangup else "does not cancel"),
         ("async", ", ".join(f"{rule.start} ({rule.preset})" if rule.preset else rule.start for rule in spec.jobs)),
         ("account", spec.account),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from nodedaemon.errors import NodeError
+from nodedaemon.last_use import LastUse
 
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
@@ -38,9 +39,25 @@ class Readiness:
     start_limit_s: float = 600.0
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A volume of the workspace (`name`), and where the container finds it."""
+
+    name: str
+    path: str
+
+    @property
+    def variable(self) -> str:
+        """In which variable the container is told where."""
+        return f"NGPU_VOLUME_{self.name.upper().replace('-', '_')}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """One replica that should run here, every default resolved. Sizes in bytes.
+
+    `workspace_uid` tells the workspace from another one of the same name. `gpu_share`: thousandths of its one GPU; 0:
+    all of its GPUs.
 
     `spec_hash` is of everything that makes the container what it is: same hash, same container. `draining` is not
     part of it.
@@ -60,16 +77,30 @@ class Assignment:
     memory_bytes: int = 4 * GIB
     shm_bytes: int = 64 * MIB
     writable_paths: tuple[str, ...] = ()
+    workspace_uid: str = ""
+    mounts: tuple[Mount, ...] = ()
     gpu_ids: tuple[str, ...] = ()
+    gpu_share: int = 0
     registry: Credentials | None = None
     draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume kept here. `size_bytes`: None if it cannot be told now. `in_use`: a container has it."""
+
+    workspace_uid: str
+    name: str
+    size_bytes: int | None = None
+    in_use: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a container ended. `code` as a shell has it: 128 + n for signal n; None: it was removed, nobody knows.
 
-    `memory_bytes` is its limit (0: none). `at`: the daemon's monotonic clock when it learnt of it.
+    `memory_bytes` is its limit (0: none). `at`: the daemon's monotonic clock when it learnt of it. `why`: this daemon
+    ended it, for that reason; `customers`: one of the customer's making.
     """
 
     replica_id: str
@@ -79,6 +110,8 @@ class Exit:
     memory_bytes: int = 0
     engine_was_down: bool = False
     at: float = 0.0
+    why: str = ""
+    customers: bool = False
 
     @property
     def from_outside(self) -> bool:
@@ -86,6 +119,8 @@ class Exit:
 
         Then it is no fault of the customer's.
         """
+        if self.why:
+            return not self.customers
         if self.engine_was_down or self.code is None:
             return True
         return not self.out_of_memory and self.code in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
@@ -93,19 +128,17 @@ class Exit:
     @property
     def words(self) -> str:
         """What happened, to go on from "the container"."""
+        if self.why:
+            return f"was ended by this daemon: {self.why}"
         if self.engine_was_down:
             return f"ended while the engine was down (code {self.code})"
         if self.out_of_memory:
             return f"ran out of memory (its limit is {self.memory_bytes / GIB:.3g} GiB)"
         if self.code is None:
             return "was removed by somebody else than this daemon"
-        if self.code <= 128:
+        if self.code - 128 not in set(signal.Signals):
             return f"exited with code {self.code}"
-        try:
-            name = signal.Signals(self.code - 128).name
-        except ValueError:
-            return f"exited with code {self.code}"
-        return f"was ended by {name}" + (" from outside" if self.from_outside else "")
+        return f"was ended by {signal.Signals(self.code - 128).name}" + (" from outside" if self.from_outside else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +215,10 @@ class OutOfMemory(EngineError):
     """The container ran out of memory while it started."""
 
 
+class NotNow(EngineError):
+    """The node does not let it start now."""
+
+
 class PullFailed(EngineError):
     """The image could not be pulled."""
 
@@ -254,4 +291,31 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Let go of threads and sockets. Containers go on; the processes of `process.py` end."""
+        ...
+
+
+class Storage(Protocol):
+    """What is kept on disk, as the same engine has it. All raise EngineError."""
+
+    #: The images that it pulled itself. Those that were there before are somebody else's.
+    pulled: LastUse
+
+    async def info(self) -> EngineInfo:
+        """As Engine."""
+        ...
+
+    async def has_image(self, reference: str) -> bool:
+        """Is it in the cache?"""
+        ...
+
+    async def remove_image(self, reference: str) -> bool:
+        """Take that name of an image from the cache. False: a container has it. No error if there is none."""
+        ...
+
+    async def volumes(self) -> list[Volume]:
+        """All of this node, measured."""
+        ...
+
+    async def remove_volume(self, volume: Volume) -> bool:
+        """With all that is in it. False: a container has it. No error if there is none."""
         ...

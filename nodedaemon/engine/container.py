@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from nodedaemon.engine import Address, Assignment, Container, Exit, StartFailed
+from nodedaemon.engine.volumes import NODE, mounts
 
 #: The user a container runs as when its image says root, or nothing.
 NOBODY: Final = "65534:65534"
@@ -18,7 +19,7 @@ LOG_SIZE, LOG_FILES = "10m", "2"
 #: When the machine runs out of memory, a container goes before the daemons do.
 OOM_SCORE: Final = 500
 
-NODE, REPLICA, WORKSPACE = "ngpu.node", "ngpu.replica", "ngpu.workspace"
+REPLICA, WORKSPACE = "ngpu.replica", "ngpu.workspace"
 SPEC, GENERATION = "ngpu.spec", "ngpu.generation"
 RESTARTS, PORTS, DIGEST = "ngpu.restarts", "ngpu.ports", "ngpu.digest"
 
@@ -58,6 +59,7 @@ def config(
             "PortBindings": {port: [{"HostIp": "127.0.0.1", "HostPort": ""}] for port in ports} if publish else {},
             "ReadonlyRootfs": True,
             "Tmpfs": _tmpfs(assignment, image),
+            "Mounts": mounts(labels[NODE], assignment),
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "PidsLimit": PIDS_LIMIT,
@@ -139,6 +141,8 @@ def _env(assignment: Assignment, *, moved: bool) -> dict[str, str]:
         **assignment.env,
         "PORT": str(assignment.ports[0]),
         **{f"NGPU_PORT_{port}": str(port) for port in assignment.ports},
+        **{mount.variable: mount.path for mount in assignment.mounts},
+        **({"NGPU_GPU_SHARE_MILLI": str(assignment.gpu_share)} if assignment.gpu_share else {}),
         # Where NVIDIA's runtime is the default one, this variable alone would open every GPU to whoever sets it.
         "NVIDIA_VISIBLE_DEVICES": ",".join(assignment.gpu_ids) or "void",
     }
@@ -150,6 +154,7 @@ def _tmpfs(assignment: Assignment, image: Mapping[str, Any]) -> dict[str, str]:
             raise StartFailed(f"{path!r} cannot be a writable path: it must be absolute, and not the root")
     # An image's volumes would else be directories of this machine, without limit.
     paths = {"/tmp", *assignment.writable_paths, *(image.get("Volumes") or ())}  # noqa: S108
+    paths -= {mount.path for mount in assignment.mounts}
     # Half of the container's memory each, as is the kernel's way; what they hold counts as its memory.
     # `exec`: programs that compile at run time load the result from there.
     options = f"rw,nosuid,nodev,exec,mode=1777,size={assignment.memory_bytes // 2}"

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -32,16 +33,18 @@ from nodedaemon.engine import (
     CachedImage,
     Container,
     Credentials,
+    DiskFull,
     EngineDown,
     EngineError,
     EngineInfo,
     ImageMissing,
     PullFailed,
+    Volume,
 )
+from nodedaemon.engine import volumes as docker_volumes
 from nodedaemon.engine.container import (
     DIGEST,
     NOBODY,
-    NODE,
     REPLICA,
     RESTARTS,
     config,
@@ -51,9 +54,12 @@ from nodedaemon.engine.container import (
     is_root,
     read,
 )
+from nodedaemon.engine.devices import devices_refused
 from nodedaemon.engine.docker_words import PullProgress, pull_error, start_error
 from nodedaemon.engine.network import Network, prepare
 from nodedaemon.engine.private_images import PrivateImages
+from nodedaemon.engine.volumes import NODE
+from nodedaemon.last_use import LastUse
 
 T = TypeVar("T")
 
@@ -76,13 +82,21 @@ ISOLATION: Final = (
 )
 
 
+LIMITS: Final = (
+    "images that this daemon did not pull itself are open to every workspace",
+    "volumes are measured once a minute: in between they may outgrow what is allowed",
+    "replicas with shares of one GPU are not kept from each other's memory on it",
+)
+
+
 class DockerEngine:
     """Containers of one node (`node_addr`) on one Docker engine; see Engine.
 
     Made without contact: an engine that is down is EngineDown at each call. `url` as in DOCKER_HOST; None: as the
     environment says. `allow_root`: containers may run as root if their image says so; otherwise such an image runs
     as user 65534. `publish`: reach containers through ports published on 127.0.0.1; None: only where the bridge is
-    not reachable. `state_dir` keeps which cached images were pulled with whose credentials.
+    not reachable. `state_dir` keeps which cached images were pulled here, when they were used last, and with whose
+    credentials.
     """
 
     def __init__(
@@ -101,6 +115,7 @@ class DockerEngine:
         self._allow_root = allow_root
         self._publish = publish
         self._private = PrivateImages(state_dir / "private-images.json")
+        self.pulled = LastUse(state_dir / "pulled-images.json")
         self._quick = ThreadPoolExecutor(QUICK_THREADS, "docker")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "docker-slow")
         self._events = ThreadPoolExecutor(1, "docker-events")
@@ -109,7 +124,8 @@ class DockerEngine:
         self._network_lock = threading.Lock()
         #: None: not looked at, or Docker has been away since.
         self._network: Network | None = None
-        self._ids: frozenset[str] = frozenset()
+        #: Of our containers; None: not known yet.
+        self._ids: frozenset[str] | None = None
         #: By container id, of those still there.
         self._memory_kills: collections.Counter[str] = collections.Counter()
 
@@ -122,7 +138,7 @@ class DockerEngine:
             network = self._prepare(api)
             info = api.info()
             root = Path(info.get("DockerRootDir") or "/")
-            limits = [*network.open, "images that this daemon did not pull itself are open to every workspace"]
+            limits = [*network.open, *LIMITS]
             if self._allow_root:
                 limits.append("containers run as root where their image says so")
             return EngineInfo(
@@ -148,10 +164,18 @@ class DockerEngine:
         if credentials:
             # Before the pull: a daemon that dies in its midst leaves no private image open to all.
             await asyncio.to_thread(self._private.opened, credentials, image)
+        if not cached:
+            # Before it, too: or what a daemon that dies has pulled would stay for ever.
+            try:
+                await asyncio.to_thread(self.pulled.touch, [image])
+            except OSError as error:
+                raise DiskFull(f"the node's state directory cannot be written: {error.strerror}") from error
         try:
             pulled = await self._pull(image, credentials, progress)
         except EngineError:
             await asyncio.to_thread(self._private.refused, credentials, image)
+            if not cached:
+                await asyncio.to_thread(self.pulled.forget, [image])
             raise
         await asyncio.to_thread(self._private.opened, credentials, image, pulled["Id"])
         progress(100)
@@ -165,6 +189,9 @@ class DockerEngine:
             publish = not reachable if self._publish is None else self._publish
             try:
                 container_id = self._create(api, assignment, restarts, publish=publish)
+                # Before it can hold memory of a GPU that another replica is about to share.
+                if self._ids is not None:
+                    self._ids |= {container_id}
                 api.start(container_id)
                 return self._inspect(api, container_id)
             except docker.errors.APIError as error:
@@ -196,7 +223,7 @@ class DockerEngine:
                 with contextlib.suppress(docker.errors.NotFound):
                     containers.append(self._inspect(api, container_id))
             self._ids = frozenset(c.container_id for c in containers)
-            for gone in set(self._memory_kills) - self._ids:
+            for gone in set(self._memory_kills).difference(self._ids):
                 del self._memory_kills[gone]
             return containers
 
@@ -260,8 +287,46 @@ class DockerEngine:
         cached = [CachedImage(tag, i["Size"]) for i in found for tag in i["RepoTags"] or () if tag != "<none>:<none>"]
         return sorted(cached, key=lambda image: (-image.size_bytes, image.reference))[:IMAGES_TOLD]
 
+    async def has_image(self, reference: str) -> bool:
+        """As Storage."""
+        return await self._call(lambda api: _inspect_image(api, reference)) is not None
+
+    async def remove_image(self, reference: str) -> bool:
+        """As Storage. Never by force: Docker refuses it for an image that a container has, running or not."""
+        return await self._call(lambda api: _removed(lambda: api.remove_image(reference)), self._slow)
+
+    async def volumes(self) -> list[Volume]:
+        """As Storage."""
+        return await self._call(lambda api: docker_volumes.listed(api, self._node), self._slow)
+
+    async def remove_volume(self, volume: Volume) -> bool:
+        """As Storage."""
+        return await self._call(
+            lambda api: _removed(lambda: docker_volumes.remove(api, self._node, volume)), self._slow
+        )
+
+    async def blind(self) -> dict[str, str]:
+        """Replicas whose container has lost sight of GPUs that it was given, and how that shows.
+
+        As far as it can be told: see devices.py. Raises EngineError.
+        """
+
+        def ask(api: docker.APIClient) -> dict[str, str]:
+            running = {}
+            for container_id in self._find(api):
+                with contextlib.suppress(docker.errors.NotFound):
+                    found = api.inspect_container(container_id)
+                    if pid := found["State"]["Pid"]:
+                        running[str(pid)] = found["Config"]["Labels"][REPLICA]
+            return running
+
+        running = await self._call(ask)
+        return {running[pid]: words for pid, words in (await devices_refused(list(running))).items() if pid in running}
+
     def owns(self, pid: int) -> bool | None:
         """As Engine: a container's id is in the control groups of its processes."""
+        if self._ids is None:
+            return None
         try:
             groups = Path(f"/proc/{pid}/cgroup").read_text()
         except OSError:
@@ -395,6 +460,7 @@ class DockerEngine:
         image = _inspect_image(api, assignment.image)
         if image is None:
             raise ImageMissing(f"{assignment.image} is no longer in Docker's cache")
+        docker_volumes.prepare(api, self._node, assignment)
         labels = {NODE: self._node, RESTARTS: str(restarts), DIGEST: digest(image)}
         said = image["Config"].get("User") or ""
 
@@ -471,6 +537,19 @@ class _Stream:
         self._over = True
         with contextlib.suppress(OSError, AttributeError, docker.errors.DockerException):
             docker.types.CancellableStream(iter(()), self._answer).close()
+
+
+def _removed(remove: Callable[[], object]) -> bool:
+    """False: it is in use."""
+    try:
+        remove()
+    except docker.errors.NotFound:
+        pass
+    except docker.errors.APIError as error:
+        if error.status_code != HTTPStatus.CONFLICT:
+            raise
+        return False
+    return True
 
 
 def _said(error: docker.errors.APIError) -> str:

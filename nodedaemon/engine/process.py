@@ -27,8 +27,11 @@ from nodedaemon.engine import (
     Exit,
     ImageMissing,
     StartFailed,
+    Volume,
 )
 from nodedaemon.engine.process_log import ProcessLog
+from nodedaemon.engine.volumes import check
+from nodedaemon.last_use import LastUse
 
 LAUNCH: Final = Path(__file__).with_name("launch.py")
 LOG_ANSWER_BYTES: Final = 16 * 1024
@@ -50,6 +53,7 @@ LIMITS: Final = (
     "limits of cpu, memory, processes and disk are not enforced",
     "GPUs are assigned by environment (CUDA_VISIBLE_DEVICES), which a process may ignore",
     "writable_paths are not made: a process can write wherever the daemon's user can",
+    "a volume is a directory that NGPU_VOLUME_<NAME> names, not one at the declared path, and not kept from others",
     "processes end with the daemon; they are started anew when it comes back",
 )
 
@@ -57,8 +61,15 @@ LIMITS: Final = (
 class _Process:
     """One process group."""
 
-    def __init__(self, container: Container, child: asyncio.subprocess.Process, pipe: asyncio.ReadTransport) -> None:
+    def __init__(
+        self,
+        container: Container,
+        child: asyncio.subprocess.Process,
+        pipe: asyncio.ReadTransport,
+        volumes: frozenset[Path],
+    ) -> None:
         self.container = container
+        self.volumes = volumes
         self.child = child
         self.pipe = pipe
         self.start = time.monotonic()
@@ -79,15 +90,17 @@ class ProcessEngine:
     An image is a directory below `images`, its name with `/` and `:` replaced by `_`. A process runs in it, with an
     environment that has little more than what the assignment says. The directory's `image.toml` may have `command`,
     a list, for assignments without one, and `env`, a table. Declared ports are replaced by free ones, told in PORT
-    (the first) and NGPU_PORT_<declared>. `state_dir` keeps logs and homes. `limit_address_space`: hold each process
-    (not all of a replica's together) to the assignment's memory by RLIMIT_AS, which counts what is reserved and not
-    what is used: CUDA does not live with it.
+    (the first) and NGPU_PORT_<declared>. `state_dir` keeps logs, homes and volumes. `limit_address_space`: hold each
+    process (not all of a replica's together) to the assignment's memory by RLIMIT_AS, which counts what is reserved and
+    not what is used: CUDA does not live with it.
     """
 
     def __init__(self, node_addr: str, *, images: Path, state_dir: Path, limit_address_space: bool = False) -> None:
         self._node = node_addr
         self._images = images
         self._state = state_dir / "processes"
+        self._volumes = state_dir / "volumes"
+        self.pulled = LastUse(state_dir / "pulled-images.json")
         self._limit_address_space = limit_address_space
         self._there: dict[str, _Process] = {}
         self._looks: list[Callable[[], None]] = []
@@ -128,11 +141,13 @@ class ProcessEngine:
         if not argv:
             raise StartFailed(f"there is no start command: neither the workspace nor {directory}/image.toml says one")
         ports = _free_ports(assignment.ports)
-        home = self._home(assignment.replica_id)
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskFull(f"{home} cannot be made: {error.strerror}") from error
+        check(assignment)
+        volumes = [self._volume(assignment.workspace_uid, mount.name) for mount in assignment.mounts]
+        for directory_of_its_own in (self._home(assignment.replica_id), *volumes):
+            try:
+                directory_of_its_own.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DiskFull(f"{directory_of_its_own} cannot be made: {error.strerror}") from error
         address_space = assignment.memory_bytes if self._limit_address_space else 0
         child, lines, pipe = await self._launch(argv, self._env(assignment, ports, env), directory, address_space)
         process = self._there[assignment.replica_id] = _Process(
@@ -145,6 +160,7 @@ class ProcessEngine:
             ),
             child,
             pipe,
+            frozenset(volumes),
         )
         log = self._log(assignment.replica_id).take(lines)
         process.writer = asyncio.create_task(log, name=f"log of {assignment.replica_id}")
@@ -195,6 +211,35 @@ class ProcessEngine:
 
         cached = await asyncio.to_thread(count)
         return sorted(cached, key=lambda image: (-image.size_bytes, image.reference))[:IMAGES_TOLD]
+
+    async def has_image(self, reference: str) -> bool:
+        """As Storage."""
+        try:
+            self._directory(reference)
+        except ImageMissing:
+            return False
+        return True
+
+    async def remove_image(self, reference: str) -> bool:  # noqa: ARG002
+        """As Storage; but images are the machine's operator's, and stay."""
+        return False
+
+    async def volumes(self) -> list[Volume]:
+        """As Storage."""
+        directories = await asyncio.to_thread(lambda: sorted(self._volumes.absolute().glob("*/*")))
+        in_use = {directory for process in self._there.values() for directory in process.volumes}
+        sizes = {directory: await asyncio.to_thread(_held, directory) for directory in directories}
+        return [Volume(one.parent.name, one.name, size, one in in_use) for one, size in sizes.items()]
+
+    async def remove_volume(self, volume: Volume) -> bool:
+        """As Storage."""
+        directory = self._volume(volume.workspace_uid, volume.name)
+        if any(directory in process.volumes for process in self._there.values()):
+            return False
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
+        return True
 
     def owns(self, pid: int) -> bool | None:
         """As Engine."""
@@ -310,6 +355,9 @@ class ProcessEngine:
     def _home(self, replica_id: str) -> Path:
         return self._state / replica_id
 
+    def _volume(self, workspace_uid: str, name: str) -> Path:
+        return self._volumes.absolute() / workspace_uid / name
+
     def _log(self, replica_id: str) -> ProcessLog:
         return ProcessLog(self._state / f"{replica_id}.log")
 
@@ -325,6 +373,8 @@ class ProcessEngine:
             **assignment.env,
             "PORT": str(ports[assignment.ports[0]]),
             **{f"NGPU_PORT_{declared}": str(port) for declared, port in ports.items()},
+            **{m.variable: str(self._volume(assignment.workspace_uid, m.name)) for m in assignment.mounts},
+            **({"NGPU_GPU_SHARE_MILLI": str(assignment.gpu_share)} if assignment.gpu_share else {}),
             "CUDA_VISIBLE_DEVICES": gpus,
             "NVIDIA_VISIBLE_DEVICES": gpus or "void",
             NODE: self._node,
@@ -346,6 +396,15 @@ def _image_toml(directory: Path) -> tuple[list[str], dict[str, str]]:
     if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
         raise StartFailed(f"{path}: env must be a table of strings")
     return command, env
+
+
+def _held(directory: Path) -> int:
+    total = 0
+    for where, _, files in os.walk(directory):
+        for file in files:
+            with contextlib.suppress(OSError):
+                total += Path(where, file).lstat().st_blocks * 512
+    return total
 
 
 def _free_ports(declared: Iterable[int]) -> dict[int, int]:

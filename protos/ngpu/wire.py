@@ -36,8 +36,9 @@ UPLOAD_LIMIT: Final = "ngpu-upload-limit"
 #: Carried from edge to node in logs.
 REQUEST_ID: Final = "x-request-id"
 
-# Keepalive options come in pairs: a server that does not permit what the client sends answers with GOAWAY.
-KEEPALIVE_TIME_MS: Final = 10_000
+# Keepalive options come in pairs: a server that does not permit what the client sends answers with GOAWAY. Together
+# they are how long a dead line, or another side that stands still, goes unnoticed.
+KEEPALIVE_TIME_MS: Final = 8_000
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -47,13 +48,19 @@ _SIZES: Final[ChannelOptions] = [
     ("grpc.max_send_message_length", MESSAGE_BYTES),
 ]
 
+_KEEPALIVE: Final[ChannelOptions] = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Without it a ping has a minute whatever the line above says: noticed after 70 s, measured with grpcio 1.85.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
 _WINDOW: Final[ChannelOptions] = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", WINDOW_BYTES)]
 
 CLIENT_OPTIONS: Final[ChannelOptions] = [
     *_SIZES,
-    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *_KEEPALIVE,
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -67,9 +74,7 @@ BULK_CLIENT_OPTIONS: Final[ChannelOptions] = [*CLIENT_OPTIONS, *_WINDOW, ("grpc.
 SERVER_OPTIONS: Final[ChannelOptions] = [
     *_SIZES,
     *_WINDOW,
-    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *_KEEPALIVE,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
     ("grpc.http2.max_ping_strikes", 0),
     # Two control planes on one port would each get half of the calls without knowing.

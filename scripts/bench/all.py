@@ -41,7 +41,7 @@ SECTIONS = (
     Section("memory", "memory"),
     Section("soak", "soak", full_only=True),
     Section("heartbeats", "heartbeats"),
-    Section("placement", "placement"),
+    Section("placement", "placement", ("--plot", str(ROOT / "docs" / "benchmarks-placement.png"))),
     Section("routing", "routing"),
 )
 

@@ -1,8 +1,9 @@
 """The long form of the fault suite: faults chosen by chance, one or two at a time, as long as asked; then the audit.
 
-Rigs suffer side by side: one with SQLite, one with PostgreSQL, one with the machine's Docker engine, as far as there
-are such things here. The seed decides which faults come in which order and how long they last; when within a task they
-hit is the machine's doing, so that the same seed is the same plan and not the same run.
+Rigs suffer side by side: one with SQLite, one with PostgreSQL, one with two control planes on one PostgreSQL, one with
+the machine's Docker engine, as far as there are such things here. The seed decides which faults come in which order and
+how long they last; when within a task they hit is the machine's doing, so that the same seed is the same plan and not
+the same run.
 
 Prints each fault as it is over, recovery times by fault, and the audit's counts. Exit status 1: something was lost,
 doubled without an explanation, or cost more than it may.
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.fault_suite.faults import FAULTS, suffer
+from scripts.fault_suite.faults import FAULTS, Fault, suffer
 from scripts.fault_suite.postgres import Postgres, why_no_postgres
 from scripts.fault_suite.rig import Docker, Recovery, Rig
 from scripts.programs import ROOT
@@ -53,8 +54,15 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="how long faults are inflicted [20]")
     parser.add_argument("--seed", type=int, default=None, help="the plan of an earlier run [a new one]")
-    parser.add_argument("--rigs", default="sqlite,postgres,docker", help="which [sqlite,postgres,docker]")
+    parser.add_argument("--rigs", default="sqlite,postgres,pair,docker", help="which [sqlite,postgres,pair,docker]")
     parser.add_argument("--only", default="", help="only faults with these words in their names")
+    parser.add_argument(
+        "--outage",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="once, leave tasks and take the control plane away [0]",
+    )
     parser.add_argument("--keep", type=Path, help="an empty directory for databases and logs, kept")
     parser.add_argument("--list", action="store_true", help="name the faults, and end")
     given = parser.parse_args()
@@ -68,10 +76,7 @@ def main() -> int:
         names = given.rigs.split(",")
         with ThreadPoolExecutor(len(names)) as pool:
             # A plan of its own for each, so that none depends on how fast another is.
-            outcomes = [
-                pool.submit(endure, name, directory / name, f"{seed} {name}", given.minutes * 60, given.only)
-                for name in names
-            ]
+            outcomes = [pool.submit(endure, name, directory / name, f"{seed} {name}", given) for name in names]
             faults = [fault for outcome in outcomes for fault in outcome.result()]
     say(f"\nseed {seed}: " + ("all is as it must be" if not faults else f"{len(faults)} FAULTS"))
     for fault in faults:
@@ -84,16 +89,18 @@ def machine() -> str:
     return f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
 
 
-def endure(name: str, state: Path, seed: str, seconds: float, only: str) -> list[str]:
+def endure(name: str, state: Path, seed: str, given: argparse.Namespace) -> list[str]:
     """One rig, from its start to its audit; what is wrong, in words."""
     faults: list[str] = []
     try:
-        with rig_of(name, state, random.Random(seed)) as (rig, why):  # noqa: S311
+        with rig_of(name, state, random.Random(seed), given.outage) as (rig, why):  # noqa: S311
             if rig is None:
                 say(f"{name}: left out: {why}")
                 return []
+            if rig.pair:
+                rig.pair.both()
             rig.begin()
-            inflict_for(rig, name, seconds, only, faults)
+            inflict_for(rig, name, given.minutes * 60, given.only, faults)
             findings = rig.finish(END_LIMIT_S)
             try:
                 findings.check()
@@ -101,6 +108,10 @@ def endure(name: str, state: Path, seed: str, seconds: float, only: str) -> list
                 faults.append(f"{name}: {error}")
             with _printing:
                 print(f"\n== {name}\n\n{table(rig.recoveries)}\n\n{findings.table()}", flush=True)
+                for one in rig.switches:
+                    print(
+                        f"{one.fault}: the other served after {one.serves_s:.1f} s, all there after {one.whole_s:.1f} s"
+                    )
     except Exception as error:
         faults.append(f"{name}: {type(error).__name__}: {error}")
     return faults
@@ -113,20 +124,28 @@ def inflict_for(rig: Rig, name: str, seconds: float, only: str, faults: list[str
         if why := one.why_not(rig):
             say(f"{name}: skipped {one.name}: {why}")
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    for one in [one for one in possible if "outage" in one.needs]:
+        possible.remove(one)
+        inflict(rig, name, [one], faults)
+    while possible and time.monotonic() < deadline:
         chosen = [rig.chance.choice(possible)]
         others = [one for one in possible if one.subject != chosen[0].subject]
         if others and rig.chance.random() < TWO_AT_ONCE:
             chosen.append(rig.chance.choice(others))
-        words, before = "", len(rig.recoveries)
-        try:
-            suffer(rig, *(one.name for one in chosen))
-        except Exception as error:
-            faults.append(f"{name}: {' + '.join(one.name for one in chosen)}: {type(error).__name__}: {error}")
-            words = f"  FAULT {type(error).__name__} {error}"
-        at = f"{datetime.now(UTC):%H:%M:%S} {name}"
-        said = line(rig.recoveries[-1]) if len(rig.recoveries) > before else " + ".join(one.name for one in chosen)
-        say(f"{at}: {said}{words}")
+        inflict(rig, name, chosen, faults)
+
+
+def inflict(rig: Rig, name: str, chosen: Sequence[Fault], faults: list[str]) -> None:
+    """These at once, and say what they cost."""
+    words, before = "", len(rig.recoveries)
+    try:
+        suffer(rig, *(one.name for one in chosen))
+    except Exception as error:
+        faults.append(f"{name}: {' + '.join(one.name for one in chosen)}: {type(error).__name__}: {error}")
+        words = f"  FAULT {type(error).__name__} {error}"
+    at = f"{datetime.now(UTC):%H:%M:%S} {name}"
+    said = line(rig.recoveries[-1]) if len(rig.recoveries) > before else " + ".join(one.name for one in chosen)
+    say(f"{at}: {said}{words}")
 
 
 def line(recovery: Recovery) -> str:
@@ -156,15 +175,15 @@ def table(recoveries: Sequence[Recovery]) -> str:
 
 
 @contextlib.contextmanager
-def rig_of(name: str, state: Path, chance: random.Random) -> Iterator[tuple[Rig | None, str]]:
+def rig_of(name: str, state: Path, chance: random.Random, outage_s: float) -> Iterator[tuple[Rig | None, str]]:
     """The rig of that name; or None, and why there is none."""
-    parts: dict[str, Any] = {"chance": chance, "quick": False}
+    parts: dict[str, Any] = {"chance": chance, "quick": False, "outage_s": outage_s}
     with contextlib.ExitStack() as stack:
-        if name == "postgres":
+        if name in ("postgres", "pair"):
             if why := why_no_postgres():
                 yield None, why
                 return
-            parts |= {"postgres": stack.enter_context(Postgres()), "nodes": 2}
+            parts |= {"postgres": stack.enter_context(Postgres()), "nodes": 2, "standby": name == "pair"}
         elif name == "docker":
             docker, why = docker_here()
             if docker is None:
@@ -172,7 +191,7 @@ def rig_of(name: str, state: Path, chance: random.Random) -> Iterator[tuple[Rig 
                 return
             parts |= {"docker": docker, "nodes": 2}
         elif name != "sqlite":
-            raise ValueError(f"there is no rig {name!r}: sqlite, postgres or docker")
+            raise ValueError(f"there is no rig {name!r}: sqlite, postgres, pair or docker")
         yield stack.enter_context(Rig(state, **parts)), ""
 
 

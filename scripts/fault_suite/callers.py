@@ -26,7 +26,9 @@ OUTSTANDING: Final = 250
 CALL_LIMIT_S: Final = 60.0
 #: One query holds for so long.
 WAIT_S: Final = 5
+#: Between two tries to leave a task, at first and at most.
 PAUSE_S: Final = 0.25
+LONGEST_PAUSE_S: Final = 2.0
 MIX: Final[Mapping[Kind, int]] = {"async": 8, "plain": 4, "sync": 5, "once": 3}
 
 
@@ -137,6 +139,11 @@ class Callers:
             if future not in late:
                 future.result()
 
+    def leave(self, seconds: float) -> Call:
+        """One more repeatable piece of work beside the pace, which takes so long."""
+        self._outstanding.acquire()
+        return self._begin("async", seconds)
+
     def open_before(self, moment: float) -> int:
         """How many pieces of work begun before that moment have not ended."""
         return sum(1 for call in list(self.calls) if call.begin < moment and not call.end)
@@ -150,10 +157,13 @@ class Callers:
             if self._stop.is_set() or not self._outstanding.acquire(blocking=False):
                 continue
             kind = self._chance.choices(kinds, weights)[0]
-            call = Call(uuid.UUID(int=self._chance.getrandbits(128)).hex, kind, self._clock())
-            seconds = self._chance.uniform(*self._seconds)
-            self.calls.append(call)
-            self._futures.append(self._pool.submit(self._run, call, seconds))
+            self._begin(kind, self._chance.uniform(*self._seconds))
+
+    def _begin(self, kind: Kind, seconds: float) -> Call:
+        call = Call(uuid.uuid4().hex, kind, self._clock())
+        self.calls.append(call)
+        self._futures.append(self._pool.submit(self._run, call, seconds))
+        return call
 
     def _run(self, call: Call, seconds: float) -> None:
         try:
@@ -161,12 +171,14 @@ class Callers:
             work = json.dumps({"token": call.token, "seconds": round(seconds, 3)}).encode()
             path = "/user/work" if call.kind == "sync" else "/user/schedulingTask?paramUrl=work"
             key = call.token if call.kind in ("async", "sync") else ""
+            pause_s = PAUSE_S
             while not (call.acknowledged or self._given_up.is_set()):
                 self._try(call, api, path, work, key)
                 if not key:
                     break
                 if not call.acknowledged:
-                    self._given_up.wait(PAUSE_S)
+                    self._given_up.wait(pause_s)
+                    pause_s = min(LONGEST_PAUSE_S, pause_s * 1.5)
             if call.acknowledged:
                 self._await_end(call, api)
             elif not self._given_up.is_set():

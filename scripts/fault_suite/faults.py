@@ -8,10 +8,13 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
+from controlplane.__main__ import GIVE_WAY
 from scripts.fault_suite.disk import full
-from scripts.fault_suite.rig import GIVEN_UP_S, HEARTBEAT_S, SMALL_NODE, Recovery, Rig, until
+from scripts.fault_suite.pair import LEASE_S
+from scripts.fault_suite.rig import GIVEN_UP_S, HEARTBEAT_S, RECONNECT_GRACE_S, SMALL_NODE, Recovery, Rig, until
 
 #: Shorter than any node is given up after.
 BLIP_S: Final = 1.5
@@ -24,6 +27,15 @@ ORPHAN_LIMIT_S: Final = 60.0
 
 #: For a container that has ended to be started anew: its backoff, and a busy machine.
 RESTART_LIMIT_S: Final = 60.0
+
+#: For the other control plane to serve, and nodes and bridge to be there; the product's words are 1 s and 15 s.
+SERVES_S: Final = 1.0 + NOTICE_MARGIN_S
+MOVED_S: Final = 15.0
+#: That calls get to end when a control plane stops; its default.
+STOP_GRACE_S: Final = 10.0
+
+#: Left before a long outage: fewer than the slots of a rig.
+LONG_TASKS: Final = 6
 
 #: A log is heard so long after it was written.
 DEAF_MARGIN_S: Final = 3.0
@@ -96,14 +108,14 @@ def _inflict(rig: Rig, faults: Sequence[Fault]) -> None:
 # The control plane.
 
 
-@fault("control plane: kill -9, then start", NOTHING, subject="controlplane")
+@fault("control plane: kill -9, then start", NOTHING, "one control plane", subject="controlplane")
 def control_plane_killed(rig: Rig) -> None:
     """At once."""
     rig.platform.controlplane.kill()
     rig.platform.start_controlplane()
 
 
-@fault("control plane: gone while nodes work on", NOTHING, subject="controlplane")
+@fault("control plane: gone while nodes work on", NOTHING, "one control plane", subject="controlplane")
 def control_plane_gone(rig: Rig) -> None:
     """Longer than a node would be waited for."""
     rig.platform.controlplane.kill()
@@ -111,14 +123,32 @@ def control_plane_gone(rig: Rig) -> None:
     rig.platform.start_controlplane()
 
 
-@fault("control plane: stopped and started", NOTHING, subject="controlplane")
+@fault(
+    "control plane: gone for long, over tasks as long",
+    NOTHING,
+    "one control plane",
+    "outage",
+    subject="controlplane",
+    variant=True,
+)
+def control_plane_long_gone(rig: Rig) -> None:
+    """Tasks that were given out before end while nobody hears of it."""
+    assert rig.callers
+    left = [rig.callers.leave(rig.outage_s * part / (LONG_TASKS + 1)) for part in range(1, LONG_TASKS + 1)]
+    until(lambda: all(rig.is_running(call) for call in left), RESTART_LIMIT_S, "long tasks to run")
+    rig.platform.controlplane.kill()
+    time.sleep(rig.outage_s)
+    rig.platform.start_controlplane()
+
+
+@fault("control plane: stopped and started", NOTHING, "one control plane", subject="controlplane")
 def control_plane_restarted(rig: Rig) -> None:
     """SIGTERM, as an upgrade does it."""
     rig.platform.controlplane.stop()
     rig.platform.start_controlplane()
 
 
-@fault("control plane: SIGSTOP, SIGCONT", NOTHING, subject="controlplane")
+@fault("control plane: SIGSTOP, SIGCONT", NOTHING, "one control plane", subject="controlplane")
 def control_plane_frozen(rig: Rig) -> None:
     """When it goes on, every node has been silent for too long, by its clock."""
     with rig.frozen(rig.platform.controlplane):
@@ -173,9 +203,17 @@ def daemon_frozen(rig: Rig) -> None:
         time.sleep(rig.lasts(LONG_S, 25.0))
 
 
-@fault("node: daemon killed -9 while its containers work, then started", REPEATS, "docker", subject="node")
+def _resumed(_: Rig, recovery: Recovery) -> None:
+    """Nothing was run again, but for one answer that was just being read; or the daemon took too long to be back."""
+    lost = recovery.attempts.total()
+    assert lost <= 1 or recovery.noticed_s >= RECONNECT_GRACE_S, f"attempts were lost: {recovery.attempts}"
+
+
+@fault(
+    "node: daemon killed -9 while its containers work, then started", REPEATS, "docker", subject="node", check=_resumed
+)
 def daemon_killed_alone(rig: Rig) -> None:
-    """The containers go on and are taken up again; what they worked on is reported lost, and run once more."""
+    """The containers go on, and the next daemon goes on waiting for their answers: one execution."""
     name = rig.some_node()
     rig.node(name).kill()
     time.sleep(rig.lasts(1.0, 20.0))
@@ -356,3 +394,56 @@ def postgres_reset(rig: Rig) -> None:
     for _ in range(5):
         rig.database_proxy.reset()
         time.sleep(0.3)
+
+
+# One of two control planes. In a rig of the quick form the second is only there from here on.
+
+
+def _switched(rig: Rig, _: Recovery, after_s: float = 0.0) -> None:
+    """In time, where nothing else was hurt."""
+    switch = rig.switches[-1]
+    assert switch.serves_s <= after_s + SERVES_S, f"the other control plane served after {switch.serves_s:.1f} s"
+    assert switch.whole_s <= after_s + MOVED_S, f"nodes and bridge were there after {switch.whole_s:.1f} s"
+
+
+@fault("two control planes: the active one killed -9", NOTHING, "standby", subject="controlplane", check=_switched)
+def active_killed(rig: Rig) -> None:
+    """The other serves within a second or so, and nodes and bridge find it by themselves."""
+    assert rig.pair
+    active = rig.pair.both()
+    with rig.switching("killed"):
+        active.kill()
+
+
+@fault(
+    "two control planes: the active one stopped",
+    NOTHING,
+    "standby",
+    subject="controlplane",
+    variant=True,
+    check=partial(_switched, after_s=STOP_GRACE_S),
+)
+def active_stopped(rig: Rig) -> None:
+    """SIGTERM, as an upgrade does it."""
+    assert rig.pair
+    active = rig.pair.both()
+    with rig.switching("stopped"):
+        active.stop()
+
+
+@fault(
+    "two control planes: the active one SIGSTOP, taken over, SIGCONT",
+    NOTHING,
+    "standby",
+    subject="controlplane",
+    check=partial(_switched, after_s=LEASE_S),
+)
+def active_frozen(rig: Rig) -> None:
+    """When it goes on it ends at once: what it says or writes then would be another's business."""
+    assert rig.pair
+    active = rig.pair.both()
+    with rig.switching("frozen"), rig.frozen(active):
+        until(lambda: rig.pair and rig.pair.served_by_other(active), RESTART_LIMIT_S, "the other to take over")
+        time.sleep(rig.lasts(0.0, 10.0))
+    code = active.process.wait(SERVES_S)
+    assert code == GIVE_WAY, f"it ended with {code} when it went on"

@@ -179,3 +179,55 @@ class FaultProxy:
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(STOP_LIMIT_S)
+
+
+class FaultProxies:
+    """One for each of several targets, with commas between them: a network on which all of them lie."""
+
+    def __init__(self, targets: str, *, host: str = "127.0.0.1") -> None:
+        self._proxies = [FaultProxy(target, host=host) for target in targets.split(",")]
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for proxy in self._proxies:
+            self._stack.enter_context(proxy)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def address(self) -> str:
+        """Where they are, with commas."""
+        return ",".join(proxy.address for proxy in self._proxies)
+
+    @contextlib.contextmanager
+    def swallowing(self, way: Way = "both") -> Iterator[None]:
+        """As FaultProxy's."""
+        with contextlib.ExitStack() as stack:
+            for proxy in self._proxies:
+                stack.enter_context(proxy.swallowing(way))
+            yield
+
+    @contextlib.contextmanager
+    def delaying(self, seconds: float) -> Iterator[None]:
+        """As FaultProxy's."""
+        with contextlib.ExitStack() as stack:
+            for proxy in self._proxies:
+                stack.enter_context(proxy.delaying(seconds))
+            yield
+
+    @contextlib.contextmanager
+    def cutting(self, after_bytes: int) -> Iterator[None]:
+        """As FaultProxy's."""
+        with contextlib.ExitStack() as stack:
+            for proxy in self._proxies:
+                stack.enter_context(proxy.cutting(after_bytes))
+            yield
+
+    def reset(self) -> None:
+        """As FaultProxy's."""
+        for proxy in self._proxies:
+            proxy.reset()

@@ -26,8 +26,9 @@ from scripts.fault_suite.audit import Findings, audit
 from scripts.fault_suite.callers import Api, Call, Callers
 from scripts.fault_suite.disk import small_disk, why_no_disks
 from scripts.fault_suite.netns import Namespace, why_no_namespaces
+from scripts.fault_suite.pair import Pair, pair_settings
 from scripts.fault_suite.postgres import Postgres
-from scripts.fault_suite.proxy import FaultProxy
+from scripts.fault_suite.proxy import FaultProxies, FaultProxy
 from scripts.fault_suite.records import DockerEars, executions, recorded
 from scripts.programs import BIN, Failed, Platform, Program
 
@@ -87,12 +88,26 @@ class Recovery:
     once_failed: Counter[str]
 
 
+@dataclass(frozen=True)
+class Switch:
+    """From a fault of the active control plane: until the other served, and until nodes and bridge were there."""
+
+    fault: str
+    serves_s: float
+    whole_s: float
+
+
+#: result_code of a task that has a slot.
+RUNNING: Final = 101
+
+
 class Rig:
     """Nodes `alpha`, `beta`, `gamma`: `beta` on a small disk, like the control plane, and `gamma` in a network
     namespace of its own, where this machine allows such things (`lacks`).
 
     `postgres`: where the database is; else it is SQLite. `bridge`: its settings, as
-    environment. `quick`: faults last just long enough to show.
+    environment. `quick`: faults last just long enough to show. `outage_s`: how long the control plane may be gone.
+    `standby`: there may be a second one (`pair`).
     """
 
     def __init__(
@@ -107,12 +122,15 @@ class Rig:
         chance: random.Random | None = None,
         quick: bool = True,
         rate: float = 15.0,
+        outage_s: float = 0.0,
+        standby: bool = False,
     ) -> None:
         self.state = state.resolve()
         self.images = self.state / "images"
         self.worker_logs = self.state / "worker-logs"
         self.names = ["alpha", "beta", "gamma"][:nodes]
         self.rate = rate
+        self.outage_s = outage_s
         self.quick = quick
         self.chance = chance or random.Random()  # noqa: S311
         self.postgres = postgres
@@ -126,6 +144,9 @@ class Rig:
         self.lacks["processes"] = "containers do not end with their daemon here" if docker else ""
         self.lacks["docker"] = "" if docker else "containers are processes here"
         self.lacks["own engine"] = "" if docker and docker.kill else "the engine is not ours to kill"
+        self.lacks["outage"] = "" if outage_s else "no long outage was asked for"
+        self.lacks["one control plane"] = "there may be two" if standby else ""
+        self.lacks["standby"] = "" if standby else "there is no second control plane"
         self.lacks |= {"sqlite": "the database is PostgreSQL"} if postgres else {"postgres": "the database is SQLite"}
         self.namespace: Namespace | None = None
         self.database_proxy: FaultProxy | None = None
@@ -137,11 +158,14 @@ class Rig:
             "NGPU_CONTROLPLANE_HOLD": f"{HOLD_S}s",
         }
         self._settings = {**settings, **(bridge or {})}
+        self._standby = standby
+        self.pair: Pair | None = None
         self._node_addrs: set[str] = set()
         self._ears: DockerEars | None = None
         self.database_url = postgres.url() if postgres else f"sqlite:///{self.state / 'controlplane' / 'ngpu.db'}"
-        self.proxies: dict[str, FaultProxy] = {}
+        self.proxies: dict[str, FaultProxies] = {}
         self.recoveries: list[Recovery] = []
+        self.switches: list[Switch] = []
         self.calls: list[Call] = []
         self.callers: Callers | None = None
         #: When containers could not be heard.
@@ -149,7 +173,7 @@ class Rig:
         #: Workspaces.
         self.made: set[str] = set()
         #: A program ends with the thread that has started it: these live as long as the rig.
-        self.threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="fault")
+        self.threads = concurrent.futures.ThreadPoolExecutor(3, thread_name_prefix="fault")
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -180,11 +204,15 @@ class Rig:
         if self.docker:
             # After the daemons, which leave containers running.
             stack.callback(self._remove_containers)
+        if self._standby:
+            self._settings |= pair_settings(self.state)
         self.platform = stack.enter_context(Platform(self.state, settings=self._settings))
+        if self._standby:
+            self.pair = stack.enter_context(Pair(self.platform))
         for name in self.names:
             inside = self._namespace_of(name)
             host = inside.host_ip if inside else self.docker.host if self.docker else "127.0.0.1"
-            self.proxies[name] = stack.enter_context(FaultProxy(self.platform.server, host=host))
+            self.proxies[name] = stack.enter_context(FaultProxies(self.platform.server, host=host))
             self.start_node(name)
         self.bridge = self.platform.start_bridge()
         if self.docker:
@@ -324,6 +352,10 @@ class Rig:
         """Whom a fault hits."""
         return usually if self.quick else self.chance.choice(self.names)
 
+    def is_running(self, call: Call) -> bool:
+        """Has the task of that call been given to a node?"""
+        return bool(call.task_id) and self.work.query(call.task_id)["result_code"] == RUNNING
+
     def lasts(self, quick_s: float, long_s: float) -> float:
         """How long a fault lasts, in seconds: the short time, or between the two."""
         return quick_s if self.quick else self.chance.uniform(quick_s, long_s)
@@ -359,6 +391,25 @@ class Rig:
         )
 
     @contextlib.contextmanager
+    def switching(self, fault: str) -> Iterator[None]:
+        """The block is what makes the active control plane give way. Waits until all is with the other."""
+        assert self.pair
+        active, begun = self.pair.active, time.monotonic()
+        assert active
+        watching = self.threads.submit(self._served_by_other, active)
+        yield
+        serves_s = watching.result() - begun
+        until(self._is_whole, WHOLE_LIMIT_S, "nodes and bridge to be there")
+        self.switches.append(Switch(fault, serves_s, time.monotonic() - begun))
+
+    def _served_by_other(self, than: Program) -> float:
+        """When, by the monotonic clock, another control plane was seen to serve."""
+        pair = self.pair
+        assert pair
+        until(lambda: pair.served_by_other(than), WHOLE_LIMIT_S, "the other control plane to serve")
+        return time.monotonic()
+
+    @contextlib.contextmanager
     def suffering(self, fault: str, limit_s: float = SETTLE_LIMIT_S) -> Iterator[None]:
         """The block is the fault, and its end the fault's end. Waits until all is well, and keeps what it cost."""
         callers = self.callers
@@ -369,7 +420,8 @@ class Rig:
         self.await_calls(CALLS_AFTER, ended, limit_s)
         until(lambda: not callers.open_before(ended), limit_s, "what had begun before a fault's end to end")
         settled = time.time()
-        moments = sorted(call.end for call in list(callers.calls) if begun - 1 <= call.end <= settled)
+        ends = [call.end for call in list(callers.calls) if call.acknowledged]
+        moments = sorted(end for end in ends if begun - 1 <= end <= settled)
         silence_s = max((late - early for early, late in itertools.pairwise(moments)), default=settled - begun)
         self.recoveries.append(self._cost(fault, begun, ended, settled, silence_s))
 

@@ -213,7 +213,7 @@ class FlakyStore:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
-        if name not in {"add_task", "assign", "finish", "requeue", "end_queued", "put_job"}:
+        if name not in {"add_task", "assign", "finish", "requeue", "end_queued", "put_job", "put_attempt"}:
             return method
 
         def write(*args: Any, **kwargs: Any) -> "asyncio.Future[Any]":

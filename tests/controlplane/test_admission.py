@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from controlplane.admission import RESERVED_ROUTES, admit, admit_replicas, admit_route, admit_update
 from controlplane.errors import InvalidArgument
-from controlplane.spec import GIB, MIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec
+from controlplane.spec import GIB, MIB, GpuNeed, Limits, Readiness, Registry, Scale, Spec, Volume
 
 SPEC = Spec(name="demo", image="demo:1", ports=(8000,))
 
@@ -31,6 +31,9 @@ SPEC = Spec(name="demo", image="demo:1", ports=(8000,))
         {"registry": Registry("user", "secret")},
         {"writable_paths": ("/data", "/var/cache/models", "/home/u ser")},
         {"account": "team 7"},
+        {"gpu": GpuNeed("4090", 1, 8 * GIB, share=1)},
+        {"gpu": GpuNeed(count=1, share=999)},
+        {"volumes": (Volume("models", "/models"), Volume("m2", "/models2")), "writable_paths": ("/modelsx",)},
         {"limits": Limits(queue_time_s=0.5, max_attempts=1, queue_length=1)},
     ],
 )
@@ -77,6 +80,20 @@ def test_taken(changes: dict[str, Any]) -> None:
         ({"gpu": GpuNeed(count=65)}, "gpu.count: 65"),
         ({"gpu": GpuNeed("4090")}, "gpu.count: 0, though"),
         ({"gpu": GpuNeed("a" * 129, 1)}, "gpu.model:"),
+        ({"gpu": GpuNeed(count=1, share=1000)}, "gpu.share: 1000 is not from 1 to 999"),
+        ({"gpu": GpuNeed(count=1, share=-1)}, "gpu.share: -1 is not"),
+        ({"gpu": GpuNeed(count=2, share=500)}, "gpu.share: a share is one of a single GPU: gpu.count must be 1, not 2"),
+        ({"gpu": GpuNeed(share=500)}, "gpu.count must be 1, not 0"),
+        ({"volumes": (Volume("Models", "/models"),)}, "volumes: 'Models' is no name"),
+        ({"volumes": (Volume("m", "/a"), Volume("m", "/b"))}, "volumes: each name only once"),
+        ({"volumes": (Volume("m", "models"),)}, "volumes: 'models' is no plain absolute path"),
+        ({"volumes": (Volume("m", "/"),)}, "volumes: '/' is no plain"),
+        ({"volumes": (Volume("m", "/a/../b"),)}, "volumes: '/a/../b' is no plain"),
+        ({"volumes": (Volume("m", "/dev/shm"),)}, "volumes: '/dev/shm' belongs to the system"),
+        ({"volumes": (Volume("m", "/tmp/m"),)}, "volumes: '/tmp/m' and '/tmp' lie one in the other"),
+        ({"volumes": (Volume("m", "/a"), Volume("n", "/a/b"))}, "volumes: '/a/b' and '/a' lie one in the other"),
+        ({"volumes": (Volume("m", "/a"),), "writable_paths": ("/a/b",)}, "'/a' and '/a/b' lie one"),
+        ({"volumes": tuple(Volume(f"m{n}", f"/m{n}") for n in range(9))}, "volumes: at most 8"),
         ({"readiness": Readiness("health")}, "readiness.path:"),
         ({"readiness": Readiness("/a b")}, "readiness.path:"),
         ({"readiness": Readiness("/../etc")}, "readiness.path:"),

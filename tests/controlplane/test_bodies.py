@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from ngpu import wire
 
-from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, READ_BYTES, Bodies
+from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, READ_BYTES, RESERVE_SHARE, Bodies
 from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
 
 MIB = 1024 * 1024
@@ -429,4 +430,19 @@ async def test_a_full_disk_is_said_and_what_was_there_stays(small_disk: Path) ->
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert await bodies.size(NAME) == MIB
     assert await bodies.append(NAME, MIB, b"z", limit_bytes=10 * MIB) == MIB + 1
+    await bodies.close()
+
+
+async def test_bodies_leave_room_for_a_database_on_the_same_disk(small_disk: Path) -> None:
+    bodies = await Bodies.open(small_disk)
+
+    async def fill() -> None:
+        size = 0
+        while True:
+            size = await bodies.append(NAME, size, b"x" * 65_536, limit_bytes=10 * MIB)
+
+    with pytest.raises(Unavailable, match="disk is full"):
+        await fill()
+    free = shutil.disk_usage(small_disk).free
+    assert RESERVE_SHARE * 2.5 * MIB <= free < RESERVE_SHARE * 2.5 * MIB + 65_536 + 4096
     await bodies.close()

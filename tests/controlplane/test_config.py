@@ -9,6 +9,8 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from controlplane import config
+from controlplane.__main__ import placement_policy
+from controlplane.placement import Policy
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +186,17 @@ def test_help_teaches() -> None:
     listed = run("settings").stdout
     assert "NGPU_CONTROLPLANE_ASSET_CHECK_ON_ERROR" in listed
     assert "node_timeout = 15" in listed
+
+
+def test_placement_weighs_as_the_file_says(tmp_path: Path) -> None:
+    assert placement_policy(config.load(None, {}).placement) == Policy()
+    file = write(tmp_path, '[placement]\nscarcity = 0\nimage_per_gib = 0.5\ndisk_reserve = "20GiB"\n')
+    policy = placement_policy(config.load(file, {}).placement)
+    assert policy == Policy(scarcity=0, image_per_gib=0.5, disk_reserve_bytes=20 * 1024**3)
+
+
+def test_weights_that_make_no_sense_are_told(tmp_path: Path) -> None:
+    file = write(tmp_path, "[placement]\nleftover = -1\nscarcity_base = 1\nbeauty = 2\n")
+    told = faults(file)
+    assert len(told) == 3
+    assert all(line.startswith("placement.") for line in told)

@@ -86,6 +86,16 @@ def test_create_from_options_alone(plane: FakeControlPlane, ngpu: Ngpu, tmp_path
     )
 
 
+def test_create_with_a_part_of_a_gpu_and_volumes(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    plane.answers["CreateWorkspace"] = workspace.CreateWorkspaceResponse(workspace=a_workspace())
+    ngpu("workspace", "create", "-", "--gpu-share", "0.25", "--volume", "m=/m", "--volume", "h=/h", stdin=TOML)
+    spec = plane.last().spec
+    assert spec.gpu.share_milli == 250
+    assert [(volume.name, volume.path) for volume in spec.volumes] == [("m", "/m"), ("h", "/h")]
+    wrong = ngpu("workspace", "create", "-", "--volume", "/m", stdin=TOML, code=2)
+    assert wrong.stderr == "ngpu: --volume: '/m' is not NAME=VALUE\n"
+
+
 def test_create_from_stdin_with_an_option_on_top(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["CreateWorkspace"] = workspace.CreateWorkspaceResponse(workspace=a_workspace())
     ngpu("workspace", "create", "-", "--replicas", "5", stdin=TOML)
@@ -197,6 +207,16 @@ def test_show(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     assert "2 of 5 layers" in text
 
 
+def test_show_says_which_part_of_a_gpu_and_what_is_kept(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    shown = a_workspace(a_replica(READY))
+    shown.spec.gpu.CopyFrom(workspace.GpuNeed(count=1, share_milli=250, min_memory_bytes=6 << 30))
+    shown.spec.volumes.add(name="models", path="/models")
+    plane.answers["GetWorkspace"] = workspace.GetWorkspaceResponse(workspace=shown)
+    text = ngpu("workspace", "show", "img2img").stdout
+    assert "0.25 x any model, 6 GiB or more\n" in text
+    assert "models at /models" in text
+
+
 def test_show_says_how_replicas_follow_the_load(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     shown = a_workspace(wanted=0)
     scale = workspace.Scale(max_replicas=3, idle_time=Duration(seconds=900), queue_wait=Duration(seconds=10))
@@ -305,7 +325,10 @@ def a_gpu_node() -> fleet.Node:
         fleet.GpuHealth(gpu_id="GPU-1", grade=fleet.GRADE_QUARANTINED, reason="fell off the bus (Xid 79)"),
     ]
     inventory = node.Inventory(gpus=gpus, cpus=16, memory_bytes=64 << 30, engine="docker", engine_version="27.1")
-    return a_node(inventory=inventory, gpu_health=health, gpu_ids_in_use=["GPU-0"], replicas=1, running_tasks=3)
+    inventory.volume_limit_bytes = 64 << 30
+    # Two replicas share it.
+    in_use = ["GPU-0", "GPU-0"]
+    return a_node(inventory=inventory, gpu_health=health, gpu_ids_in_use=in_use, replicas=1, running_tasks=3)
 
 
 def test_node_list(plane: FakeControlPlane, ngpu: Ngpu) -> None:
@@ -327,6 +350,7 @@ def test_node_show(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     for part in (
         NODE,
         "16 CPUs, 64 GiB, 0 B of disk free",
+        "up to 64 GiB",
         "docker 27.1",
         "1 replica, 3 tasks",
         "quarantined",
@@ -409,6 +433,35 @@ def test_explain(plane: FakeControlPlane, ngpu: Ngpu) -> None:
         assert part in text
     ngpu("explain", "task", "20260131")
     assert plane.last().task_id == "20260131"
+
+
+# --- plan ---
+
+
+def test_plan_shows_where_each_replica_would_go(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path) -> None:
+    chosen = fleet.Candidate(id=NODE, name="node-1", parts={"load": 0.25}, cost=0.25)
+    decision = fleet.Decision(time=at(), subject="replica 1 of img2img", chosen=NODE, candidates=[chosen])
+    placed = fleet.PlannedReplica(decision=decision, node_name="node-1", gpu_ids=["GPU-1"], pulls_image=True)
+    plane.answers["PlanWorkspace"] = fleet.PlanWorkspaceResponse(
+        change=fleet.WORKSPACE_CHANGE_NEW, fits=True, new_replicas=1, replicas=[placed], summary="It would be new."
+    )
+    text = ngpu("plan", the_file(tmp_path)).stdout
+    assert plane.last().spec.name == "img2img"
+    for part in ("It would be new.", "node-1", "GPU-1", "pull, of unknown size", "LOAD", "0.25"):
+        assert part in text
+    assert ngpu("plan", the_file(tmp_path), "-q").stdout == "node-1\n"
+    assert json.loads(ngpu("plan", the_file(tmp_path), "--json").stdout)["fits"] is True
+
+
+def test_plan_without_room_has_an_exit_code_of_its_own(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path) -> None:
+    decision = fleet.Decision(time=at(), subject="replica 1 of img2img", refusals={"too few free GPUs": 3})
+    plane.answers["PlanWorkspace"] = fleet.PlanWorkspaceResponse(
+        new_replicas=1, replicas=[fleet.PlannedReplica(decision=decision)], summary="There is room for 0 of 1 replicas."
+    )
+    result = ngpu("plan", the_file(tmp_path), code=6)
+    assert "3 refused: too few free GPUs" in result.stdout
+    assert "no room" in result.stderr
+    ngpu("plan", the_file(tmp_path, "name = 1"), code=2)
 
 
 # --- assets ---
@@ -530,6 +583,7 @@ def test_version(ngpu: Ngpu) -> None:
     [
         "",
         *("workspace create", "workspace show", "workspace list", "workspace scale", "workspace delete"),
+        "plan",
         *("route publish", "route list", "route delete", "explain task", "explain workspace"),
         *("node list", "node show", "node drain", "node cordon", "node uncordon", "node revoke"),
         *("token create", "token list", "token revoke", "asset check"),

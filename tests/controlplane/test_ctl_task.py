@@ -91,11 +91,12 @@ def test_submit_without_body_is_a_get(plane: FakeControlPlane, ngpu: Ngpu) -> No
 def test_submit_everything_else_that_can_be_said(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     ngpu(
         *("task", "submit", "--route", "img2img", "-d", "plain", "--method", "put", "--btc-address", "bc1p"),
-        *("--idempotency-key", "k", "--header", "content-type: text/x"),
+        *("--idempotency-key", "k", "--header", "content-type: text/x", "--priority", "-5"),
     )
     asked = plane.last()
     assert (asked.route, asked.workspace_id, asked.request.path) == ("img2img", "", "")
     assert (asked.btc_address, asked.idempotency_key, asked.request.method) == ("bc1p", "k", "PUT")
+    assert asked.priority == -5
     assert [(h.name, h.value) for h in asked.request.headers] == [("content-type", b"text/x")]
 
 

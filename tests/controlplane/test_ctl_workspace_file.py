@@ -38,6 +38,10 @@ model = "RTX 4090"
 count = 1
 memory = "24GB"
 
+[volumes]
+models = "/models"
+hub-cache = "/root/.cache"
+
 [readiness]
 path = "/health"
 port = 9000
@@ -99,6 +103,7 @@ def test_every_key(tmp_path: Path) -> None:
         repeatable=False,
         writable_paths=["/data"],
         account="customer 7",
+        volumes=[pb.Volume(name="models", path="/models"), pb.Volume(name="hub-cache", path="/root/.cache")],
     )
 
 
@@ -106,6 +111,24 @@ def test_the_least() -> None:
     spec = spec_of('name = "a"\nimage = "b"\nports = [1]')
     assert spec == pb.WorkspaceSpec(name="a", image="b", ports=[1], replicas=1)
     assert not spec.HasField("repeatable")
+
+
+def test_a_share_of_a_gpu_is_a_part_of_one() -> None:
+    least = 'name = "a"\nimage = "b"\nports = [1]\n'
+    assert spec_of(f"{least}[gpu]\nshare = 0.25").gpu == pb.GpuNeed(count=1, share_milli=250)
+    assert spec_of(f"{least}[gpu]\ncount = 2\nshare = 0.001").gpu == pb.GpuNeed(count=2, share_milli=1)
+    for share in ("1", "0.0004", "2.5", '"250"'):
+        (fault,) = faults_of(f"{least}[gpu]\nshare = {share}")
+        assert fault.startswith("w.toml: gpu.share: must be a")
+
+
+def test_volumes_may_be_tables() -> None:
+    least = 'name = "a"\nimage = "b"\nports = [1]\n'
+    models = [pb.Volume(name="models", path="/models")]
+    assert spec_of(f'{least}volumes = [{{name = "models", path = "/models"}}]').volumes == models
+    for wrong in ('"models"', '["/models"]', '[{name = "models"}]', "{models = 1}"):
+        (fault,) = faults_of(f"{least}volumes = {wrong}")
+        assert fault.startswith("w.toml: volumes: ")
 
 
 def test_registered_and_not_running() -> None:

@@ -10,6 +10,7 @@ from controlplane.queues import HEAD_BYTES
 from controlplane.recent import RECENT_S
 from controlplane.report import ReplicaReport, ReplicaState
 from controlplane.slots import Request
+from controlplane.tasks import TaskView
 from controlplane.writes import REWRITE_S
 from tests.controlplane.fakes_dispatch import WS, World
 
@@ -408,6 +409,83 @@ async def test_insert_that_was_done_though_its_caller_was_told_otherwise_is_ende
     await world.settle()
     assert await world.state("t1") is State.FAILED
     assert world.dispatcher.queued(WS) == 0
+
+
+async def test_who_asks_while_it_stops_does_not_keep_it_from_that(world: World) -> None:
+    world.node("n1", r1=1)
+    await world.submit(wait_s=0)
+    await world.dispatcher.stop()
+    assert (await world.dispatcher.query("t1", wait_s=1e9)).state is State.RUNNING
+
+
+async def keyed(world: World) -> TaskView:
+    return await world.submit(world.new(idempotency_key="k", request_hash=b"h"))
+
+
+async def test_keyed_insert_that_may_have_been_done_is_found_under_way_by_its_caller(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.flaky.unsure = True
+    with pytest.raises(Unavailable):
+        await keyed(world)
+    again = asyncio.create_task(keyed(world))
+    await world.settle()
+    await world.advance(REWRITE_S)
+    assert node.given == ["t1.1"]
+    node.answer("t1.1", b"once")
+    view = await again
+    assert (view.task_id, view.state) == ("t1", State.COMPLETED)
+
+
+async def test_keyed_insert_that_was_not_done_is_done_later(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.flaky.down = True
+    with pytest.raises(Unavailable):
+        await keyed(world)
+    await world.advance(REWRITE_S)
+    assert node.given == []
+    world.flaky.down = False
+    await world.advance(REWRITE_S)
+    assert node.given == ["t1.1"]
+
+
+async def test_keyed_insert_that_came_too_late_leaves_the_key_to_the_other_task(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.flaky.down = True
+    with pytest.raises(Unavailable):
+        await keyed(world)
+    world.flaky.down = False
+    second = asyncio.create_task(keyed(world))
+    await world.settle()
+    await world.advance(REWRITE_S)
+    assert node.given == ["t2.1"]
+    node.answer("t2.1")
+    assert (await second).task_id == "t2"
+    with pytest.raises(NotFound):
+        await world.dispatcher.query("t1")
+
+
+async def test_keyed_insert_of_another_request_is_given_up(world: World) -> None:
+    world.flaky.down = True
+    with pytest.raises(Unavailable):
+        await keyed(world)
+    world.flaky.down = False
+    await world.submit(world.new(idempotency_key="k", request_hash=b"other"), wait_s=0)
+    await world.advance(REWRITE_S)
+    with pytest.raises(NotFound):
+        await world.dispatcher.query("t1")
+    assert world.dispatcher.queued(WS) == 1
+
+
+async def test_task_that_is_cancelled_while_its_insert_is_unsure_never_starts(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.flaky.unsure = True
+    with pytest.raises(Unavailable):
+        await keyed(world)
+    cancelling = asyncio.create_task(world.dispatcher.cancel("t1"))
+    await world.settle()
+    await world.advance(REWRITE_S)
+    assert (await cancelling).state is State.CANCELLED
+    assert node.given == []
 
 
 async def test_end_that_cannot_be_written_is_neither_told_nor_forgotten(world: World) -> None:

@@ -1,11 +1,13 @@
 """What the dispatcher promises when attempts fail, nodes vanish and come back, and the control plane is killed."""
 
+from controlplane import explain
 from controlplane.dispatcher import HELD_AFTER_S, RESULT_GRACE_S
+from controlplane.ejection import EJECTION_S, IN_A_ROW, PAUSE_S
 from controlplane.lifecycle import SILENCE_S
 from controlplane.model import Cause, Delivery, State
 from controlplane.recovery import Graces
 from controlplane.retries import PLATFORM_ATTEMPTS
-from tests.controlplane.fakes_dispatch import WS, World
+from tests.controlplane.fakes_dispatch import WS, FakeNode, World
 
 GRACES = Graces()
 #: Longer than any first backoff.
@@ -460,3 +462,150 @@ async def test_unrecorded_start_is_a_stranger_that_is_cancelled(world: World) ->
     world.submit()
     assert node.given == ["t1.1", "t2.1"]
     await world.settle()
+
+
+# Grey failures.
+
+
+async def fails(world: World, node: FakeNode, replica_id: str) -> None:
+    """The next task there fails by the platform."""
+    world.submit()
+    await world.settle()
+    given = [attempt for attempt, start in node.running.items() if start.replica_id == replica_id]
+    assert given, "it was given nothing"
+    node.fail(given[-1])
+    await world.settle()
+
+
+async def test_replica_that_fails_again_and_again_gets_nothing_for_a_while_and_then_one_task(world: World) -> None:
+    bad = world.node("n1", r1=2)
+    for _ in range(IN_A_ROW):
+        await fails(world, bad, "r1")
+    # The only one that serves is not ejected: it is paused for a second, and tried with one task.
+    assert world.dispatcher.doubts(WS)["r1"].startswith("paused for 1 s after 3 failures in a row")
+    await world.advance(PAUSE_S + BACKOFF_S)
+    await bad.has("t1.2")
+    assert list(bad.running) == ["t1.2"]
+    # Now another can do its work.
+    good = world.node("n2", r2=9)
+    bad.fail("t1.2")
+    await world.settle()
+    words = "ejected for 30 s after 4 failures in a row: It was CONNECTION_CLOSED."
+    assert world.dispatcher.doubts(WS) == {"r1": words}
+    await world.advance(BACKOFF_S)
+    await good.has("t1.3", "t2.2", "t3.2")
+    for attempt_id in list(good.running):
+        good.answer(attempt_id)
+    await world.advance(EJECTION_S)
+    assert world.dispatcher.doubts(WS)["r1"].startswith("on trial after 4 failures")
+    world.dispatcher.set_capacity("r2", WS, "n2", 0)
+    world.submit()
+    world.submit()
+    await world.settle()
+    assert list(bad.running) == ["t4.1"]
+    bad.answer("t4.1")
+    await world.settle()
+    assert world.dispatcher.doubts(WS) == {}
+
+
+async def test_ejected_replica_is_tried_at_once_when_no_other_is_left(world: World) -> None:
+    good = world.node("n2", r2=1)
+    world.submit()
+    bad = world.node("n1", r1=1)
+    for _ in range(IN_A_ROW):
+        await fails(world, bad, "r1")
+    assert world.dispatcher.doubts(WS)["r1"].startswith("ejected")
+    good.disconnect()
+    await world.advance(BACKOFF_S)
+    assert world.dispatcher.doubts(WS)["r1"].startswith("on trial")
+    await bad.has("t2.2")
+
+
+async def test_errors_that_come_fast_do_not_make_a_replica_look_fast(world: World) -> None:
+    bad, good = world.node("n1", r1=1), world.node("n2", r2=1)
+    for _ in range(5):
+        world.submit()
+        world.submit()
+        await world.settle()
+        for attempt_id in list(bad.running):
+            bad.answer(attempt_id, status=500)
+        for attempt_id in list(good.running):
+            good.answer(attempt_id)
+        await world.settle()
+        if world.dispatcher.doubts(WS):
+            break
+    assert world.dispatcher.doubts(WS)["r1"].startswith("ejected for 30 s without a good answer")
+    world.submit()
+    world.submit()
+    await world.settle()
+    assert (len(bad.running), len(good.running)) == (0, 1)
+    view = await world.dispatcher.query(f"t{world.numbers}")
+    assert "Replica r1 is ejected for 30 s without a good answer" in view.waiting_for
+
+
+async def test_what_an_outage_has_failed_is_run_again_little_by_little(world: World) -> None:
+    node = world.node("n1", r1=40)
+    futures = [world.submit() for _ in range(40)]
+    await world.settle()
+    for attempt_id in list(node.running):
+        node.fail(attempt_id)
+    await world.settle()
+    view = await world.dispatcher.query("t40")
+    assert "held back" in view.waiting_for
+    again: list[int] = []
+    for _ in range(100):
+        await world.advance(1.0)
+        again.append(len(node.given))
+        for attempt_id in list(node.running):
+            node.answer(attempt_id)
+        await world.settle()
+        if all(future.done() for future in futures):
+            break
+    # A fifth of them and ten more at once, the others soon after, and all in the end.
+    assert again[1] < 40 + 20
+    assert {(await future).state for future in futures} == {State.COMPLETED}
+
+
+async def test_attempt_that_failed_keeps_how_the_replicas_stood_and_why_each_was_not_chosen(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.node("n2", r2=0)
+    world.submit()
+    world.submit()
+    await world.settle()
+    assert world.dispatcher.decision("t1") is not None
+    assert world.dispatcher.decision("t2") is None
+    node.fail("t1.1")
+    await world.settle()
+    node.answer("t2.1")
+    await world.advance(BACKOFF_S)
+    await node.has("t1.2")
+    node.answer("t1.2")
+    await world.settle()
+    first, second = (explain.decode(one.decision_json) for one in await world.store.attempts("t1"))
+    assert first is not None
+    assert second is not None
+    assert (first.subject, first.chosen) == ("attempt 1", "r1")
+    assert [(one.id, one.name) for one in first.candidates] == [("r1", "name-of-n1"), ("r2", "name-of-n2")]
+    assert first.refusals == {"it takes no tasks now": 1}
+    assert "failed_before" in second.candidates[0].parts
+
+
+async def test_attempt_that_was_answered_as_usual_keeps_the_words_alone(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.node("n2", r2=0)
+    world.submit()
+    node.answer("t1.1")
+    await world.settle()
+    (attempt,) = await world.store.attempts("t1")
+    assert attempt.decision_json is None
+    assert attempt.reason
+
+
+async def test_what_waits_for_its_time_calls_for_no_replica(world: World) -> None:
+    node = world.node("n1", r1=1)
+    world.submit()
+    await world.settle()
+    node.fail("t1.1")
+    await world.settle()
+    load = world.dispatcher.load(WS)
+    assert (load.queued, load.oldest_s, world.dispatcher.queued(WS)) == (0, 0.0, 1)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from controlplane.dispatcher import TaskView
 from controlplane.errors import NgpuError
+from controlplane.hedging import HEDGE
 from controlplane.model import ENDED, Cause, Delivery, State
 from controlplane.receipts import Terms
 from controlplane.store_usage import UsageQuery
@@ -40,7 +42,15 @@ def step(name: str, *arguments: "st.SearchStrategy[Any]") -> "st.SearchStrategy[
     return st.tuples(st.just(name), *arguments)
 
 
-submits = step("submit", st.booleans(), st.sampled_from([0.0, 20.0]), st.sampled_from([None, None, "k"]), st.booleans())
+submits = step(
+    "submit",
+    st.booleans(),
+    st.sampled_from([0.0, 20.0]),
+    st.sampled_from([None, None, "k"]),
+    st.booleans(),
+    st.sampled_from(["", "192.0.2.8", "192.0.2.9"]),
+    st.sampled_from([-5, 0, 0, 5]),
+)
 ends = step("attempt_ends", WHICH, st.sampled_from(ENDS))
 passes = step("time_passes", st.sampled_from([0.0, 0.1, 1.0, 11.0, 130.0]))
 nodes = step(
@@ -63,6 +73,8 @@ class Walk:
     def __init__(self, world: World) -> None:
         self.world = world
         world.fleet.add_workspace(WS, queue_length=12)
+        known = world.fleet.workspaces[WS]
+        world.fleet.workspaces[WS] = replace(known, spec=replace(known.spec, hedge=1.5))
         for addr, replicas in NODES.items():
             world.node(addr, **replicas)
         self.futures: list[asyncio.Future[TaskView]] = []
@@ -70,8 +82,23 @@ class Walk:
         self.ends: dict[str, State] = {}
         self.once: set[str] = set()
 
-    async def submit(self, repeatable: bool, wait_s: float, key: str | None, cancel_on_hangup: bool) -> None:
-        new = self.world.new(repeatable=repeatable, idempotency_key=key, request_hash=b"h" if key else None)
+    async def begin(self) -> None:
+        """A first task shows how long they take: from now on, slow ones get a second attempt."""
+        self.futures.append(self.world.submit())
+        await self.world.advance(1.0)
+        await self.attempt_ends(0, None)
+        await self.world.settle()
+
+    async def submit(
+        self, repeatable: bool, wait_s: float, key: str | None, cancel_on_hangup: bool, user_ip: str, priority: int
+    ) -> None:
+        new = self.world.new(
+            repeatable=repeatable,
+            idempotency_key=key,
+            request_hash=b"h" if key else None,
+            user_ip=user_ip,
+            priority=priority,
+        )
         if not repeatable:
             self.once.add(new.task_id)
         with suppress(NgpuError):
@@ -140,6 +167,9 @@ class Walk:
             elif row.state in ENDED:
                 assert self.ends.setdefault(row.id, row.state) is row.state, "an end is for ever"
         given = [attempt for node in self.world.nodes.values() for attempt in node.given if attempt not in node.unsent]
+        waiting = [self.world.dispatcher.waiting(f"t{number}") for number in range(1, self.world.numbers + 1)]
+        told = {view.queue_position for view in waiting if view is not None}
+        assert told >= set(range(self.world.dispatcher.queued(WS))), "each place in the queue is told to somebody"
         for task_id in self.once:
             assert sum(attempt.startswith(f"{task_id}.") for attempt in given) <= 1, "it may not be repeated"
 
@@ -173,7 +203,9 @@ class Walk:
         for number in range(1, self.world.numbers + 1):
             ledger = await self.world.store.attempts(f"t{number}")
             row = await self.world.store.task(f"t{number}")
-            assert [one.number for one in ledger] == list(range(1, len(ledger) + 1))
+            firsts = [one.number for one in ledger if one.number < HEDGE]
+            assert firsts == list(range(1, len(firsts) + 1))
+            assert {one.number - HEDGE for one in ledger if one.number > HEDGE} <= set(firsts)
             charged = [one for one in ledger if one.cause != Cause.PLATFORM]
             assert row is None or row.gpu_us == sum(one.gpu_us for one in charged)
             assert all(one.gpu_us <= (one.end_time - one.assign_time) / timedelta(microseconds=1) for one in ledger)
@@ -186,13 +218,35 @@ class Walk:
         assert usage.cost_nanos == sum(one.cost_nanos for one in receipts)
 
 
+#: Where second attempts are frequent: tasks that run on while there are free slots.
+SECONDS = st.lists(
+    st.one_of(
+        step("submit", st.just(True), st.just(20.0), st.none(), st.booleans(), st.just(""), st.just(0)),
+        step("time_passes", st.just(2.0)),
+        step("time_passes", st.just(2.0)),
+        step("attempt_ends", WHICH, st.none()),
+        ends,
+        nodes,
+        comes,
+        cancels,
+        step("suffer", st.sampled_from(["down", "unsure", "unsure"])),
+    ),
+    min_size=20,
+    max_size=40,
+)
+
+
 @pytest.mark.timeout(300)
-def test_every_task_ends_once_and_every_caller_gets_an_answer(template: Path) -> None:
+@pytest.mark.parametrize(("sequences", "examples"), [(STEPS, 50), (SECONDS, 40)], ids=["everything", "second attempts"])
+def test_every_task_ends_once_and_every_caller_gets_an_answer(
+    template: Path, sequences: "st.SearchStrategy[list[Step]]", examples: int
+) -> None:
     async def walk(steps: list[Step]) -> None:
         with tempfile.TemporaryDirectory(prefix="ngpu-test-") as directory:
             async with a_world(template, Path(directory)) as world:
                 world.terms = lambda *_: Terms("acme", "RTX 4090", 1000)
                 control = Walk(world)
+                await control.begin()
                 for name, *arguments in steps:
                     await getattr(control, name)(*arguments)
                     if name == "time_passes":
@@ -201,8 +255,8 @@ def test_every_task_ends_once_and_every_caller_gets_an_answer(template: Path) ->
                 await control.check()
                 await control.usage_adds_up()
 
-    @settings(max_examples=50, deadline=None)
-    @given(STEPS)
+    @settings(max_examples=examples, deadline=None)
+    @given(sequences)
     def control_plane(steps: list[Step]) -> None:
         asyncio.run(walk(steps))
 

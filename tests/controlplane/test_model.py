@@ -70,5 +70,5 @@ def test_a_row_does_not_show_credentials_and_bodies() -> None:
 def test_every_table_is_declared_once() -> None:
     assert set(SQLModel.metadata.tables) == {
         *("workspace", "route", "node", "replica", "token"),
-        *("task", "attempt", "price", "job", "webhook", "webhook_secret"),
+        *("task", "attempt", "price", "job", "webhook", "webhook_secret", "lease"),
     }

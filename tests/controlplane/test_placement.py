@@ -7,6 +7,8 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.cards import model_matches
+from controlplane.demand import Shape
+from controlplane.fragmentation import Fragmentation
 from controlplane.grade import Grade
 from controlplane.model import Availability
 from controlplane.placement import (
@@ -20,6 +22,7 @@ from controlplane.placement import (
     Policy,
     Refusals,
     place,
+    with_replica,
 )
 from controlplane.spec import GIB, GpuNeed
 
@@ -81,6 +84,9 @@ def test_models_match_by_words(wanted: str, model: str, matches: bool) -> None:
         ({}, {"availability": Availability.CORDONED}, "cordoned"),
         ({}, {"availability": Availability.DRAINING}, "draining"),
         ({}, {"orphans": 1}, "still stops containers that were given up"),
+        ({"volumes": True}, {"volumes": False}, "its operator allows no volumes"),
+        ({"volumes": True}, {}, ""),
+        ({}, {"volumes": False}, ""),
         ({}, {"replicas": 99}, ""),
         ({}, {"replicas": 100}, "has 100 replicas, which is the most"),
         ({}, {"engine": ""}, "no container engine"),
@@ -103,6 +109,19 @@ def test_models_match_by_words(wanted: str, model: str, matches: bool) -> None:
             "no free healthy GPU",
         ),
         ({"gpu": GpuNeed()}, {"gpus": ()}, ""),
+        # Shares: what is left of one GPU counts, not of all together; and the share of its memory.
+        ({"gpu": GpuNeed("", 1, share=600)}, {"gpus": (gpu(shared=400), gpu(1, shared=500))}, ""),
+        (
+            {"gpu": GpuNeed("", 1, share=600)},
+            {"gpus": (gpu(shared=500), gpu(1, shared=500))},
+            "no healthy GPU with 600/1000 free",
+        ),
+        ({"gpu": GpuNeed("", 1, share=100)}, {"gpus": (gpu(free=False),)}, "no healthy GPU with 100/1000 free"),
+        ({"gpu": GpuNeed("", 1)}, {"gpus": (gpu(shared=1),)}, "no free healthy GPU"),
+        ({"gpu": GpuNeed("", 1, 12 * GIB, share=500)}, {}, ""),
+        ({"gpu": GpuNeed("", 1, 13 * GIB, share=500)}, {}, "no GPU with enough memory"),
+        ({"gpu": GpuNeed("A100|4090", 1)}, {}, ""),
+        ({"gpu": GpuNeed("A100|3090", 1)}, {}, "no GPU of model A100 or 3090"),
         ({"cpus": 17}, {}, "too few free CPU cores"),
         ({"cpus": 0.3}, {"cpus_free": 0.1 + 0.2 - 1e-12}, ""),
         ({"memory_bytes": 65 * GIB}, {}, "too little free memory"),
@@ -118,7 +137,7 @@ def test_each_filter_says_why_not(need: dict[str, Any], node: dict[str, Any], wh
 
 
 def test_every_filter_has_a_case_above() -> None:
-    assert len(FILTERS) == 10
+    assert len(FILTERS) == 11
 
 
 def test_refusals_are_counted_over_all_nodes() -> None:
@@ -154,6 +173,44 @@ def test_each_part_of_the_cost_prefers(
     parts = {candidate.id: candidate.parts for candidate in found.decision.candidates}
     assert parts["0xb"][part] < parts["0xa"][part]
     assert {name for name in parts["0xa"] if parts["0xa"][name] != parts["0xb"][name]} == {part}
+
+
+def test_fragmentation_prefers_the_node_where_nothing_becomes_useless() -> None:
+    """Pairs are asked for: a single one goes where it breaks no pair, a share where a GPU is broken already."""
+    pairs = Fragmentation({Shape(count=2): 1.0}, model_matches)
+    odd, even = replace(NODE, addr="0xb", gpus=(gpu(0),)), replace(NODE, addr="0xa")
+    for need in (NEED, replace(NEED, gpu=GpuNeed(count=1, share=500))):
+        found = place(need, [odd, even], time=NOW, subject="r", policy=Policy(leftover=0), demand=pairs)
+        assert isinstance(found, Placement)
+        assert found.node_addr == "0xb"
+        parts = {candidate.id: candidate.parts["fragmentation"] for candidate in found.decision.candidates}
+        # One GPU was of no use before and is in use now; two were, and one of them is left over.
+        assert parts == {"0xb": -need.gpu_share / 1000, "0xa": 2 - need.gpu_share / 1000}
+
+
+def test_scarcity_leaves_a_scarce_model_to_those_who_must_have_it() -> None:
+    scarce = replace(NODE, addr="0xa", gpus=(gpu(0, model="A100", free=False), gpu(1, model="A100")))
+    plenty = replace(NODE, addr="0xb", gpus=(gpu(0), gpu(1)))
+    found = put(replace(NEED, gpu=GpuNeed(count=1)), scarce, plenty, policy=Policy(leftover=0))
+    assert isinstance(found, Placement)
+    assert found.node_addr == "0xb"
+    parts = {candidate.id: candidate.parts["scarcity"] for candidate in found.decision.candidates}
+    assert parts == {"0xb": 0.0, "0xa": pytest.approx(0.6 * 9 / 99, abs=1e-6)}
+    assert chosen(replace(NEED, gpu=GpuNeed("A100", 1)), scarce, plenty) == "0xa"
+
+
+@pytest.mark.parametrize(
+    ("failures", "days", "cost"), [(0, 0, 0.03), (1, 0, 0.18), (1, 10, 0.09), (9, 0, 0.45), (100, 1, 0.45)]
+)
+def test_unreliable_is_failures_over_time_with_a_limit(failures: float, days: float, cost: float) -> None:
+    found = put(NEED, replace(NODE, failures=failures, uptime_days=days))
+    assert found.decision.candidates[0].parts["unreliable"] == cost
+
+
+@pytest.mark.parametrize(("size", "cost"), [(None, 0.04), (0, 0.02), (10 * GIB, 0.06)])
+def test_an_image_costs_by_its_size(size: int | None, cost: float) -> None:
+    found = put(replace(NEED, image_bytes=size), replace(NODE, images={}))
+    assert found.decision.candidates[0].parts["image"] == cost
 
 
 def test_every_cost_is_explained_and_adds_up() -> None:
@@ -217,12 +274,34 @@ def test_a_crowded_node_is_told_as_such() -> None:
         (GpuNeed(count=1), [gpu(0, grade=Grade.DEGRADED), gpu(1, memory_bytes=80 * GIB)], ("GPU-1",)),
         (GpuNeed("3090", 1), [gpu(0), gpu(1, model="RTX 3090")], ("GPU-1",)),
         (GpuNeed(), [gpu(0)], ()),
+        # A share goes where least is left; a whole one to a GPU that nobody has a share of.
+        (GpuNeed(count=1, share=300), [gpu(0), gpu(1, shared=500), gpu(2, shared=700)], ("GPU-2",)),
+        (GpuNeed(count=1, share=400), [gpu(0), gpu(1, shared=500), gpu(2, shared=700)], ("GPU-1",)),
+        (GpuNeed(count=1), [gpu(0, shared=100), gpu(1)], ("GPU-1",)),
     ],
 )
 def test_the_gpus_chosen(need: GpuNeed, gpus: list[GpuView], ids: tuple[str, ...]) -> None:
     found = put(replace(NEED, gpu=need), replace(NODE, gpus=tuple(gpus)))
     assert isinstance(found, Placement)
     assert found.gpu_ids == ids
+
+
+def test_a_share_is_taken_until_none_is_left() -> None:
+    need, node = replace(NEED, gpu=GpuNeed(count=1, share=400), cpus=0.5), NODE
+    taken: list[str] = []
+    while isinstance(found := put(need, node), Placement):
+        node = with_replica(need, node, found.gpu_ids)
+        taken += found.gpu_ids
+    assert taken == ["GPU-0", "GPU-0", "GPU-1", "GPU-1"]
+    assert [one.shared for one in node.gpus] == [800, 800]
+    assert (node.replicas, node.here, node.cpus_free) == (4, {"w-1": 4}, 14)
+
+
+def test_nodes_that_are_not_considered_are_not_counted_as_refused() -> None:
+    other = replace(NODE, addr="0xb", connected=False)
+    found = place(NEED, [NODE, other], time=NOW, subject="r", without={"0xa", "0xb"})
+    assert isinstance(found, Refusals)
+    assert found.decision.refusals == {}
 
 
 def test_no_nodes_at_all() -> None:

@@ -5,14 +5,20 @@ from datetime import datetime, timedelta
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from controlplane.census import Node
-from controlplane.model import Attempt, Cause, Delivery, Price
-from controlplane.prices import Prices
-from controlplane.receipts import Tariff, Terms
+from controlplane.census import Deployment, Node, Version
+from controlplane.model import Attempt, Cause, Delivery, Price, State
+from controlplane.prices import Prices, cost_of
+from controlplane.receipts import WHOLE, Tariff, Terms
 from controlplane.recovery import Graces
 from controlplane.report import Gpu, Inventory
 from controlplane.slots import AttemptResult, Response
+from controlplane.spec import GpuNeed, Limits
+from controlplane.tasks import OpenAttempt, OpenTask, Phase, ledger_row
+from nodedaemon.attempt import GpuClock
 from tests.controlplane.fakes_dispatch import START, WS, FakeFleet, World
 
 #: Longer than any first backoff.
@@ -228,15 +234,133 @@ def price(words: str, nanos: int, at: datetime = START) -> Price:
 )
 def test_terms_are_those_of_the_gpus_held(fleet: FakePicture, gpu_ids: Sequence[str], terms: tuple[str, int]) -> None:
     tariff = Tariff(fleet, Prices([price("4090", 5), price("A100", 7)]))
-    found = tariff.terms(WS, "n1", gpu_ids, START)
+    found = tariff.terms(WS, "r1", "n1", gpu_ids, START)
     assert (found.gpu_model, found.price_nanos) == terms
 
 
 def test_the_price_is_that_of_the_assignment(fleet: FakePicture) -> None:
     prices = Prices([price("4090", 5), price("4090", 9, START + SECOND)])
     tariff = Tariff(fleet, prices)
-    assert [tariff.terms(WS, "n1", ("GPU-1",), at).price_nanos for at in (START, START + SECOND)] == [5, 9]
+    assert [tariff.terms(WS, "r1", "n1", ("GPU-1",), at).price_nanos for at in (START, START + SECOND)] == [5, 9]
 
 
 def test_of_what_is_not_known_any_more_nothing_is_charged(fleet: FakePicture) -> None:
-    assert Tariff(fleet, Prices([price("", 5)])).terms("w-gone", "n1", ("GPU-1",), START) == Terms()
+    assert Tariff(fleet, Prices([price("", 5)])).terms("w-gone", "r1", "n1", ("GPU-1",), START) == Terms()
+
+
+# Shares of a GPU.
+
+
+def test_a_replica_keeps_the_share_it_was_placed_with(fleet: FakePicture) -> None:
+    before = fleet.workspace(WS)
+    now = replace(before.spec, gpu=GpuNeed(count=1, share=250))
+    then = replace(before.spec, gpu=GpuNeed(count=1, share=700))
+    versions = Deployment(versions=(Version(1, then),))
+    fleet.workspaces[WS] = replace(before, spec=now, generation=2, deployment=versions)
+    fleet.add_replica("old", WS, "n1")
+    fleet.replicas["new"] = replace(fleet.replicas["old"], id="new", generation=2)
+    terms = Tariff(fleet, Prices([price("", 5)])).terms
+    shares = [terms(WS, replica_id, "n1", ("GPU-1",), START).share for replica_id in ("old", "new", "gone")]
+    assert shares == [700, 250, 250]
+    # A second of a share is that share of a second, at the price of a whole one.
+    assert terms(WS, "new", "n1", ("GPU-1",), START).price_nanos == 5
+    assert Tariff(fleet, Prices()).terms(WS, "whole", "n1", (), START).share == 250
+
+
+async def test_a_share_pays_its_share(world: World) -> None:
+    world.terms = lambda *_: Terms("acme", "RTX 4090", PRICE_NANOS, share=250)
+    node = world.node("n1", r1=1)
+    future = world.submit()
+    await world.settle()
+    await world.advance(8)
+    node.answer("t1.1")
+    await future
+    (receipt,) = await receipts(world)
+    assert (receipt.gpu_count, receipt.gpu_us, receipt.cost_nanos) == (1, 2_000_000, 2 * PRICE_NANOS)
+
+
+#: What attempts of one replica do: when they begin to hold the GPU, and for how long, in microseconds.
+HOLDS = st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), max_size=6)
+
+
+@given(st.lists(st.tuples(st.integers(1, WHOLE), HOLDS), max_size=8), st.integers(0, 2**64 - 1))
+def test_all_on_one_gpu_together_never_pay_for_more_than_the_time_that_passed(
+    replicas: list[tuple[int, list[tuple[int, int]]]], lie_us: int
+) -> None:
+    """However the replicas' shares divide the GPU, and their attempts the share."""
+    task = an_open_task()
+    left, wall_us, paid_us, cost_nanos, rows = WHOLE, 0, 0, 0, 0
+    for wanted, holds in replicas:
+        share = min(wanted, left)
+        left -= share
+        if not share:
+            break
+        for attempt, held_us in zip(holds, held(holds), strict=True):
+            begin, length = attempt
+            wall_us = max(wall_us, begin + length)
+            # A node that lies is believed up to what passed here, so its attempts must not overlap to be told.
+            told = held_us if len(holds) > 1 else max(held_us, lie_us)
+            row = ledger_row(
+                task,
+                task.current,
+                Delivery.ANSWERED,
+                START,
+                passed_us=length,
+                terms=Terms("acme", "RTX 4090", PRICE_NANOS, share=share),
+                result=AttemptResult("t1.1", Delivery.ANSWERED, Response(200), gpu_us=told),
+                failure=None,
+            )
+            paid_us += row.gpu_us
+            cost_nanos += row.cost_nanos
+            rows += 1
+    assert paid_us <= wall_us
+    # Each receipt's cost is rounded.
+    assert cost_nanos <= cost_of(wall_us, PRICE_NANOS) + rows
+
+
+def held(holds: list[tuple[int, int]]) -> list[int]:
+    """What a node says that attempts of one replica held: its GPU's time, shared among those that run at once."""
+    now = 0.0
+    clock = GpuClock(lambda: now)
+    entered: dict[int, float] = {}
+    left: dict[int, int] = {}
+    moves = [(begin, 0, n) for n, (begin, _) in enumerate(holds)]
+    moves += [(begin + length, 1, n) for n, (begin, length) in enumerate(holds)]
+    for at, leaves, n in sorted(moves):
+        now = at / 1e6
+        if leaves:
+            left[n] = int(clock.leave(entered[n]) * 1e6)
+        else:
+            entered[n] = clock.enter()
+    return [left[n] for n in range(len(holds))]
+
+
+def an_open_task() -> OpenTask:
+    attempt = OpenAttempt(
+        id="t1.1",
+        number=1,
+        replica_id="r1",
+        node_addr="n1",
+        node_ip="",
+        gpu_ids=("GPU-1",),
+        queue_time=START,
+        assign_time=START,
+        reason="",
+        given_at=0.0,
+    )
+    return OpenTask(
+        id="t1",
+        workspace_uid=WS,
+        workspace_name="demo",
+        place=1,
+        port=80,
+        request=None,
+        repeatable=True,
+        limits=Limits(),
+        create_time=START,
+        accepted_at=0.0,
+        total_at=1.0,
+        phase=Phase.RUNNING,
+        state=State.RUNNING,
+        attempt=attempt,
+    )

@@ -4,10 +4,14 @@ import pytest
 
 from controlplane.model import Cause, Delivery
 from controlplane.retries import (
+    BUDGET_S,
     FIRST_BACKOFF_S,
     LONGEST_BACKOFF_S,
+    LONGEST_HOLD_S,
     NO_HISTORY,
     PLATFORM_ATTEMPTS,
+    RETRIES,
+    Budget,
     History,
     after,
     backoff_s,
@@ -91,3 +95,43 @@ def test_backoff_doubles_up_to_a_limit_and_jitter_takes_up_to_half() -> None:
     ]
     assert backoff_s(1000, 0.0) == LONGEST_BACKOFF_S
     assert backoff_s(1000, 1.0) == LONGEST_BACKOFF_S / 2
+
+
+def held(budget: Budget, retries: int, *, now: float = 0.0, left_s: float = 1e9) -> list[float]:
+    return [budget.hold_s(now, left_s) for _ in range(retries)]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "free"), [(0, RETRIES), (5, RETRIES + 1), (100, RETRIES + 20), (1000, RETRIES + 200)]
+)
+def test_a_fifth_of_recent_tasks_and_a_few_more_may_run_again_at_once(tasks: int, free: int) -> None:
+    budget = Budget()
+    for _ in range(tasks):
+        budget.begin(0.0)
+    holds = held(budget, free + 2)
+    assert holds[:free] == [0.0] * free
+    assert 0.0 < holds[free] < holds[free + 1]
+
+
+def test_what_is_over_the_budget_follows_as_fast_as_that_grows() -> None:
+    holds = held(Budget(), 2 * RETRIES)
+    assert holds[-1] == pytest.approx(BUDGET_S)
+    gaps = {round(later - sooner, 6) for sooner, later in zip(holds[RETRIES:], holds[RETRIES + 1 :], strict=False)}
+    assert gaps == {BUDGET_S / RETRIES}
+
+
+def test_budget_bends_before_a_limit_of_the_task_would_end_it() -> None:
+    assert max(held(Budget(), 1000)) == LONGEST_HOLD_S
+    assert max(held(Budget(), 1000, left_s=8.0)) == 2.0
+    assert max(held(Budget(), 1000, left_s=-1.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("after_s", "free"),
+    # Of what was half a window ago, or a whole one; and much longer ago nothing counts.
+    [(BUDGET_S * 1.5, RETRIES // 2), (BUDGET_S * 2, RETRIES), (BUDGET_S * 100, RETRIES)],
+)
+def test_budget_is_there_again_with_time(after_s: float, free: int) -> None:
+    budget = Budget()
+    held(budget, RETRIES)
+    assert held(budget, RETRIES, now=after_s).count(0.0) == free

@@ -1,6 +1,7 @@
 """What a plan does in each situation, as values."""
 
 import itertools
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,6 +30,7 @@ from controlplane.rollout import (
     we_are_cut_off,
 )
 from controlplane.room import view_of
+from controlplane.sites import Sites
 from controlplane.spec import GIB, GpuNeed, Spec
 
 NOW = datetime(2024, 4, 15, 14, 30, 9, tzinfo=UTC)
@@ -71,15 +73,18 @@ def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
     nodes = {part.addr: part for part in parts if isinstance(part, Node)}
     replicas = [part for part in parts if isinstance(part, Replica)]
     on = {addr: [replica for replica in replicas if replica.node_addr == addr] for addr in nodes}
+    lost = lost_nodes(nodes.values(), NOW_S, 15.0, values.get("cut_off_s", -math.inf))
+    sites = Sites()
+    for one in nodes.values():
+        if not one.revoked:
+            replicas_on, specs = on[one.addr], lambda replica: spec_of(workspaces, replica)
+            sites.put(view_of(one, replicas_on, specs, NOW, lost=one.addr in lost))
     return World(
         time=NOW,
         now_s=NOW_S,
         workspaces=list(workspaces.values()),
         nodes=nodes,
-        views={
-            one.addr: view_of(one, on[one.addr], lambda replica: spec_of(workspaces, replica), NOW)
-            for one in nodes.values()
-        },
+        sites=sites,
         replicas=replicas,
         new_id=lambda: f"r-{next(numbers)}",
         **values,

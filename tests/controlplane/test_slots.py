@@ -1,5 +1,7 @@
 """What is free follows from what nodes say they hold, and from nothing else."""
 
+import pytest
+
 from controlplane.slots import SILENCE_END_S, Replica, Slots, Start
 
 NOW = 1000.0
@@ -133,8 +135,63 @@ def test_paces_are_averages_of_replica_and_workspace() -> None:
     slots = Slots()
     fast, slow = ready(slots, "r1", "n1", 1), ready(slots, "r2", "n1", 1)
     slots.observe(fast, 1.0, NOW)
-    slots.observe(slow, 5.0, NOW)
+    slots.observe(slow, 3.0, NOW)
     slow.failures = 2
     slots.observe(slow, 10.0, NOW + 1)
-    assert (fast.pace_s, slow.pace_s, slow.pace_time, slow.failures) == (1.0, 6.0, NOW + 1, 0)
+    assert (fast.pace_s, slow.pace_time, slow.failures) == (1.0, NOW + 1, 0)
+    assert slow.pace_s == pytest.approx(4.4)
+    assert fast.usual_s == 1.0 < slow.usual_s < slow.pace_s
     assert 1.0 < slots.pool("w-1").mean_s < 1.5
+
+
+def test_work_of_what_runs_is_known_until_it_is_over() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    replica = ready(slots, "r1", "n1", 3)
+    slots.take("large", replica, NOW, 4.0)
+    slots.take("plain", replica, NOW + 1)
+    assert replica.oldest() == (NOW, 4.0)
+    slots.release("large", "n1")
+    assert replica.oldest() == (NOW + 1, 1.0)
+    slots.take("small", replica, NOW + 2, 0.5)
+    slots.connect("n1", Nowhere(), "", {"plain"}, NOW + 3)
+    assert not replica.works
+
+
+def test_pace_is_for_a_unit_of_work() -> None:
+    slots = Slots()
+    replica = ready(slots, "r1", "n1", 1)
+    slots.observe(replica, 8.0, NOW, work=4.0)
+    assert (replica.pace_s, replica.usual_s, slots.pool("w-1").mean_s) == (2.0, 2.0, 2.0)
+
+
+def test_first_task_that_loads_a_model_makes_no_replica_slow() -> None:
+    slots = Slots()
+    old, new = ready(slots, "r1", "n1", 1), ready(slots, "r2", "n1", 1)
+    for _ in range(10):
+        slots.observe(old, 0.1, NOW)
+    slots.observe(new, 60.0, NOW)
+    assert new.pace_s < 8 * old.pace_s
+    assert slots.pool("w-1").mean_s < 0.2
+
+
+def test_busy_neighbour_on_a_gpu_counts_as_far_as_it_is_busier_than_ever() -> None:
+    slots = Slots()
+    slots.connect("n1", Nowhere(), "", (), NOW)
+    ours, theirs, apart = (
+        ready(slots, name, "n1", 1, uid) for name, uid in (("r1", "w-1"), ("r2", "w-2"), ("r3", "w-3"))
+    )
+    for replica, gpus in ((ours, ("GPU-1",)), (theirs, ("GPU-1", "GPU-2")), (apart, ("GPU-3",))):
+        slots.set_gpus(replica, gpus)
+    slots.observe(ours, 1.0, NOW)
+    slots.take("t1.1", theirs, NOW)
+    assert (ours.crowding, apart.crowding) == (2.0, 1.0)
+    for _ in range(50):
+        slots.observe(ours, 2.0, NOW)
+    slots.release("t1.1", "n1")
+    slots.take("t2.1", theirs, NOW)
+    # By now its pace says so already.
+    assert 1.0 <= ours.crowding < 1.01
+    slots.remove("r2")
+    assert ours.neighbours == ()
+    assert ours.crowding == 1.0

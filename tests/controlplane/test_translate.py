@@ -15,7 +15,7 @@ from controlplane.dispatcher import TaskView
 from controlplane.explain import Candidate, Decision
 from controlplane.model import Cause, Delivery, State
 from controlplane.slots import Failure, Request, Response, Start
-from controlplane.spec import GIB, GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec
+from controlplane.spec import GIB, GpuNeed, JobRule, Limits, Readiness, Registry, Scale, Spec, Volume
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC)
 
@@ -25,7 +25,7 @@ FULL = Spec(
     ports=(7860, 8000),
     command=("python", "serve.py"),
     env={"TOKEN": "secret", "MODE": "fast"},
-    gpu=GpuNeed("RTX 4090", 2, 24 * GIB),
+    gpu=GpuNeed("RTX 4090", 1, 8 * GIB, share=250),
     replicas=3,
     concurrency=4,
     cpus=2.5,
@@ -38,6 +38,7 @@ FULL = Spec(
     writable_paths=("/cache",),
     account="acme",
     scale=Scale(1, 5, 60.0, 2.5),
+    volumes=(Volume("models", "/models"), Volume("hub", "/root/.cache")),
     jobs=(
         JobRule(
             preset="ngpu-classic",
@@ -108,6 +109,7 @@ def test_report_survives_the_wire() -> None:
             os="linux",
             daemon_version="0.1",
             gpu_message="one is missing",
+            volume_limit_bytes=7,
         ),
         readings=[
             node_pb2.GpuReading(gpu_id="GPU-1", temperature_c=0, xids=[79, 31], row_remap_failed=False),
@@ -128,6 +130,7 @@ def test_report_survives_the_wire() -> None:
         images=[node_pb2.CachedImage(reference="i", size_bytes=5)],
         attempt_ids=["t.1"],
         goodbye=True,
+        volumes=[node_pb2.KeptVolume(workspace_uid="w-1", name="models", size_bytes=6)],
     )
     assert translate.report_of(message) == report.Report(
         inventory=report.Inventory(
@@ -142,6 +145,7 @@ def test_report_survives_the_wire() -> None:
             "linux",
             "0.1",
             "one is missing",
+            7,
         ),
         # A reading of 0 is a reading; one that is not offered is None.
         readings=(
@@ -152,6 +156,7 @@ def test_report_survives_the_wire() -> None:
         images=(report.CachedImage("i", 5),),
         attempt_ids=("t.1",),
         goodbye=True,
+        volumes=(report.KeptVolume("w-1", "models", 6),),
     )
     assert translate.inventory(translate.inventory_of(message.inventory)) == message.inventory
 
@@ -315,7 +320,8 @@ def test_rows_are_shown_as_they_are() -> None:
 
 
 def test_node_gets_secrets_and_whether_it_drains() -> None:
-    message = translate.assignment(Assignment("r-1", "sd", 2, FULL, ("GPU-1",), "hash", True))
+    message = translate.assignment(Assignment("r-1", "sd", 2, FULL, ("GPU-1",), "hash", True, "w-1"))
+    assert message.workspace_uid == "w-1"
     assert translate.spec_of(message.spec) == FULL
     assert (message.replica_id, message.workspace_name, message.generation) == ("r-1", "sd", 2)
     assert (list(message.gpu_ids), message.spec_hash, message.draining) == (["GPU-1"], "hash", True)

@@ -29,7 +29,7 @@ def sqlite_rig(directory: Path) -> Iterator[Rig]:
 def postgres_rig(directory: Path) -> Iterator[Rig]:
     if why := why_no_postgres():
         raise Skipped(why)
-    with Postgres() as postgres, Rig(directory, postgres=postgres, nodes=2, rate=RATE) as rig:
+    with Postgres() as postgres, Rig(directory, postgres=postgres, nodes=2, rate=RATE, standby=True) as rig:
         yield rig
 
 

@@ -21,7 +21,7 @@ pytestmark = [
 def rig_of(fault: str) -> str:
     """Which of conftest's rigs is to suffer it."""
     needs = FAULTS[fault].needs
-    if "postgres" in needs:
+    if {"postgres", "standby"} & {*needs}:
         return "postgres"
     if "docker" in needs or "own engine" in needs:
         return "docker"

@@ -390,3 +390,24 @@ async def test_many_calls_share_frames(bridge: Bridge, fake: FakeControlPlane) -
     assert len(fake.frames) < 150
     assert max(fake.frames) <= 256
     assert WORKSPACE not in json.dumps(answers[0][1])
+
+
+@pytest.mark.parametrize(("said", "priority"), [("5", 5), ("+3", 3), ("-5", -5), ("0", 0), (None, 0)])
+async def test_priority_is_passed_on_and_does_not_travel(
+    bridge: Bridge, fake: FakeControlPlane, said: str | None, priority: int
+) -> None:
+    header = BEARER if said is None else BEARER | {"X-NGPU-Priority": said}
+    for path in ("/user/schedulingTask?paramUrl=x", "/user/x", "/run/x"):
+        await bridge.post(path, json={"data": "a"}, headers=header)
+    assert [asked.priority for asked in fake.scheduled] == [priority] * 3
+    for exchange in fake.exchanges:
+        assert exchange.header("x-ngpu-priority") is None
+
+
+@pytest.mark.parametrize("said", ["6", "-6", "", "1.5", "high", "55"])
+async def test_priority_that_is_none(bridge: Bridge, fake: FakeControlPlane, said: str) -> None:
+    for path in ("/user/schedulingTask?paramUrl=x", "/run/x"):
+        status, answer, _ = await bridge.post(path, json={}, headers=BEARER | {"X-NGPU-Priority": said})
+        assert (status, answer["result_code"]) == (400, 400)
+        assert "X-NGPU-Priority" in answer["msg"]
+    assert not fake.tasks

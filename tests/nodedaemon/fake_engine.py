@@ -17,7 +17,9 @@ from nodedaemon.engine import (
     Exit,
     ImageMissing,
     Readiness,
+    Volume,
 )
+from nodedaemon.last_use import LastUse
 
 
 async def settle() -> None:
@@ -33,6 +35,11 @@ class FakeTime:
         self.now = 1000.0
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._count = itertools.count()
+
+    @property
+    def sleepers(self) -> int:
+        """How many sleep."""
+        return sum(not future.done() for _, _, future in self._sleepers)
 
     def monotonic(self) -> float:
         return self.now
@@ -84,6 +91,14 @@ class FakeEngine:
         #: From now on each list waits on its way until the test sets its event in `on_the_way`.
         self.holds_lists = False
         self.on_the_way: list[asyncio.Event] = []
+        self.pulled: LastUse
+        self.disk_free_bytes = 0
+        #: Images that a container of somebody else's has.
+        self.held_images: set[str] = set()
+        self.removed_images: list[str] = []
+        self.kept_volumes: list[Volume] = []
+        #: By replica: how it shows that it no longer sees its GPUs.
+        self.sightless: dict[str, str] = {}
         self._down: EngineError | None = None
         self._broken = asyncio.Event()
         self._looks: list[Callable[[], None]] = []
@@ -142,7 +157,7 @@ class FakeEngine:
 
     async def info(self) -> EngineInfo:
         self._answer()
-        return EngineInfo("fake")
+        return EngineInfo("fake", disk_free_bytes=self.disk_free_bytes)
 
     async def pull(self, image: str, credentials: Credentials | None, progress: Callable[[int], None]) -> str:
         self._answer()
@@ -207,6 +222,34 @@ class FakeEngine:
     async def images(self) -> list[CachedImage]:
         self._answer()
         return [CachedImage(image, 1) for image in sorted(self.cache)]
+
+    async def has_image(self, reference: str) -> bool:
+        self._answer()
+        return reference in self.cache
+
+    async def remove_image(self, reference: str) -> bool:
+        self._answer()
+        if reference in self.held_images:
+            return False
+        self.cache.discard(reference)
+        self.removed_images.append(reference)
+        self.disk_free_bytes += 1
+        return True
+
+    async def volumes(self) -> list[Volume]:
+        self._answer()
+        return list(self.kept_volumes)
+
+    async def remove_volume(self, volume: Volume) -> bool:
+        self._answer()
+        if volume.in_use:
+            return False
+        self.kept_volumes.remove(volume)
+        return True
+
+    async def blind(self) -> dict[str, str]:
+        self._answer()
+        return {replica_id: words for replica_id, words in self.sightless.items() if replica_id in self.there}
 
     def owns(self, pid: int) -> bool | None:
         return None

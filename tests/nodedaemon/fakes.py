@@ -242,6 +242,7 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         # Heartbeat.
         self.reports: asyncio.Queue[node_pb2.HeartbeatRequest] = asyncio.Queue()
         self.desired: list[node_pb2.Assignment] = []
+        self.dead: list[str] = []
         self.report_after_ms = 60_000
         self.answering = True
         self.news = asyncio.Event()
@@ -327,7 +328,10 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
                     return
                 if self.answering:
                     yield node_pb2.HeartbeatResponse(
-                        sequence=report.sequence, assignments=self.desired, report_after_ms=self.report_after_ms
+                        sequence=report.sequence,
+                        assignments=self.desired,
+                        report_after_ms=self.report_after_ms,
+                        dead_workspaces=self.dead,
                     )
             while self._endings:
                 await fail(context, *self._endings.pop())

@@ -14,17 +14,21 @@ from nodedaemon.engine import (
     Exit,
     GpuMissing,
     ImageMissing,
+    Mount,
     OutOfMemory,
     PullFailed,
     RegistryUnreachable,
     StartFailed,
+    device_check,
 )
 from nodedaemon.engine import container as made
 from nodedaemon.engine.docker_words import PullProgress, pull_error, start_error
 from nodedaemon.engine.network import rules
 from nodedaemon.engine.private_images import PrivateImages
+from nodedaemon.engine.volumes import check, name_of
 from tests.nodedaemon.fake_engine import assignment
 
+LABELS = {"ngpu.node": "0xnode"}
 HUB = "pull access denied for x/y, repository does not exist or may require 'docker login': denied: requested access to"
 
 
@@ -129,7 +133,7 @@ def test_a_name_may_be_roots() -> None:
 
 def test_gpus_are_given_by_id() -> None:
     wanted = assignment(gpu_ids=("GPU-1", "GPU-2"), env={"NVIDIA_VISIBLE_DEVICES": "all"})
-    config = made.config(wanted, {}, labels={}, network="ngpu", publish=False, user="")
+    config = made.config(wanted, {}, labels=LABELS, network="ngpu", publish=False, user="")
     assert config["HostConfig"]["DeviceRequests"] == [
         {"DeviceIDs": ["GPU-1", "GPU-2"], "Capabilities": [["gpu", "compute", "utility", "video"]]}
     ]
@@ -139,7 +143,56 @@ def test_gpus_are_given_by_id() -> None:
 @pytest.mark.parametrize("path", ["relative", "/", "/a/../b", ""])
 def test_writable_paths_are_absolute(path: str) -> None:
     with pytest.raises(EngineError, match="cannot be a writable path"):
-        made.config(assignment(writable_paths=(path,)), {}, labels={}, network="ngpu", publish=False, user="")
+        made.config(assignment(writable_paths=(path,)), {}, labels=LABELS, network="ngpu", publish=False, user="")
+
+
+def test_a_share_of_a_gpu_is_told_and_gets_the_gpu() -> None:
+    config = made.config(
+        assignment(gpu_ids=("GPU-1",), gpu_share=250), {}, labels=LABELS, network="ngpu", publish=False, user=""
+    )
+    assert config["HostConfig"]["DeviceRequests"][0]["DeviceIDs"] == ["GPU-1"]
+    assert "NGPU_GPU_SHARE_MILLI=250" in config["Env"]
+
+
+def test_volumes_are_the_workspaces_own_and_in_place_of_what_the_image_declares() -> None:
+    wanted = assignment(workspace_uid="w-1", mounts=(Mount("models", "/models"),), writable_paths=("/out",))
+    image: dict[str, Any] = {"Volumes": {"/models": {}, "/data": {}}}
+    config = made.config(wanted, image, labels=LABELS, network="ngpu", publish=False, user="")
+    (mount,) = config["HostConfig"]["Mounts"]
+    assert (mount["Type"], mount["Target"], mount["VolumeOptions"]) == ("volume", "/models", {"NoCopy": True})
+    assert config["HostConfig"]["Tmpfs"].keys() == {"/tmp", "/out", "/data"}
+    assert "NGPU_VOLUME_MODELS=/models" in config["Env"]
+    others = [name_of("0xnode", "w-2", "models"), name_of("0xother", "w-1", "models"), name_of("0xnode", "w-1", "m")]
+    assert mount["Source"] not in others
+
+
+@pytest.mark.parametrize(
+    ("uid", "name"), [("", "models"), ("../w", "models"), ("w-1", "../m"), ("w-1", "M"), ("w-1", "")]
+)
+def test_a_volume_leads_nowhere_else(uid: str, name: str) -> None:
+    with pytest.raises(EngineError, match="cannot be a volume"):
+        check(assignment(workspace_uid=uid, mounts=(Mount(name, "/m"),)))
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said", "directory"),
+    [
+        ("cgroup2 /sys/fs/cgroup cgroup2 rw", "0::/docker/c1", "/sys/fs/cgroup/docker/c1"),
+        (
+            "cgroup2 /sys/fs/cgroup cgroup2 rw",
+            "0::/system.slice/docker-c1.scope",
+            "/sys/fs/cgroup/system.slice/docker-c1.scope",
+        ),
+        (
+            "cgroup /cg/m cgroup rw,memory 0 0\ncgroup /cg/devices cgroup rw,devices 0 0\ncgroup2 /cg/u cgroup2 rw",
+            "4:memory:/m\n3:devices:/docker/c1\n0::/u",
+            "/cg/devices/docker/c1",
+        ),
+        ("cgroup /cg/devices cgroup rw,devices,misc 0 0", "3:misc,devices:/docker/c1", "/cg/devices/docker/c1"),
+    ],
+)
+def test_where_a_container_is_asked_about_its_devices(mounted: str, said: str, directory: str) -> None:
+    assert device_check.group(said.splitlines(), device_check.mounts(mounted.splitlines())) == directory
 
 
 def test_a_late_out_of_memory_flag_is_made_up_for() -> None:

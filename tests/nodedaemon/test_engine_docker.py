@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -31,10 +32,12 @@ from nodedaemon.engine import (
     EngineError,
     GpuMissing,
     ImageMissing,
+    Mount,
     PullFailed,
     Readiness,
     RegistryUnreachable,
     StartFailed,
+    Volume,
 )
 from nodedaemon.engine.docker import DockerEngine
 from nodedaemon.engine.network import put_up, rules
@@ -103,6 +106,8 @@ class Node:
         for image in self.images:
             with contextlib.suppress(docker.errors.NotFound):
                 self.api.remove_image(image, force=True)
+        for volume in self.api.volumes(filters={"label": f"ngpu.node={self.addr}"})["Volumes"] or ():
+            self.api.remove_volume(volume["Name"])
         with contextlib.suppress(docker.errors.NotFound):
             self.api.remove_network(self.network)
         for rule in rules(f"{self.network}0"):
@@ -376,9 +381,89 @@ async def test_only_its_own_containers_are_seen(node: Node, engine: DockerEngine
     await other.close()
 
 
+# Volumes.
+
+
+async def test_a_volume_outlives_its_containers_and_is_nobody_elses(
+    node: Node, engine: DockerEngine, echo: str
+) -> None:
+    image = images.variant(node.api, "volume", "VOLUME /data")
+    mine = {"workspace_uid": "w-1", "mounts": (Mount("models", "/data"), Mount("hub", "/var/cache/hub"))}
+    first = node.assignment(image, **mine)
+    container = await started(engine, first)
+    about = json.loads(await get(container.addresses[8080], "/about"))
+    assert (about["uid"], about["env"]["NGPU_VOLUME_MODELS"]) == (65534, "/data")
+    for path in ("/data/weights", "/var/cache/hub/x"):
+        assert "ok" in await get(container.addresses[8080], f"/write?path={path}")
+    assert {(one.workspace_uid, one.name, one.in_use) for one in await engine.volumes()} == {
+        ("w-1", "models", True),
+        ("w-1", "hub", True),
+    }
+    assert not await engine.remove_volume(Volume("w-1", "models")), "a container has it"
+    await engine.stop(first.replica_id, grace_s=0)
+    assert [one.in_use for one in await engine.volumes()] == [False, False]
+    # The next replica finds it; another workspace, another node on this machine, and one without volumes do not.
+    other = DockerEngine(f"{node.addr}x", state_dir=node.state_dir, network=node.network)
+    theirs = [
+        (engine, node.assignment(echo, **mine), "weights"),
+        (engine, node.assignment(echo, **{**mine, "workspace_uid": "w-2"}), ""),
+        (other, node.assignment(echo, **mine), ""),
+        (engine, node.assignment(echo), ""),
+    ]
+    for whose, wanted, found in theirs:
+        command = ("/bin/sh", "-c", "echo found: $(ls /data 2>/dev/null)")
+        await whose.start(replace(wanted, command=command), restarts=0)
+        await until_ended(whose, wanted.replica_id)
+        assert (await whose.logs(wanted.replica_id, lines=9)).split() == ["found:", *found.split()]
+    await other.stop(theirs[2][1].replica_id, grace_s=0)
+    for volume in await other.volumes():
+        assert await other.remove_volume(volume)
+    await other.close()
+    for _, wanted, _ in theirs:
+        await engine.stop(wanted.replica_id, grace_s=0)
+    for volume in await engine.volumes():
+        assert await engine.remove_volume(volume)
+        assert await engine.remove_volume(volume), "given twice"
+    assert await engine.volumes() == []
+
+
+# GPUs in containers.
+
+
+async def test_a_container_that_may_no_longer_use_its_gpu_is_told_of(
+    node: Node, engine: DockerEngine, echo: str
+) -> None:
+    """With a device of this machine in the place of a GPU's, taken away as a reload of systemd does."""
+    devices = Path("/sys/fs/cgroup/devices/docker")
+    if os.geteuid() != 0 or not devices.is_dir() or not Path("/dev/fuse").exists():
+        pytest.skip("needs root, control groups of version 1, and /dev/fuse")
+    pids = {}
+    for name in ("nvidia0", "other0"):
+        wanted = node.assignment(echo)
+        device = {"PathOnHost": "/dev/fuse", "PathInContainer": f"/dev/{name}", "CgroupPermissions": "rwm"}
+        made = node.api.create_container_from_config(  # type: ignore[no-untyped-call]
+            {
+                "Image": echo,
+                "Labels": {"ngpu.node": node.addr, "ngpu.replica": wanted.replica_id},
+                "HostConfig": {"Devices": [device]},
+            }
+        )["Id"]
+        node.api.start(made)
+        pids[name] = (made, wanted.replica_id)
+    assert await engine.blind() == {}
+    for container_id, _ in pids.values():
+        (devices / container_id / "devices.deny").write_text("c 10:229 rwm")
+    container_id, replica_id = pids["nvidia0"]
+    assert await engine.blind() == {replica_id: "it may no longer use nvidia0"}
+    # It looked from within, and has left nothing there.
+    assert len((devices / container_id / "cgroup.procs").read_text().split()) == 1
+
+
 async def test_processes_of_containers_are_known_by_pid(node: Node, engine: DockerEngine, echo: str) -> None:
-    container = await started(engine, node.assignment(echo))
+    assert engine.owns(1) is None, "nobody knows yet what runs here"
     await engine.containers()
+    container = await engine.start(node.assignment(echo), restarts=0)
+    # At once: what it holds of a GPU that it shares must not be taken for a stranger's.
     pid = node.api.inspect_container(container.container_id)["State"]["Pid"]
     assert engine.owns(pid) is True
     assert engine.owns(1) is False
@@ -511,6 +596,28 @@ async def test_a_private_image_in_the_cache_is_not_for_everybody(
     kept = node.state_dir / "private-images.json"
     assert images.PASSWORD not in kept.read_text()
     assert kept.stat().st_mode & 0o777 == 0o600
+
+
+async def test_only_images_that_it_pulled_itself_are_its_to_remove(
+    node: Node, engine: DockerEngine, big: Callable[..., str]
+) -> None:
+    with images.registry() as address:
+        pulled, there_before, failed = big(address), big(address, name="other/big:1"), f"{address}/none:1"
+        node.api.pull(there_before)
+        for image in (pulled, there_before):
+            await engine.pull(image, None, lambda _: None)
+        with pytest.raises(ImageMissing):
+            await engine.pull(failed, None, lambda _: None)
+    assert engine.pulled.oldest() == [pulled]
+    # A daemon that comes back knows it still.
+    assert node.engine().pulled.oldest() == [pulled]
+    assert await engine.has_image(pulled)
+    container = node.api.create_container(pulled, "/none")["Id"]
+    assert not await engine.remove_image(pulled), "somebody has a container of it"
+    node.api.remove_container(container)
+    assert await engine.remove_image(pulled)
+    assert await engine.remove_image(pulled), "given twice"
+    assert not await engine.has_image(pulled)
 
 
 async def test_a_local_image_that_came_from_no_registry_is_taken_as_it_is(engine: DockerEngine, echo: str) -> None:

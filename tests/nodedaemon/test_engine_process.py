@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from nodedaemon.engine import MIB, Container, ImageMissing, Readiness, StartFailed
+from nodedaemon.engine import MIB, Container, ImageMissing, Mount, Readiness, StartFailed
 from nodedaemon.engine.process import ProcessEngine
 from nodedaemon.engine.process_log import PIECE_BYTES, ProcessLog
 from nodedaemon.readiness import probe
@@ -288,6 +288,38 @@ async def test_images_are_directories_by_the_names_they_are_asked_for(engine: Pr
     names = {image.reference for image in await engine.images()}
     assert names == {"echo", "registry/echo:1"}
     assert all(image.size_bytes > 1000 for image in await engine.images())
+
+
+async def test_a_volume_is_a_directory_that_outlives_process_and_daemon(
+    engine: ProcessEngine, events: Events, home: Path
+) -> None:
+    keep = 'import os; open(os.environ["NGPU_VOLUME_MODELS"] + "/weights", "a").write("x" * 9000)'
+    mine = {"workspace_uid": "w-1", "mounts": (Mount("models", "/models"),)}
+    await engine.start(python(keep, **mine), restarts=0)
+    await events.until_ended("r-1")
+    (volume,) = await engine.volumes()
+    assert (volume.workspace_uid, volume.name, volume.in_use) == ("w-1", "models", True)
+    assert 9000 <= (volume.size_bytes or 0) < 100_000
+    assert not await engine.remove_volume(volume)
+    await engine.stop("r-1", grace_s=0)
+    again = ProcessEngine(NODE, images=home / "images", state_dir=home / "state")
+    await again.start(python(keep, **mine), restarts=0)
+    await Events(again).until_ended("r-1")
+    assert (home / "state/volumes/w-1/models/weights").stat().st_size == 18_000
+    await again.start(python(keep, **{**mine, "workspace_uid": "w-2"}), restarts=0)
+    assert {one.workspace_uid for one in await again.volumes()} == {"w-1", "w-2"}
+    await again.close()
+    for one in await again.volumes():
+        assert await again.remove_volume(one)
+        assert await again.remove_volume(one), "given twice"
+    assert list((home / "state/volumes").iterdir()) == []
+
+
+async def test_a_share_of_a_gpu_is_told(engine: ProcessEngine) -> None:
+    container = await engine.start(assignment(image="echo", gpu_ids=("GPU-1",), gpu_share=250), restarts=0)
+    await until_ready(container)
+    env = json.loads(await get(container, "/about"))["env"]
+    assert (env["NGPU_GPU_SHARE_MILLI"], env["CUDA_VISIBLE_DEVICES"]) == ("250", "GPU-1")
 
 
 async def test_it_says_what_it_does_not_do(engine: ProcessEngine) -> None:

@@ -18,6 +18,7 @@ from nodedaemon.connection import Address
 from nodedaemon.dial import bearer, stub_of
 from nodedaemon.engine import Exit
 from nodedaemon.execute import Executor
+from nodedaemon.held import Held
 from nodedaemon.journal import Journal
 from nodedaemon.relay import Relay
 from nodedaemon.spool import Spool
@@ -39,12 +40,14 @@ CUSTOMER, PLATFORM = task_pb2.CAUSE_CUSTOMER, task_pb2.CAUSE_PLATFORM
 class Node:
     """All of a daemon that has to do with attempts, on one state directory."""
 
-    def __init__(self, plane: FakeControlPlane, state_dir: Path, *, spool_bytes: int = 1024 * MIB) -> None:
+    def __init__(
+        self, plane: FakeControlPlane, state_dir: Path, *, spool_bytes: int = 1024 * MIB, held: Held | None = None
+    ) -> None:
         self.plane = plane
         self.replicas = FakeReplicas()
         self.spool = Spool(state_dir / "spool", limit_bytes=spool_bytes)
         self.journal = Journal(state_dir / "journal")
-        self.relay = Relay()
+        self.relay = Relay(held=held)
         self.channel = grpc.aio.insecure_channel(plane.address, options=wire.BULK_CLIENT_OPTIONS)
         self.bulk = Bulk(self.channel)
         #: Attempts that the flight recorder has heard of.
@@ -55,6 +58,7 @@ class Node:
             bulk=self.bulk,
             spool=self.spool,
             journal=self.journal,
+            taken=held.taken if held else (),
             record=lambda attempt: self.recorded.append(attempt.id),
         )
         self.running = asyncio.create_task(self.executor.run())

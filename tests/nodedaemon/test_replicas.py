@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from nodedaemon.engine import Credentials, DiskFull, EngineDown, Exit, GpuMissing, PullFailed, Readiness, StartFailed
 from nodedaemon.replica import BACKOFF_LIMIT_S, HEALTHY_S, backoff_s
-from nodedaemon.replicas import ReplicaReport, Replicas, State, plan
+from nodedaemon.replicas import SIGHT_S, ReplicaReport, Replicas, State, plan
 from tests.nodedaemon.fake_engine import FakeEngine, FakeProbe, FakeTime, assignment, settle
 
 A = assignment("r-a")
@@ -60,6 +60,7 @@ class Node:
         replicas = Replicas(
             self.engine,
             may_start=lambda a: self.refusals.get(a.replica_id, ""),
+            blind=self.engine.blind,
             probe=self.probe,
             monotonic=self.time.monotonic,
             sleep=self.time.sleep,
@@ -511,6 +512,74 @@ async def test_who_asks_for_an_exit_waits_for_the_engine_to_tell(node: Node) -> 
     asked = asyncio.create_task(node.daemon.exited("r-a", since=node.time.now + 1, within_s=2))
     await node.time.advance(2)
     assert await asked is None
+
+
+async def test_two_with_shares_of_one_gpu_run_on_it_at_once_and_end_apart(node: Node) -> None:
+    shares = [replace(one, gpu_ids=("GPU-1",), gpu_share=500) for one in (A, B)]
+    await node.apply(*shares)
+    assert [report.state for report in node.daemon.reports()] == [State.READY, State.READY]
+    assert node.daemon.gpu_ids("r-a") == node.daemon.gpu_ids("r-b") == ("GPU-1",)
+    node.engine.kill("r-a")
+    await settle()
+    assert [report.state for report in node.daemon.reports()] == [State.BACKOFF, State.READY]
+    await node.time.advance(1)
+    assert [report.state for report in node.daemon.reports()] == [State.READY, State.READY]
+
+
+async def test_a_container_that_has_lost_sight_of_its_gpus_is_made_anew(node: Node) -> None:
+    await node.apply(replace(A, gpu_ids=("GPU-1",)), B)
+    node.engine.sightless = {"r-a": "it may no longer use nvidia0", "r-b": "it has none", "r-x": "not ours"}
+    await node.time.advance(SIGHT_S)
+    node.engine.sightless.clear()
+    (ended, *_) = node.exits
+    assert (ended.replica_id, ended.from_outside) == ("r-a", True)
+    assert ended.words == (
+        "was ended by this daemon: it has lost sight of its GPUs (it may no longer use nvidia0), as after a reload of "
+        "systemd; it is made anew"
+    )
+    assert node.report("r-a").state is State.BACKOFF
+    assert ended.words in node.report("r-a").message
+    # It no longer works for nobody.
+    assert node.engine.stopped == ["r-a", "r-b"]
+    await node.time.advance(1)
+    assert (node.report("r-a").state, node.report("r-a").restarts) == (State.READY, 1)
+
+
+async def test_without_gpus_nobody_is_asked_whether_they_are_seen(node: Node) -> None:
+    await node.apply(A)
+    node.engine.sightless = {"r-a": "what?"}
+    await node.time.advance(SIGHT_S)
+    assert node.exits == []
+
+
+async def test_what_is_ended_for_the_customers_own_doing_is_the_customers(node: Node) -> None:
+    await node.apply(A)
+    node.daemon.end("r-a", "its volumes hold too much", customers=True)
+    node.daemon.end("r-a", "again", customers=False)
+    node.daemon.end("r-none", "is not there", customers=False)
+    await settle()
+    assert [(ended.why, ended.from_outside) for ended in node.exits] == [("its volumes hold too much", False)]
+    assert node.daemon.address("r-a", 8080) is None
+    await node.time.advance(1)
+    assert node.report().state is State.READY
+
+
+async def test_what_should_be_here_and_what_still_is(node: Node) -> None:
+    assert node.daemon.assignments() is None
+    await node.apply(A, B)
+    assert {one.replica_id for one in node.daemon.assignments() or ()} == {"r-a", "r-b"}
+    await node.apply(B)
+    assert {one.replica_id for one in node.daemon.assignments() or ()} == {"r-b"}
+
+
+async def test_that_the_disk_is_full_is_told_each_time(node: Node) -> None:
+    told: list[str] = []
+    node.daemon.on_full(lambda: told.append("full"))
+    node.engine.start_errors = {"r-a": DiskFull(), "r-b": GpuMissing()}
+    await node.apply(A, B)
+    assert told == ["full"]
+    await node.time.advance(1)
+    assert told == ["full", "full"]
 
 
 async def test_stopping_all_leaves_nothing(node: Node) -> None:

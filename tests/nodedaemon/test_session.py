@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ngpu.v1 import http_pb2, node_pb2, workspace_pb2
 
 from nodedaemon.bulk import Bulk
 from nodedaemon.dial import Backoff, Dialler
-from nodedaemon.engine import CachedImage, EngineInfo
+from nodedaemon.engine import CachedImage, EngineInfo, Mount, Volume
 from nodedaemon.errors import EnrolRefused, NodeError, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
 from nodedaemon.gpus import Gpu, GpuInventory, GpuReading
@@ -35,6 +35,20 @@ class FakeEngine:
 
     async def images(self) -> list[CachedImage]:
         return [CachedImage("demo:1", 500)]
+
+
+class FakeCaches:
+    """Two volumes, of which one has not been measured."""
+
+    def __init__(self) -> None:
+        self.volume_limit_bytes = 7
+        self.dead: list[str] = []
+
+    def volumes(self) -> list[Volume]:
+        return [Volume("w-1", "models", 5), Volume("w-2", "models")]
+
+    def bury(self, workspace_uids: Iterable[str]) -> None:
+        self.dead = list(workspace_uids)
 
 
 class Node:
@@ -192,6 +206,29 @@ async def test_report_says_all_that_is(boot: Boot, plane: FakeControlPlane) -> N
     replica = report.replicas[0]
     assert (replica.replica_id, replica.state, replica.capacity) == ("r-1", workspace_pb2.REPLICA_STATE_READY, 3)
     assert report.images[0].reference == "demo:1"
+
+
+async def test_volumes_are_told_and_the_dead_are_heard_of(boot: Boot, plane: FakeControlPlane) -> None:
+    caches = FakeCaches()
+    plane.dead = ["w-2"]
+    boot(caches=caches)
+    report = await plane.report()
+    assert report.inventory.volume_limit_bytes == 7
+    assert [(one.workspace_uid, one.name, one.size_bytes) for one in report.volumes] == [
+        ("w-1", "models", 5),
+        ("w-2", "models", 0),
+    ]
+    await until(lambda: caches.dead == ["w-2"])
+
+
+async def test_shares_and_volumes_arrive() -> None:
+    message = desired(
+        gpu=workspace_pb2.GpuNeed(count=1, share_milli=250),
+        volumes=[workspace_pb2.Volume(name="models", path="/models")],
+    )
+    message.workspace_uid = "w-1"
+    found = assignment(message)
+    assert (found.gpu_share, found.workspace_uid, found.mounts) == (250, "w-1", (Mount("models", "/models"),))
 
 
 async def test_readings_are_acknowledged_once_the_report_is_answered(boot: Boot, plane: FakeControlPlane) -> None:

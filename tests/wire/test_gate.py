@@ -41,6 +41,7 @@ MAY: dict[str, set[str]] = {
     "FleetService.ListNodes": {"operator", "service"},
     "FleetService.GetNode": {"operator", "service"},
     "FleetService.Explain": {"operator", "workspace"},
+    "FleetService.PlanWorkspace": {"operator"},
     "UsageService": {"operator", "workspace"},
     "UsageService.SetPrice": {"operator"},
 }

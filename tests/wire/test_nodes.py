@@ -172,6 +172,36 @@ async def test_reports_are_answered_by_their_number(there: House) -> None:
     call.cancel()
 
 
+async def test_node_is_told_whose_volumes_are_to_go(there: House) -> None:
+    node = Node(there)
+    await node.join()
+    async with node.up():
+        await there.operator.workspace("lives", volumes=[workspace_pb2.Volume(name="models", path="/models")])
+        await there.operator.workspace("dies", volumes=[workspace_pb2.Volume(name="models", path="/models")])
+        await until(lambda: len(node.assignments) == 2)
+        uids = {one.workspace_name: one.workspace_uid for one in node.assignments}
+        assert [list(one.spec.volumes) for one in node.assignments] == [
+            [workspace_pb2.Volume(name="models", path="/models")]
+        ] * 2
+    await there.operator.workspaces.DeleteWorkspace(
+        workspace_pb2.DeleteWorkspaceRequest(workspace="dies"), metadata=there.operator.auth
+    )
+    await node.login()
+    call: Any = node.client.nodes.Heartbeat(metadata=node.client.auth, timeout=DEADLINE_S)
+    # Names and ids are not asked about: only a uid is.
+    named = [*uids.values(), "w-000000000000", "lives"]
+    for sequence, told in enumerate((named, [], named), 1):
+        report = node.report(sequence)
+        report.inventory.volume_limit_bytes = 7
+        report.volumes.extend(node_pb2.KeptVolume(workspace_uid=uid, name="models") for uid in told)
+        await call.write(report)
+        while (answer := await call.read()).sequence != sequence:
+            pass
+        assert list(answer.dead_workspaces) == ([uids["dies"], "w-000000000000", "lives"] if told else [])
+    assert (await seen(there, node.addr)).inventory.volume_limit_bytes == 7
+    call.cancel()
+
+
 async def test_report_from_the_future_is_refused(there: House) -> None:
     node = Node(there)
     await node.join()

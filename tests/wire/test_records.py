@@ -65,6 +65,8 @@ async def test_tasks_of_one_node_can_be_listed(there: House, node: Node) -> None
     await there.operator.ready("echo")
     done = await there.bridge.schedule(request(workspace, wait_s=10))
     assert ids(await listed(there.bridge, workspace_id=workspace.id, node_addr=node.addr)) == [done.task.task_id]
+    lower = await listed(there.bridge, workspace_id=workspace.id, node_addr=node.addr.lower())
+    assert ids(lower) == [done.task.task_id]
     assert ids(await listed(there.bridge, workspace_id=workspace.id, node_addr="0x" + "0" * 40)) == []
 
 

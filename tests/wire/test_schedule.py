@@ -293,6 +293,17 @@ async def test_address_that_cannot_be_checked_is_refused_unless_the_operator_say
             await there.bridge.schedule(request(workspace, btc_address="nonsense"))
 
 
+async def test_priority_has_bounds(there: House) -> None:
+    workspace = await there.operator.workspace(replicas=0)
+    for priority in (-6, 6):
+        with refused(*INVALID):
+            await there.bridge.schedule(request(workspace, priority=priority))
+    first = await there.bridge.schedule(request(workspace))
+    await there.bridge.schedule(request(workspace, priority=5))
+    await there.bridge.schedule(request(workspace, priority=-5))
+    assert (await query(there.bridge, first.task.task_id)).task.queue_position == 1
+
+
 async def test_same_key_is_the_same_task(there: House, node: Node) -> None:
     workspace = await there.operator.workspace()
     await there.operator.ready("echo")

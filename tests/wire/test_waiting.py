@@ -112,4 +112,5 @@ async def test_expected_wait_is_told_once_it_is_known_how_long_tasks_take(there:
         tasks = [(await there.bridge.schedule(request(workspace))).task for _ in range(1 + queued)]
         wait = (await asked(there.operator, tasks[-1].task_id))[0]
         assert wait.queue_position == queued - 1
-        assert 0.05 * queued <= wait.expected_wait.ToMilliseconds() / 1000 < 5 * queued
+        # Of the one that runs now, something is over already.
+        assert 0.025 * queued <= wait.expected_wait.ToMilliseconds() / 1000 < 5 * queued

@@ -217,6 +217,35 @@ async def test_placement_and_route_of_a_task_are_explained(there: House, node: N
         await explain(there.operator)
 
 
+async def test_dry_run_says_where_replicas_would_go_and_changes_nothing(there: House, node: Node) -> None:
+    operator = there.operator
+
+    async def plan(**fields: Any) -> fleet_pb2.PlanWorkspaceResponse:
+        spec = pb.WorkspaceSpec(**{"name": "echo", "image": "img", "ports": [8080], "replicas": 2, **fields})
+        message = fleet_pb2.PlanWorkspaceRequest(spec=spec)
+        return await operator.fleet.PlanWorkspace(message, metadata=operator.auth, timeout=DEADLINE_S)  # type: ignore[no-any-return]
+
+    fresh = await plan()
+    assert (fresh.change, fresh.fits, fresh.new_replicas) == (fleet_pb2.WORKSPACE_CHANGE_NEW, True, 2)
+    assert [one.node_name for one in fresh.replicas] == ["node-1", "node-1"]
+    assert fresh.replicas[0].decision.candidates[0].parts
+    listed = await operator.workspaces.ListWorkspaces(pb.ListWorkspacesRequest(), metadata=operator.auth)
+    assert not listed.workspaces
+    unfit = await plan(gpu=pb.GpuNeed(model="H100", count=1))
+    assert not unfit.fits
+    assert "There is room for 0 of 2 replicas" in unfit.summary
+    with refused(*INVALID, "image"):
+        await plan(image="")
+    await operator.workspace(replicas=2)
+    await operator.ready("echo", 2)
+    assert (await plan()).change == fleet_pb2.WORKSPACE_CHANGE_NONE
+    other = await plan(image="other")
+    assert (other.change, other.generation) == (fleet_pb2.WORKSPACE_CHANGE_GENERATION, 2)
+    assert list(other.replacing_fields) == ["image"]
+    assert {one.replaces for one in other.replicas} == {one.replica_id for one in node.assignments}
+    assert (await get(operator, "echo")).generation == 1
+
+
 async def test_routes_are_published_moved_and_taken_away(there: House) -> None:
     await there.operator.workspace(replicas=0, ports=[80, 90])
     auth = there.operator.auth

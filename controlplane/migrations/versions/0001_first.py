@@ -107,6 +107,7 @@ def upgrade() -> None:
         sa.Column("streamed", sa.Boolean(), nullable=False),
         sa.Column("cancel_on_hangup", sa.Boolean(), nullable=False),
         sa.Column("callback_url", sa.String(), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("replica_id", sa.String(), nullable=False),
         sa.Column("node_addr", sa.String(), nullable=False),
@@ -186,6 +187,7 @@ def upgrade() -> None:
         sa.Column("gpu_count", sa.Integer(), nullable=False),
         sa.Column("price_nanos", sa.BigInteger(), nullable=False),
         sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
+        sa.Column("decision_json", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("task_id", "number"),
     )
     op.create_index("attempt_of_workspace", "attempt", ["workspace_uid", "end_time"])
@@ -215,4 +217,13 @@ def upgrade() -> None:
         sa.Column("create_time", sa.BigInteger(), nullable=False),
         sa.Column("previous_secret", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("workspace_uid"),
+    )
+    op.create_table(
+        "lease",
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("epoch", sa.Integer(), nullable=False),
+        sa.Column("holder", sa.String(), nullable=False),
+        sa.Column("bodies_id", sa.String(), nullable=False),
+        sa.Column("expire_time", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
     )

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from ngpu.v1 import node_pb2 as _node_pb2
+from ngpu.v1 import workspace_pb2 as _workspace_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -34,7 +35,9 @@ class _AvailabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Availabi
     AVAILABILITY_CORDONED: _Availability.ValueType  # 2
     """No new replicas."""
     AVAILABILITY_DRAINING: _Availability.ValueType  # 3
-    """No new replicas, no new tasks; its replicas are replaced elsewhere, and stop once what they run is done."""
+    """No new replicas; those it has are replaced elsewhere, take tasks until their replacement is ready (without room for one: for 15 seconds),
+    and stop once what they run is done.
+    """
 
 class Availability(_Availability, metaclass=_AvailabilityEnumTypeWrapper):
     """What a node may take."""
@@ -45,7 +48,9 @@ AVAILABILITY_OPEN: Availability.ValueType  # 1
 AVAILABILITY_CORDONED: Availability.ValueType  # 2
 """No new replicas."""
 AVAILABILITY_DRAINING: Availability.ValueType  # 3
-"""No new replicas, no new tasks; its replicas are replaced elsewhere, and stop once what they run is done."""
+"""No new replicas; those it has are replaced elsewhere, take tasks until their replacement is ready (without room for one: for 15 seconds),
+and stop once what they run is done.
+"""
 Global___Availability: _TypeAlias = Availability  # noqa: Y015
 
 class _Grade:
@@ -97,6 +102,36 @@ ROLE_SERVICE: Role.ValueType  # 2
 ROLE_NODE: Role.ValueType  # 3
 """Enrol one node, once."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
+
+class _WorkspaceChange:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WorkspaceChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkspaceChange.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORKSPACE_CHANGE_UNSPECIFIED: _WorkspaceChange.ValueType  # 0
+    WORKSPACE_CHANGE_NEW: _WorkspaceChange.ValueType  # 1
+    """It is new."""
+    WORKSPACE_CHANGE_NONE: _WorkspaceChange.ValueType  # 2
+    """Nothing: it is described so already."""
+    WORKSPACE_CHANGE_IN_PLACE: _WorkspaceChange.ValueType  # 3
+    """It is described anew, and no container is started anew for it."""
+    WORKSPACE_CHANGE_GENERATION: _WorkspaceChange.ValueType  # 4
+    """A new generation: its replicas are replaced one by one, each old one kept until a new one is ready."""
+
+class WorkspaceChange(_WorkspaceChange, metaclass=_WorkspaceChangeEnumTypeWrapper):
+    """What becomes of a workspace."""
+
+WORKSPACE_CHANGE_UNSPECIFIED: WorkspaceChange.ValueType  # 0
+WORKSPACE_CHANGE_NEW: WorkspaceChange.ValueType  # 1
+"""It is new."""
+WORKSPACE_CHANGE_NONE: WorkspaceChange.ValueType  # 2
+"""Nothing: it is described so already."""
+WORKSPACE_CHANGE_IN_PLACE: WorkspaceChange.ValueType  # 3
+"""It is described anew, and no container is started anew for it."""
+WORKSPACE_CHANGE_GENERATION: WorkspaceChange.ValueType  # 4
+"""A new generation: its replicas are replaced one by one, each old one kept until a new one is ready."""
+Global___WorkspaceChange: _TypeAlias = WorkspaceChange  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
@@ -724,3 +759,134 @@ class Candidate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class PlanWorkspaceRequest(_message.Message):
+    """What to rehearse."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _workspace_pb2.WorkspaceSpec: ...
+    def __init__(
+        self,
+        *,
+        spec: _workspace_pb2.WorkspaceSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanWorkspaceRequest: _TypeAlias = PlanWorkspaceRequest  # noqa: Y015
+
+@_typing.final
+class PlanWorkspaceResponse(_message.Message):
+    """What would follow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
+    KEPT_REPLICAS_FIELD_NUMBER: _builtins.int
+    NEW_REPLICAS_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELDS_FIELD_NUMBER: _builtins.int
+    REPLACING_FIELDS_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    change: Global___WorkspaceChange.ValueType
+    generation: _builtins.int
+    """The workspace's generation then."""
+    wanted_replicas: _builtins.int
+    """How many replicas there should be then."""
+    kept_replicas: _builtins.int
+    """How many of those there are would go on as they are."""
+    new_replicas: _builtins.int
+    """How many would have to be placed."""
+    fits: _builtins.bool
+    """Every replica that was tried has found its room."""
+    summary: _builtins.str
+    """The whole in a sentence or two."""
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedReplica]:
+        """Those that would have to be placed, in order: at most 32, and none after the first for which there is no room. Where none are wanted now
+        (scaled to 0) the one that would be called for first.
+        """
+
+    @_builtins.property
+    def changed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the spec's fields that would be described anew; none for a new workspace."""
+
+    @_builtins.property
+    def replacing_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of them that need other containers."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___WorkspaceChange.ValueType = ...,
+        generation: _builtins.int = ...,
+        wanted_replicas: _builtins.int = ...,
+        kept_replicas: _builtins.int = ...,
+        new_replicas: _builtins.int = ...,
+        fits: _builtins.bool = ...,
+        replicas: _abc.Iterable[Global___PlannedReplica] | None = ...,
+        changed_fields: _abc.Iterable[_builtins.str] | None = ...,
+        replacing_fields: _abc.Iterable[_builtins.str] | None = ...,
+        summary: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changed_fields", b"changed_fields", "fits", b"fits", "generation", b"generation", "kept_replicas", b"kept_replicas", "new_replicas", b"new_replicas", "replacing_fields", b"replacing_fields", "replicas", b"replicas", "summary", b"summary", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanWorkspaceResponse: _TypeAlias = PlanWorkspaceResponse  # noqa: Y015
+
+@_typing.final
+class PlannedReplica(_message.Message):
+    """Where one replica would go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    NODE_NAME_FIELD_NUMBER: _builtins.int
+    GPU_IDS_FIELD_NUMBER: _builtins.int
+    PULLS_IMAGE_FIELD_NUMBER: _builtins.int
+    IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
+    node_name: _builtins.str
+    """Empty if there is no room."""
+    pulls_image: _builtins.bool
+    """The node does not have the image and would pull it."""
+    image_bytes: _builtins.int
+    """0: no node knows the image's size."""
+    replaces: _builtins.str
+    """The replica of a former generation that goes once this one is ready; empty: none."""
+    @_builtins.property
+    def decision(self) -> Global___Decision:
+        """Every candidate with each part of its cost, or why it was refused; `chosen` is empty if there is no room."""
+
+    @_builtins.property
+    def gpu_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+        node_name: _builtins.str = ...,
+        gpu_ids: _abc.Iterable[_builtins.str] | None = ...,
+        pulls_image: _builtins.bool = ...,
+        image_bytes: _builtins.int = ...,
+        replaces: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "gpu_ids", b"gpu_ids", "image_bytes", b"image_bytes", "node_name", b"node_name", "pulls_image", b"pulls_image", "replaces", b"replaces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedReplica: _TypeAlias = PlannedReplica  # noqa: Y015

@@ -76,6 +76,11 @@ class FleetServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_fleet__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_fleet__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.PlanWorkspace = channel.unary_unary(
+                '/ngpu.v1.FleetService/PlanWorkspace',
+                request_serializer=ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -141,6 +146,15 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanWorkspace(self, request, context):
+        """A dry run of CreateWorkspace, or of UpdateWorkspace if a workspace of that name lives: where each replica would go with the fleet as it is
+        now, and why; what would have to be pulled; whether containers would have to be replaced. Changes nothing and reserves nothing: what is
+        true now may not be so in a minute. Operators only. Errors: as of the call that it rehearses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +197,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=ngpu_dot_v1_dot_fleet__pb2.ExplainRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_fleet__pb2.ExplainResponse.SerializeToString,
+            ),
+            'PlanWorkspace': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanWorkspace,
+                    request_deserializer=ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -403,6 +422,33 @@ class FleetService(object):
             '/ngpu.v1.FleetService/Explain',
             ngpu_dot_v1_dot_fleet__pb2.ExplainRequest.SerializeToString,
             ngpu_dot_v1_dot_fleet__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.FleetService/PlanWorkspace',
+            ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceRequest.SerializeToString,
+            ngpu_dot_v1_dot_fleet__pb2.PlanWorkspaceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,11 @@ class FleetServiceStub:
     """Why the replicas of a workspace are where they are (or nowhere), or why a task went where it went (or waits).
     Errors: NOT_FOUND, INVALID_ARGUMENT.
     """
+    PlanWorkspace: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.PlanWorkspaceRequest, _fleet_pb2.PlanWorkspaceResponse]
+    """A dry run of CreateWorkspace, or of UpdateWorkspace if a workspace of that name lives: where each replica would go with the fleet as it is
+    now, and why; what would have to be pulled; whether containers would have to be replaced. Changes nothing and reserves nothing: what is
+    true now may not be so in a minute. Operators only. Errors: as of the call that it rehearses.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -82,6 +87,11 @@ class FleetServiceAsyncStub(FleetServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ExplainRequest, _fleet_pb2.ExplainResponse]  # type: ignore[assignment]
     """Why the replicas of a workspace are where they are (or nowhere), or why a task went where it went (or waits).
     Errors: NOT_FOUND, INVALID_ARGUMENT.
+    """
+    PlanWorkspace: _aio.UnaryUnaryMultiCallable[_fleet_pb2.PlanWorkspaceRequest, _fleet_pb2.PlanWorkspaceResponse]  # type: ignore[assignment]
+    """A dry run of CreateWorkspace, or of UpdateWorkspace if a workspace of that name lives: where each replica would go with the fleet as it is
+    now, and why; what would have to be pulled; whether containers would have to be replaced. Changes nothing and reserves nothing: what is
+    true now may not be so in a minute. Operators only. Errors: as of the call that it rehearses.
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -155,6 +165,17 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_fleet_pb2.ExplainResponse, _abc.Awaitable[_fleet_pb2.ExplainResponse]]:
         """Why the replicas of a workspace are where they are (or nowhere), or why a task went where it went (or waits).
         Errors: NOT_FOUND, INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def PlanWorkspace(
+        self,
+        request: _fleet_pb2.PlanWorkspaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.PlanWorkspaceResponse, _abc.Awaitable[_fleet_pb2.PlanWorkspaceResponse]]:
+        """A dry run of CreateWorkspace, or of UpdateWorkspace if a workspace of that name lives: where each replica would go with the fleet as it is
+        now, and why; what would have to be pulled; whether containers would have to be replaced. Changes nothing and reserves nothing: what is
+        true now may not be so in a minute. Operators only. Errors: as of the call that it rehearses.
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -213,6 +213,7 @@ class HeartbeatRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     ATTEMPT_IDS_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts up within the stream."""
     goodbye: _builtins.bool
@@ -231,6 +232,10 @@ class HeartbeatRequest(_message.Message):
     def attempt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attempts held, running or ended and unacknowledged."""
 
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptVolume]:
+        """Volumes kept here, at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -241,14 +246,44 @@ class HeartbeatRequest(_message.Message):
         images: _abc.Iterable[Global___CachedImage] | None = ...,
         attempt_ids: _abc.Iterable[_builtins.str] | None = ...,
         goodbye: _builtins.bool = ...,
+        volumes: _abc.Iterable[Global___KeptVolume] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ids", b"attempt_ids", "goodbye", b"goodbye", "images", b"images", "inventory", b"inventory", "readings", b"readings", "replicas", b"replicas", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ids", b"attempt_ids", "goodbye", b"goodbye", "images", b"images", "inventory", b"inventory", "readings", b"readings", "replicas", b"replicas", "sequence", b"sequence", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class KeptVolume(_message.Message):
+    """A workspace's volume on this node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKSPACE_UID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    workspace_uid: _builtins.str
+    """As in Assignment."""
+    name: _builtins.str
+    size_bytes: _builtins.int
+    """As last measured, every few minutes; 0: not yet."""
+    def __init__(
+        self,
+        *,
+        workspace_uid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes", "workspace_uid", b"workspace_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptVolume: _TypeAlias = KeptVolume  # noqa: Y015
 
 @_typing.final
 class Inventory(_message.Message):
@@ -267,6 +302,7 @@ class Inventory(_message.Message):
     OS_FIELD_NUMBER: _builtins.int
     DAEMON_VERSION_FIELD_NUMBER: _builtins.int
     GPU_MESSAGE_FIELD_NUMBER: _builtins.int
+    VOLUME_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     cpus: _builtins.float
     memory_bytes: _builtins.int
     disk_free_bytes: _builtins.int
@@ -280,6 +316,8 @@ class Inventory(_message.Message):
     daemon_version: _builtins.str
     gpu_message: _builtins.str
     """Why there are no GPUs or some are missing, in words; empty if all is well or there are none to expect."""
+    volume_limit_bytes: _builtins.int
+    """Disk that volumes of workspaces may take here, all together; 0: the operator allows none."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]: ...
     def __init__(
@@ -296,10 +334,11 @@ class Inventory(_message.Message):
         os: _builtins.str = ...,
         daemon_version: _builtins.str = ...,
         gpu_message: _builtins.str = ...,
+        volume_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine", b"engine", "engine_version", b"engine_version", "gpu_message", b"gpu_message", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "os", b"os"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine", b"engine", "engine_version", b"engine_version", "gpu_message", b"gpu_message", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "os", b"os", "volume_limit_bytes", b"volume_limit_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -524,6 +563,7 @@ class HeartbeatResponse(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     REPORT_AFTER_MS_FIELD_NUMBER: _builtins.int
+    DEAD_WORKSPACES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The sequence of the report answered; 0: on the control plane's own account."""
     report_after_ms: _builtins.int
@@ -532,16 +572,23 @@ class HeartbeatResponse(_message.Message):
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """Every replica this node should run; what is not listed is to be stopped."""
 
+    @_builtins.property
+    def dead_workspaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the workspaces whose volumes the report names, those that are deleted or not known: their volumes are to be removed. Said anew in the
+        answer to each report; a workspace that is not listed keeps its volumes.
+        """
+
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         report_after_ms: _builtins.int = ...,
+        dead_workspaces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "report_after_ms", b"report_after_ms", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "dead_workspaces", b"dead_workspaces", "report_after_ms", b"report_after_ms", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -560,6 +607,7 @@ class Assignment(_message.Message):
     GPU_IDS_FIELD_NUMBER: _builtins.int
     SPEC_HASH_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    WORKSPACE_UID_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     workspace_name: _builtins.str
     """For labels and logs. The workspace's id stays with the control plane: it is a credential."""
@@ -568,6 +616,8 @@ class Assignment(_message.Message):
     """Of spec and GPUs. A running container with another hash is replaced."""
     draining: _builtins.bool
     """Take no new tasks; stop comes by leaving the list."""
+    workspace_uid: _builtins.str
+    """Tells the workspace from an earlier one of the same name: volumes are its own. No credential."""
     @_builtins.property
     def spec(self) -> _workspace_pb2.WorkspaceSpec:
         """With credentials and environment in the clear; without limits on queues, routes and account."""
@@ -584,10 +634,11 @@ class Assignment(_message.Message):
         gpu_ids: _abc.Iterable[_builtins.str] | None = ...,
         spec_hash: _builtins.str = ...,
         draining: _builtins.bool = ...,
+        workspace_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "generation", b"generation", "gpu_ids", b"gpu_ids", "replica_id", b"replica_id", "spec", b"spec", "spec_hash", b"spec_hash", "workspace_name", b"workspace_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "generation", b"generation", "gpu_ids", b"gpu_ids", "replica_id", b"replica_id", "spec", b"spec", "spec_hash", b"spec_hash", "workspace_name", b"workspace_name", "workspace_uid", b"workspace_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

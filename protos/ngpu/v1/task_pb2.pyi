@@ -135,6 +135,7 @@ class Failure(_message.Message):
     """A constant to branch on: NODE_LOST, REPLICA_LOST, CONNECT_FAILED, CONNECTION_CLOSED, CONTAINER_EXITED, RUN_TIME_LIMIT,
     QUEUE_TIME_LIMIT, TOTAL_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, ATTEMPTS_USED_UP, OUTCOME_UNKNOWN, WORKSPACE_DELETED,
     JOB_FAILED (the container's own job, see JobRule), BUSY (an attempt's only: the container did not take it),
+    HEDGED (an attempt's only: of two attempts at once this was not needed, or is not known to have ended; see WorkspaceSpec.hedge),
     CANCELLED, INTERNAL.
     """
     message: _builtins.str
@@ -272,6 +273,7 @@ class ScheduleRequest(_message.Message):
     REPEATABLE_FIELD_NUMBER: _builtins.int
     STREAMED_FIELD_NUMBER: _builtins.int
     CALLBACK_URL_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     workspace_id: _builtins.str
     """The workspace, by its id. May be empty with a workspace's own token, or with `route`."""
     route: _builtins.str
@@ -298,6 +300,11 @@ class ScheduleRequest(_message.Message):
     allow more). At least once, signed with the workspace's secret, again and again for a day until it is answered with 2xx; see
     docs/services.md. What is plainly no such URL is INVALID_ARGUMENT.
     """
+    priority: _builtins.int
+    """How urgent the task is among those that wait of the same caller (`btc_address`; without one `origin.user_ip`), from -5 to 5; anything else
+    is INVALID_ARGUMENT. Each step counts as a minute of waiting, so nothing waits for ever. It changes nothing for other callers: between
+    them a workspace's queue is fair, whatever they say of their tasks.
+    """
     @_builtins.property
     def request(self) -> _http_pb2.HttpRequest: ...
     @_builtins.property
@@ -322,10 +329,11 @@ class ScheduleRequest(_message.Message):
         repeatable: _builtins.bool | None = ...,
         streamed: _builtins.bool = ...,
         callback_url: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "origin", b"origin", "repeatable", b"repeatable", "request", b"request", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "callback_url", b"callback_url", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "repeatable", b"repeatable", "request", b"request", "route", b"route", "streamed", b"streamed", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable", "btc_address", b"btc_address", "callback_url", b"callback_url", "cancel_on_hangup", b"cancel_on_hangup", "idempotency_key", b"idempotency_key", "max_inline_bytes", b"max_inline_bytes", "origin", b"origin", "port", b"port", "priority", b"priority", "repeatable", b"repeatable", "request", b"request", "route", b"route", "streamed", b"streamed", "wait", b"wait", "workspace_id", b"workspace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repeatable: _TypeAlias = _typing.Literal["repeatable"]  # noqa: Y015
     _WhichOneofArgType__repeatable: _TypeAlias = _typing.Literal["_repeatable", b"_repeatable"]  # noqa: Y015
@@ -766,6 +774,7 @@ class Attempt(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
     number: _builtins.int
+    """From 1. A second attempt beside one that took long (WorkspaceSpec.hedge) has its number and 1,000,000."""
     replica_id: _builtins.str
     node_addr: _builtins.str
     node_ip: _builtins.str
@@ -776,7 +785,7 @@ class Attempt(_message.Message):
     first_byte_after_us: _builtins.int
     last_byte_after_us: _builtins.int
     gpu_us: _builtins.int
-    """How long the attempt held its GPUs, in microseconds."""
+    """How long the attempt held its GPUs, in microseconds; with a share of a GPU, that share of the time."""
     http_status: _builtins.int
     """The container's status; 0: no answer."""
     reason: _builtins.str

@@ -176,7 +176,7 @@ class Usage(_message.Message):
     free_attempts: _builtins.int
     """Of these, those that the platform made fail: they cost nothing."""
     gpu_us: _builtins.int
-    """Microseconds times GPUs."""
+    """Microseconds times GPUs; of a share of a GPU that share of them."""
     billed_gpu_us: _builtins.int
     """Of `gpu_us`, what is charged for."""
     cost: _builtins.str

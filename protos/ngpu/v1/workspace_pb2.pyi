@@ -103,6 +103,8 @@ class WorkspaceSpec(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     CANCEL_ON_HANGUP_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    HEDGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique among living workspaces: 1 to 63 of a-z, 0-9, "-", beginning with a letter."""
     image: _builtins.str
@@ -124,6 +126,11 @@ class WorkspaceSpec(_message.Message):
     cancel_on_hangup: _builtins.bool
     """Does a caller who hangs up while he waits, or while he is being answered, cancel his task? Default true. False: it goes on, and its
     answer is recorded. A connection that has changed its protocol (WebSocket) is over when one side has left, whatever is said here.
+    """
+    hedge: _builtins.float
+    """When an attempt has run for so many times the workspace's average, a second one begins on another node; the first answer wins, and the
+    other attempt is called off. 0 [the default]: never; else 1.5 to 100. Only while no task waits, and only of tasks that may be repeated, are
+    neither streamed nor jobs, and whose request and answer have 64 KiB at most each. The attempt that was not needed costs nothing.
     """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -161,6 +168,10 @@ class WorkspaceSpec(_message.Message):
         at once, for what starts from then on.
         """
 
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Volume]:
+        """Directories that outlive a replica, as caches. At most 8. Replicas are only placed where the node's operator allows volumes."""
+
     def __init__(
         self,
         *,
@@ -184,10 +195,12 @@ class WorkspaceSpec(_message.Message):
         scale: Global___Scale | None = ...,
         jobs: _abc.Iterable[Global___JobRule] | None = ...,
         cancel_on_hangup: _builtins.bool | None = ...,
+        volumes: _abc.Iterable[Global___Volume] | None = ...,
+        hedge: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup", "_repeatable", b"_repeatable", "cancel_on_hangup", b"cancel_on_hangup", "gpu", b"gpu", "limits", b"limits", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup", "_repeatable", b"_repeatable", "account", b"account", "cancel_on_hangup", b"cancel_on_hangup", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "image", b"image", "jobs", b"jobs", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "scale", b"scale", "shm_bytes", b"shm_bytes", "writable_paths", b"writable_paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup", "_repeatable", b"_repeatable", "account", b"account", "cancel_on_hangup", b"cancel_on_hangup", "command", b"command", "concurrency", b"concurrency", "cpus", b"cpus", "env", b"env", "gpu", b"gpu", "hedge", b"hedge", "image", b"image", "jobs", b"jobs", "limits", b"limits", "memory_bytes", b"memory_bytes", "name", b"name", "ports", b"ports", "readiness", b"readiness", "registry", b"registry", "repeatable", b"repeatable", "replicas", b"replicas", "scale", b"scale", "shm_bytes", b"shm_bytes", "volumes", b"volumes", "writable_paths", b"writable_paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cancel_on_hangup: _TypeAlias = _typing.Literal["cancel_on_hangup"]  # noqa: Y015
     _WhichOneofArgType__cancel_on_hangup: _TypeAlias = _typing.Literal["_cancel_on_hangup", b"_cancel_on_hangup"]  # noqa: Y015
@@ -199,6 +212,37 @@ class WorkspaceSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repeatable) -> _WhichOneofReturnType__repeatable | None: ...
 
 Global___WorkspaceSpec: _TypeAlias = WorkspaceSpec  # noqa: Y015
+
+@_typing.final
+class Volume(_message.Message):
+    """A directory that a node keeps for a workspace: what one replica writes there, the next one on the same node finds, after restarts and updates.
+    It begins empty on each node, is shared by the workspace's replicas there, and by nobody else.
+
+    A cache, no storage: a node may empty it whenever no replica uses it, ends a replica whose volumes outgrow what its operator allows, and
+    removes it once the workspace is deleted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Unique in the workspace: 1 to 63 of a-z, 0-9, "-", beginning with a letter."""
+    path: _builtins.str
+    """Where the container finds it; absolute. Also told in the environment, as NGPU_VOLUME_ and the name in capitals with "_" for "-"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Volume: _TypeAlias = Volume  # noqa: Y015
 
 @_typing.final
 class JobRule(_message.Message):
@@ -353,22 +397,29 @@ class GpuNeed(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     MIN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    SHARE_MILLI_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model as nodes report it; a word of it is enough, case does not matter ("4090", "RTX 4090"). Empty: any."""
     count: _builtins.int
     """Whole GPUs per replica; 0: none."""
     min_memory_bytes: _builtins.int
-    """Per GPU."""
+    """Per GPU; with `share_milli` of the share: so many thousandths of the GPU's memory."""
+    share_milli: _builtins.int
+    """With `count` 1: so many thousandths of one GPU, 1 to 999, so that other replicas may be on it too; 0: all of it. Counts for placement
+    and for the bill (that share of GPU time). Not enforced on the GPU: whoever computes there sees all of it, and one may take
+    another's memory. The container is told its share in NGPU_GPU_SHARE_MILLI and is expected to keep to it.
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         count: _builtins.int = ...,
         min_memory_bytes: _builtins.int = ...,
+        share_milli: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "min_memory_bytes", b"min_memory_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "min_memory_bytes", b"min_memory_bytes", "model", b"model", "share_milli", b"share_milli"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,7 +56,7 @@ class WorkspaceServiceStub:
     """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
 
     Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
-    memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+    memory, shm, writable paths, volumes, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
     only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
     within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
     replaces one that is under way.
@@ -116,7 +116,7 @@ class WorkspaceServiceAsyncStub(WorkspaceServiceStub):
     """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
 
     Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
-    memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+    memory, shm, writable paths, volumes, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
     only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
     within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
     replaces one that is under way.
@@ -203,7 +203,7 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Describe a workspace anew: the spec replaces the whole old one, so give environment and registry credentials again.
 
         Returns when the record is on disk. Where the change needs other containers (image, command, environment, ports, GPUs, cpus,
-        memory, shm, writable paths, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
+        memory, shm, writable paths, volumes, readiness) it is a new `generation`: its replicas come up one at a time, and one of the old goes
         only once a new one is ready. Where the new generation does not come up (its container fails again and again, or is not ready
         within the start limit) the update is taken back and `message` says why. Other changes take effect at once. A later update
         replaces one that is under way.
