@@ -7,9 +7,9 @@ from typing import Final
 from urllib.parse import unquote
 
 import msgspec
+from ngpu.image import normalised
 
 from controlplane.errors import InvalidArgument
-from controlplane.image import normalised
 from controlplane.jobs import PRESETS
 from controlplane.spec import GIB, MIB, JobRule, Limits, Scale, Spec, Volume
 

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from typing import Final
 
 from msgspec.structs import replace
+from ngpu.image import comparable, directory
 
 from controlplane import health, trail
 from controlplane.census import Node, Replica, Route, Workspace
 from controlplane.changes import Changes
 from controlplane.errors import NodeRevoked, NodeUnknown, NotFound
-from controlplane.image import comparable, directory
 from controlplane.report import Inventory, ReplicaReport, ReplicaState, Report
 from controlplane.trail import Trail
 

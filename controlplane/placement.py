@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 from msgspec.structs import replace
+from ngpu.image import allowed
 
 from controlplane.cards import Card, Fit, fits, lots_of, model_matches
 from controlplane.demand import Shape
@@ -55,6 +56,7 @@ class NodeView(msgspec.Struct, frozen=True):
     `cpus`: in all; `cpus_free`, `memory_free_bytes`: not promised to replicas. `images`: sizes by normalised reference,
     or by directory with the process engine. `load`: share of its slots that run a task, 0 to 1. `orphans`: containers
     it has that are no replicas of ours. `replicas`: all that are; `here`: by workspace uid. `volumes`: are allowed.
+    `allowed_images`: patterns of those that its operator allows; none: all.
     """
 
     addr: str
@@ -75,6 +77,7 @@ class NodeView(msgspec.Struct, frozen=True):
     replicas: int = 0
     here: Mapping[str, int] = {}
     volumes: bool = True
+    allowed_images: tuple[str, ...] = ()
 
     def cards(self) -> tuple[Card, ...]:
         """Its GPUs, whichever they are, in order."""
@@ -226,12 +229,17 @@ def has_volumes(need: Need, node: NodeView, _policy: Policy) -> str:
     return "its operator allows no volumes" if need.volumes and not node.volumes else ""
 
 
+def allows_image(need: Need, node: NodeView, _policy: Policy) -> str:
+    """Its operator lets the image run there."""
+    return "" if allowed(need.image, node.allowed_images) else "its operator does not allow the image"
+
+
 #: Of the node alone, cheap ones first, ...
 NODE_FILTERS: Final[tuple[Filter, ...]] = (is_connected, is_open, has_engine)
 #: ... of what the replica needs of it, those that say the most first, ...
 SHAPE_FILTERS: Final[tuple[Filter, ...]] = (has_gpus, has_cpus, has_memory, is_tidy, has_room)
 #: ... and of its image and volumes.
-IMAGE_FILTERS: Final[tuple[Filter, ...]] = (has_directory, has_disk, has_volumes)
+IMAGE_FILTERS: Final[tuple[Filter, ...]] = (allows_image, has_directory, has_disk, has_volumes)
 FILTERS: Final = (*NODE_FILTERS, *SHAPE_FILTERS, *IMAGE_FILTERS)
 #: Said of nodes that have half of the workspace's replicas, while others have not.
 CROWDED: Final = "has half of the workspace's replicas already"

@@ -48,6 +48,7 @@ class Inventory(msgspec.Struct, frozen=True):
     daemon_version: str = ""
     gpu_message: str = ""
     volume_limit_bytes: int = 0
+    allowed_images: tuple[str, ...] = ()
 
 
 class ReplicaState(enum.IntEnum):

@@ -32,7 +32,7 @@ from controlplane.room import MISSING, Room
 from controlplane.sites import Sites
 
 #: Placements tried in one plan: each costs milliseconds on a large fleet, and the dispatcher runs beside us.
-PLACEMENTS_AT_ONCE: Final = 8
+PLACEMENTS_AT_ONCE: Final = 16
 #: A stopped replica is gone when so many reports after the stop do not have it: the first may have crossed the order.
 GONE_REPORTS: Final = 2
 #: From so many nodes that fell silent at once, and more than half of all, it is us who are cut off ...

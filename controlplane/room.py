@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from msgspec.structs import replace
+from ngpu.image import comparable, directory
 
 from controlplane import explain
 from controlplane.census import Node, Replica, Workspace
 from controlplane.explain import Decision
 from controlplane.grade import Grade, Health
-from controlplane.image import comparable, directory
 from controlplane.placement import GpuView, Need, NodeView, Refusals, with_replica
 from controlplane.sites import Sites
 from controlplane.spec import Spec
@@ -141,4 +141,5 @@ def view_of(
         orphans=sum(replica_id not in rows for replica_id in node.said),
         here=Counter(replica.workspace_uid for replica in replicas if replica.active),
         volumes=node.inventory.volume_limit_bytes > 0,
+        allowed_images=node.inventory.allowed_images,
     )

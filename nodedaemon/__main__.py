@@ -53,12 +53,12 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     if settings.engine == "auto":
         _publish(settings.state_dir / "engine", kind)
     engine = _engine(settings, kind, identity.address)
-    gpus, machine = Gpus(engine.owns), Machine(engine)
+    gpus, machine = Gpus(engine.owns), Machine(engine, allowed_images=settings.image_patterns)
 
     # What runs containers, and what passes requests to them.
     replicas = Replicas(
         engine,
-        may_start=lambda one: gpus.refusal(one.gpu_ids) or caches.refusal(one),
+        may_start=lambda one: machine.refusal(one.image) or gpus.refusal(one.gpu_ids) or caches.refusal(one),
         blind=engine.blind if isinstance(engine, DockerEngine) else None,
     )
     caches = Caches(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 import pydantic
 import pydantic_settings
 from ngpu import dial
+from ngpu.image import PATTERNS, REFERENCE_LENGTH
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -67,6 +68,17 @@ def _name(value: str) -> str:
     return value
 
 
+def _patterns(value: str) -> str:
+    patterns = _split(value)
+    if len(patterns) > PATTERNS or any(len(pattern) > REFERENCE_LENGTH for pattern in patterns):
+        raise ValueError(f"must be at most {PATTERNS} patterns of at most {REFERENCE_LENGTH} characters")
+    return value
+
+
+def _split(patterns: str) -> list[str]:
+    return [pattern for part in patterns.split(",") if (pattern := part.strip())]
+
+
 Seconds = Annotated[float, BeforeValidator(_duration)]
 Bytes = Annotated[int, BeforeValidator(_size)]
 
@@ -102,6 +114,8 @@ class Config(BaseSettings):
     """Docker engine: let containers run as root if their image says so."""
     stop_grace: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
     """How long running tasks may take to finish when the daemon stops."""
+    allowed_images: Annotated[str, AfterValidator(_patterns)] = ""
+    """Images that may run here: patterns of full names, as `ghcr.io/acme/*,docker.io/library/debian:*`. Empty: all."""
     volumes: Annotated[Bytes, Field(ge=0)] = 64 * 1024**3
     """Disk for volumes, in which workspaces keep what they have loaded, all together. 0: none are allowed."""
     disk_reserve: Annotated[Bytes, Field(ge=0)] = 20 * 1024**3
@@ -140,6 +154,11 @@ class Config(BaseSettings):
     def with_tls(self) -> bool:
         """Whether to speak TLS to the control plane."""
         return self.tls or self.tls_ca is not None
+
+    @property
+    def image_patterns(self) -> list[str]:
+        """Which images may run here; none: all."""
+        return _split(self.allowed_images)
 
     @property
     def images(self) -> Path:

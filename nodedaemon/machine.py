@@ -1,12 +1,17 @@
-"""What this machine has besides GPUs: processors, memory, the engine and its images; asked again now and then."""
+"""What this machine has besides GPUs: processors, memory, the engine and its images; asked again now and then.
+
+And which images its operator lets it run.
+"""
 
 import asyncio
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
+from ngpu.image import allowed
 
 from nodedaemon.engine import CachedImage, Engine, EngineError, EngineInfo
 
@@ -19,10 +24,14 @@ IMAGES: Final = 500
 
 
 class Machine:
-    """`engine` and `images` are as of the last survey; the rest does not change while the daemon runs."""
+    """`engine` and `images` are as of the last survey; the rest does not change while the daemon runs.
 
-    def __init__(self, engine: Engine) -> None:
+    `allowed_images`: patterns of images that may run here; none: all may.
+    """
+
+    def __init__(self, engine: Engine, *, allowed_images: Sequence[str] = ()) -> None:
         self._engine = engine
+        self.allowed_images = allowed_images
         self.cpus = float(len(os.sched_getaffinity(0)))
         self.memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.os = operating_system()
@@ -35,6 +44,12 @@ class Machine:
         while True:
             await asyncio.sleep(SURVEY_S)
             await self.survey()
+
+    def refusal(self, image: str) -> str:
+        """Why the image may not run here; empty: it may."""
+        if allowed(image, self.allowed_images):
+            return ""
+        return f"the operator of this node does not allow {image}, only {', '.join(self.allowed_images)}"
 
     async def survey(self) -> None:
         """Ask the engine. What it said last stays, should it not answer: the replicas' reports say that it is down."""

@@ -37,6 +37,7 @@ def inventory(machine: Machine, gpus: GpuInventory, *, volume_limit_bytes: int =
         daemon_version=machine.daemon_version,
         gpu_message=gpus.message,
         volume_limit_bytes=volume_limit_bytes,
+        allowed_images=machine.allowed_images,
     )
 
 

@@ -9,6 +9,7 @@ import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.timestamp_pb2 import Timestamp
+from ngpu.image import PATTERNS
 from ngpu.v1 import fleet_pb2, http_pb2, node_pb2, task_pb2, workspace_pb2
 
 from controlplane import model, report
@@ -419,6 +420,7 @@ def inventory_of(message: node_pb2.Inventory) -> report.Inventory:
         daemon_version=message.daemon_version,
         gpu_message=message.gpu_message,
         volume_limit_bytes=message.volume_limit_bytes,
+        allowed_images=tuple(message.allowed_images[:PATTERNS]),
     )
 
 
@@ -446,6 +448,7 @@ def inventory(plain: report.Inventory) -> node_pb2.Inventory:
         daemon_version=plain.daemon_version,
         gpu_message=plain.gpu_message,
         volume_limit_bytes=plain.volume_limit_bytes,
+        allowed_images=plain.allowed_images,
     )
 
 

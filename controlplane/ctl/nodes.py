@@ -97,6 +97,7 @@ def _shown(node: pb.Node, now: datetime) -> RenderableType:
         ),
         ("engine", f"{has.engine} {has.engine_version}".strip()),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)),
+        ("images", ", ".join(has.allowed_images) or "all are allowed"),
         ("volumes", f"up to {size_text(has.volume_limit_bytes)}" if has.volume_limit_bytes else "not allowed"),
         ("GPUs", has.gpu_message or ("none" if not has.gpus else "")),
         ("runs", f"{counted(node.replicas, 'replica')}, {counted(node.running_tasks, 'task')}"),

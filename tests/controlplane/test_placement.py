@@ -84,6 +84,8 @@ def test_models_match_by_words(wanted: str, model: str, matches: bool) -> None:
         ({}, {"availability": Availability.CORDONED}, "cordoned"),
         ({}, {"availability": Availability.DRAINING}, "draining"),
         ({}, {"orphans": 1}, "still stops containers that were given up"),
+        ({}, {"allowed_images": ("ghcr.io/*",)}, "its operator does not allow the image"),
+        ({}, {"allowed_images": ("ghcr.io/*", "*")}, ""),
         ({"volumes": True}, {"volumes": False}, "its operator allows no volumes"),
         ({"volumes": True}, {}, ""),
         ({}, {"volumes": False}, ""),
@@ -137,7 +139,7 @@ def test_each_filter_says_why_not(need: dict[str, Any], node: dict[str, Any], wh
 
 
 def test_every_filter_has_a_case_above() -> None:
-    assert len(FILTERS) == 11
+    assert len(FILTERS) == 12
 
 
 def test_refusals_are_counted_over_all_nodes() -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from ngpu.image import comparable
 
 from controlplane import placement
 from controlplane.census import Deployment, Replica, Workspace
 from controlplane.generations import updated
-from controlplane.image import comparable
 from controlplane.placement import GpuView, NodeView
 from controlplane.rehearsal import REPLICAS, Change, Rehearsal, rehearse, words
 from controlplane.spec import GIB, GpuNeed, Scale, Spec

@@ -62,6 +62,7 @@ VIEWS = st.builds(
     replicas=st.sampled_from((0, 5, 100)),
     here=st.dictionaries(st.sampled_from(UIDS), st.integers(1, 3)),
     volumes=st.booleans(),
+    allowed_images=st.sampled_from(((), (), ("img-1",))),
 )
 NEEDS = st.builds(
     Need,

@@ -303,6 +303,7 @@ class Inventory(_message.Message):
     DAEMON_VERSION_FIELD_NUMBER: _builtins.int
     GPU_MESSAGE_FIELD_NUMBER: _builtins.int
     VOLUME_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOWED_IMAGES_FIELD_NUMBER: _builtins.int
     cpus: _builtins.float
     memory_bytes: _builtins.int
     disk_free_bytes: _builtins.int
@@ -320,6 +321,12 @@ class Inventory(_message.Message):
     """Disk that volumes of workspaces may take here, all together; 0: the operator allows none."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]: ...
+    @_builtins.property
+    def allowed_images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which images its operator allows, at most 100: patterns of the reference in full, as docker.io/library/debian:12, in which `*` is
+        anything. Empty: all. The node refuses others by itself.
+        """
+
     def __init__(
         self,
         *,
@@ -335,10 +342,11 @@ class Inventory(_message.Message):
         daemon_version: _builtins.str = ...,
         gpu_message: _builtins.str = ...,
         volume_limit_bytes: _builtins.int = ...,
+        allowed_images: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine", b"engine", "engine_version", b"engine_version", "gpu_message", b"gpu_message", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "os", b"os", "volume_limit_bytes", b"volume_limit_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_images", b"allowed_images", "cpus", b"cpus", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "disk_free_bytes", b"disk_free_bytes", "driver_version", b"driver_version", "engine", b"engine", "engine_version", b"engine_version", "gpu_message", b"gpu_message", "gpus", b"gpus", "memory_bytes", b"memory_bytes", "os", b"os", "volume_limit_bytes", b"volume_limit_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

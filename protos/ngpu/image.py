@@ -1,11 +1,15 @@
-"""Image references, as `docker pull` takes them: what is one, and when two name the same image. Pure."""
+"""Image references, as `docker pull` takes them: what is one, when two name the same image, and which are allowed."""
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Final
 
 #: Longest reference accepted.
 REFERENCE_LENGTH: Final = 512
+#: Most patterns of images that a node's operator may give.
+PATTERNS: Final = 100
 
 # The grammar of github.com/distribution/reference.
 _HOST = (
@@ -53,3 +57,8 @@ def comparable(reference: str) -> str:
         return normalised(reference)
     except ValueError:
         return reference
+
+
+def allowed(reference: str, patterns: Sequence[str]) -> bool:
+    """Does a pattern (`*` is anything) match the reference in full? Without patterns all are allowed."""
+    return not patterns or any(fnmatchcase(comparable(reference), pattern) for pattern in patterns)

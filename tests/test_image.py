@@ -1,8 +1,7 @@
 """Image references: which are one, and which name the same image."""
 
 import pytest
-
-from controlplane.image import comparable, normalised
+from ngpu.image import allowed, comparable, normalised
 
 DIGEST = "sha256:" + "0a" * 32
 
@@ -37,3 +36,19 @@ def test_no_reference(text: str) -> None:
     with pytest.raises(ValueError, match="no image reference"):
         normalised(text)
     assert comparable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("reference", "patterns", "may"),
+    [
+        ("x", (), True),
+        ("x", ("docker.io/library/*",), True),
+        ("x", ("x",), False),
+        ("ghcr.io/acme/x:1", ("docker.io/*", "ghcr.io/acme/*"), True),
+        ("ghcr.io/acme.evil/x", ("ghcr.io/acme/*",), False),
+        ("evil.io/ghcr.io/acme/x", ("ghcr.io/acme/*",), False),
+        ("no reference!", ("docker.io/*",), False),
+    ],
+)
+def test_which_images_are_allowed(reference: str, patterns: tuple[str, ...], may: bool) -> None:
+    assert allowed(reference, patterns) is may

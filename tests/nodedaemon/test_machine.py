@@ -1,0 +1,37 @@
+"""What the machine's operator allows, and that the control plane is told of it."""
+
+import pytest
+
+from nodedaemon import statement
+from nodedaemon.config import load
+from nodedaemon.errors import ConfigFault
+from nodedaemon.gpus import GpuInventory
+from nodedaemon.machine import Machine
+from tests.nodedaemon.fake_engine import FakeEngine
+
+
+def machine(patterns: str) -> Machine:
+    settings = load(None, {"allowed_images": patterns})
+    return Machine(FakeEngine(), allowed_images=settings.image_patterns)
+
+
+def test_images_that_are_not_allowed_are_refused_with_what_is() -> None:
+    node = machine("ghcr.io/acme/*, docker.io/library/debian:*")
+    assert node.refusal("ghcr.io/acme/sd:1") == node.refusal("debian:12") == ""
+    assert node.refusal("ghcr.io/else/sd") == (
+        "the operator of this node does not allow ghcr.io/else/sd, only ghcr.io/acme/*, docker.io/library/debian:*"
+    )
+
+
+def test_without_patterns_all_are_allowed() -> None:
+    assert machine("").refusal("anything") == ""
+
+
+def test_the_inventory_says_what_is_allowed() -> None:
+    told = statement.inventory(machine("ghcr.io/acme/*"), GpuInventory())
+    assert list(told.allowed_images) == ["ghcr.io/acme/*"]
+
+
+def test_too_many_patterns_are_a_fault() -> None:
+    with pytest.raises(ConfigFault, match="at most 100 patterns"):
+        load(None, {"allowed_images": ",".join(["x"] * 101)})
