@@ -33,6 +33,8 @@ LOOK_S: Final = 0.2
 FREE_S: Final = 0.5
 #: ... because it writes at least so often.
 RENEW_S: Final = 0.25
+#: So long without a look at the lease is a standstill: there is one for each renewal at least.
+STILL_S: Final = 2 * RENEW_S
 #: How long the active one waits for the lock when it connects anew.
 LOCK_WAIT_MS: Final = 2000
 
@@ -127,7 +129,8 @@ class Lease:
         self.epoch = 0
         # By our clock, when the row may have expired; infinite while nobody stands by who could take over then.
         self._until = inf
-        # When `check` was asked last.
+        # When it was renewed last; when `check` was asked last.
+        self._renewed = 0.0
         self._checked = 0.0
 
     def check(self) -> None:
@@ -136,7 +139,8 @@ class Lease:
         Blocks after a standstill, until it is known whether the lease still holds.
         """
         now = self._clock()
-        if self.epoch and now - self._checked > self._lease_s:
+        # One of whom we do not know yet may stand by, too.
+        if self.epoch and now - self._checked > STILL_S and now - self._renewed >= self._lease_s:
             self._renew_now(now)
         self._checked = now
         if now >= self._until:
@@ -154,6 +158,7 @@ class Lease:
         except LeaseLost as error:
             self._lost(str(error))
         else:
+            self._renewed = now
             if self._until < inf:
                 self._until = now + self._lease_s
         finally:
@@ -232,6 +237,7 @@ class Lease:
             connection.execute(_STAND_BY_NO_MORE, _KEYS)
         # Until the first renewal tells whether somebody stands by we believe so.
         self._until = now + self._lease_s
+        self._renewed = now
         return Look(taken=True)
 
     def connect(self) -> sa.Connection:
@@ -269,6 +275,7 @@ class Lease:
             except LeaseLost as error:
                 self._lost(str(error))
             else:
+                self._renewed = began
                 self._until = began + self._lease_s if standbys else inf
             await asyncio.sleep(RENEW_S)
 

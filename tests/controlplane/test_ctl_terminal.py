@@ -1,11 +1,13 @@
 """`ngpu` on a terminal: a real process on a pseudo-terminal, as a person has it."""
 
+import contextlib
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from ngpu.v1 import task_pb2, workspace_pb2
 from tests.controlplane.ctl_fakes import ID, TASK, TOKEN, FakeControlPlane, a_replica, a_task, a_workspace
 
 ROOT = Path(__file__).parents[2]
+#: After so many seconds Ctrl-C is pressed again.
+PATIENCE_S = 10.0
 
 
 def on_terminal(
@@ -104,8 +108,15 @@ def test_an_answer_that_is_not_text_is_not_for_a_terminal(plane: FakeControlPlan
 
 def test_ctrl_c_ends_the_waiting_quietly(plane: FakeControlPlane) -> None:
     def interrupt_once_asked(process: subprocess.Popen[bytes]) -> None:
+        def press() -> None:
+            # Again if nothing comes of it, as people do: one that finds the interpreter in a destructor is lost.
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE_S)
+
         def answer(_: object) -> list[workspace_pb2.WatchWorkspaceResponse]:
-            process.send_signal(signal.SIGINT)
+            threading.Thread(target=press, daemon=True).start()
             return watched(a_workspace())
 
         plane.answers["WatchWorkspace"] = answer

@@ -27,9 +27,7 @@ def test_image_is_pulled_with_credentials_and_wrong_ones_are_said_to_be_wrong(
 
         wrong = {"username": USERNAME, "password": "wrong"}
         platform.ngpu("workspace", "create", workspace_file(platform.state, "wrong", image, registry=wrong))
-        said = until(
-            lambda: replica(platform, "wrong").get("state") == "REPLICA_STATE_BACKOFF" and replica(platform, "wrong")
-        )
+        said = until(lambda: (one := replica(platform, "wrong")).get("state") == "REPLICA_STATE_BACKOFF" and one)
         assert "credentials" in said["message"], said
         assert (
             "wrong" not in platform.ngpu("workspace", "show", "wrong")["workspace"]["spec"].get("registry", {}).values()
@@ -46,11 +44,7 @@ def test_image_is_pulled_with_credentials_and_wrong_ones_are_said_to_be_wrong(
 
         missing = workspace_file(platform.state, "missing", f"{address}/nobody-has-this:1", registry=right)
         platform.ngpu("workspace", "create", missing)
-        said = until(
-            lambda: (
-                replica(platform, "missing").get("state") == "REPLICA_STATE_BACKOFF" and replica(platform, "missing")
-            )
-        )
+        said = until(lambda: (one := replica(platform, "missing")).get("state") == "REPLICA_STATE_BACKOFF" and one)
         assert f"there is no image {address}/nobody-has-this:1" in said["message"], said
     docker_engine.images.remove(image, force=True)
 

@@ -123,6 +123,7 @@ class Node:
                 memory_bytes=512 * GIB,
                 disk_free_bytes=1000 * GIB,
                 engine="docker",
+                volume_limit_bytes=64 * GIB,
             ),
             readings=[node_pb2.GpuReading(gpu_id=f"GPU-{self.name}-{index}") for index in range(self.gpus)],
             replicas=[
