@@ -28,7 +28,7 @@ from controlplane.errors import NgpuError, Unavailable
 from controlplane.store_database import connect_to, is_down, reason
 
 #: How often it is looked whether to take over.
-LOOK_S: Final = 0.2
+LOOK_S: Final = 0.1
 #: How long the lock must have been free: an active one whose connection broke takes it again sooner, ...
 FREE_S: Final = 0.5
 #: ... because it writes at least so often.

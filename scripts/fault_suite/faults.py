@@ -206,7 +206,7 @@ def daemon_frozen(rig: Rig) -> None:
 def _resumed(_: Rig, recovery: Recovery) -> None:
     """Nothing was run again, but for one answer that was just being read; or the daemon took too long to be back."""
     lost = recovery.attempts.total()
-    assert lost <= 1 or recovery.noticed_s >= RECONNECT_GRACE_S, f"attempts were lost: {recovery.attempts}"
+    assert lost <= 1 or recovery.lasted_s >= RECONNECT_GRACE_S, f"attempts were lost: {recovery.attempts}"
 
 
 @fault(
