@@ -1,13 +1,11 @@
 """`ngpu` on a terminal: a real process on a pseudo-terminal, as a person has it."""
 
-import contextlib
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +15,10 @@ from ngpu.v1 import task_pb2, workspace_pb2
 from tests.controlplane.ctl_fakes import ID, TASK, TOKEN, FakeControlPlane, a_replica, a_task, a_workspace
 
 ROOT = Path(__file__).parents[2]
-#: After so many seconds Ctrl-C is pressed again.
-PATIENCE_S = 10.0
+#: Who runs the tests in the background has Ctrl-C ignored, and it would be here.
+MAIN = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from controlplane.ctl import main; main()"
+)
 
 
 def on_terminal(
@@ -38,7 +38,7 @@ def on_terminal(
         "NGPU_SERVER": plane.address,
         "NGPU_TOKEN": TOKEN,
     }
-    command = [sys.executable, "-c", "from controlplane.ctl import main; main()", *arguments]
+    command = [sys.executable, "-c", MAIN, *arguments]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     started(process)
     os.close(theirs)
@@ -108,15 +108,8 @@ def test_an_answer_that_is_not_text_is_not_for_a_terminal(plane: FakeControlPlan
 
 def test_ctrl_c_ends_the_waiting_quietly(plane: FakeControlPlane) -> None:
     def interrupt_once_asked(process: subprocess.Popen[bytes]) -> None:
-        def press() -> None:
-            # Again if nothing comes of it, as people do: one that finds the interpreter in a destructor is lost.
-            while process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(PATIENCE_S)
-
         def answer(_: object) -> list[workspace_pb2.WatchWorkspaceResponse]:
-            threading.Thread(target=press, daemon=True).start()
+            process.send_signal(signal.SIGINT)
             return watched(a_workspace())
 
         plane.answers["WatchWorkspace"] = answer
