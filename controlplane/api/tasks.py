@@ -275,8 +275,8 @@ class TaskApi:
             await self._bodies.flush(upload_id)
         finally:
             if not keep:
-                # An append that was cancelled may still be under way: the deletion waits for it.
-                await self._bodies.delete(upload_id)
+                # It waits for an append that may still be under way, even if we are cancelled once more meanwhile.
+                await asyncio.shield(self._bodies.delete(upload_id))
         return pb.UploadResponse(upload_id=upload_id, size=size)
 
     # Query, Cancel.
