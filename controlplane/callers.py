@@ -185,8 +185,7 @@ class Callers:
                 where = self._fleet.node(replica.node_addr).name
                 queue.waiting_for += f"; next is replica {replica.id} on node {where}, which {_COMING[state]}"
                 queue.waiting_for += f", {progress} %" if progress else ""
-            doubts = {replica.id: words for replica, words in self._doubts.words(uid, now)}
-            if words := standing.doubt(doubts):
+            if words := standing.doubt(self._doubts.words(uid, now)):
                 queue.waiting_for += f". {words}"
             if not reports and (absence := self._absence(uid)):
                 queue.waiting_for += f": {absence}"

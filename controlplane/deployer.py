@@ -254,7 +254,7 @@ class Deployer:
         return len(actions)
 
     def _world(self) -> World:
-        fleet, now_s = self._fleet, self._monotonic()
+        fleet = self._fleet
         self._turn += 1
         workspaces = [
             workspace
@@ -262,10 +262,10 @@ class Deployer:
             if not workspace.deleted or fleet.replicas_of(workspace.uid)
         ]
         self._count(workspaces)
-        self._survey(now_s)
+        lost = rollout.lost_nodes(fleet.nodes(), self._monotonic(), self._lost_after_s, self._cut_off_s)
+        self._survey(lost)
         return World(
             time=self._clock(),
-            now_s=now_s,
             workspaces=workspaces,
             nodes={node.addr: node for node in fleet.nodes(revoked=True)},
             sites=self._sites,
@@ -275,8 +275,7 @@ class Deployer:
             failing=fleet.failing,
             image_bytes=fleet.image_bytes,
             turn=self._turn,
-            lost_after_s=self._lost_after_s,
-            cut_off_s=self._cut_off_s,
+            lost=lost,
         )
 
     def _count(self, workspaces: Sequence[Workspace]) -> None:
@@ -287,10 +286,9 @@ class Deployer:
                 self._sites.observe(room.need_of(workspace, self._fleet.image_bytes).shape, more)
         self._counted = {workspace.uid: workspace for workspace in workspaces}
 
-    def _survey(self, now_s: float) -> None:
+    def _survey(self, lost: frozenset[str]) -> None:
         """The nodes as they are now."""
         nodes = self._fleet.nodes()
-        lost = rollout.lost_nodes(nodes, now_s, self._lost_after_s, self._cut_off_s)
         for addr in self._sites.addrs - {node.addr for node in nodes}:
             self._sites.remove(addr)
             self._views.pop(addr, None)

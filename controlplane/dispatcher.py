@@ -277,8 +277,7 @@ class Dispatcher:
 
     def doubts(self, workspace_uid: str) -> dict[str, str]:
         """Of the workspace's replicas those that are not fully trusted (see ejection), by id, and why, in words."""
-        doubted = self._life.doubts.words(workspace_uid, self._monotonic())
-        return {replica.id: words for replica, words in doubted}
+        return self._life.doubts.words(workspace_uid, self._monotonic())
 
     def ejected(self, workspace_uid: str) -> tuple[int, int]:
         """How many of the workspace's replicas are ejected now; and how often one was, since the start."""

@@ -95,10 +95,10 @@ class Doubts:
         needed = any(replica.record.trust is Trust.EJECTED for replica in self._doubted.values())
         return min(when, now + LOOK_S) if needed else when
 
-    def words(self, workspace_uid: str, now: float) -> list[tuple[Replica, str]]:
-        """Replicas of the workspace that take less than they could, or are taken last; and why."""
+    def words(self, workspace_uid: str, now: float) -> dict[str, str]:
+        """By id, of the workspace's replicas, those that take less than they could or are taken last: why, in words."""
         pool = self._slots.pool(workspace_uid).replicas.values()
-        return [(replica, said) for replica in pool if (said := ejection.words(replica.record, now))]
+        return {replica.id: said for replica in pool if (said := ejection.words(replica.record, now))}
 
     def ejected(self, workspace_uid: str) -> tuple[int, int]:
         """How many of its replicas are ejected now; and how often one was, as long as there were any."""

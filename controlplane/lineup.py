@@ -12,14 +12,12 @@ from typing import Final, NamedTuple, Protocol
 from controlplane import ejection, estimates
 from controlplane.ejection import Record
 from controlplane.explain import Candidate, Decision, counted
+from controlplane.routing import AVOID_PENALTY_S, FAILURE_PENALTY_S
 
 #: How old a line-up may be that stands for a choice.
 FRESH_S: Final = 0.1
 #: Replicas that are told of, of those that could have taken the task and of the others.
 TOLD: Final = 8
-#: What one that is doubted, or where the task has failed before, costs beside its seconds: see routing.
-DOUBTED: Final = 1e6
-AVOIDED: Final = 1e12
 
 
 class Node(Protocol):
@@ -117,9 +115,9 @@ def decision(
             continue
         parts = {"wait": stood.wait_s, "run": stood.run_s * work}
         if stood.failures:
-            parts["doubted"] = DOUBTED * stood.failures
+            parts["doubted"] = FAILURE_PENALTY_S * stood.failures
         if stood.id in avoid:
-            parts["failed_before"] = AVOIDED
+            parts["failed_before"] = AVOID_PENALTY_S
         parts = {name: round(seconds, 6) for name, seconds in parts.items() if isfinite(seconds)}
         able.append(Candidate(stood.id, name_of(stood.node_addr), parts=parts, cost=round(sum(parts.values()), 6)))
     able.sort(key=lambda one: (one.id != chosen, one.cost, one.id))

@@ -451,8 +451,26 @@ def with_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeVi
     )
 
 
+def without_replica(need: Need, node: NodeView, gpu_ids: Collection[str]) -> NodeView:
+    """The node with that replica less."""
+    left = node.here.get(need.workspace_uid, 0) - 1
+    others = {uid: count for uid, count in node.here.items() if uid != need.workspace_uid}
+    return replace(
+        node,
+        gpus=tuple(_released(gpu, need.gpu.share) if gpu.id in gpu_ids else gpu for gpu in node.gpus),
+        cpus_free=node.cpus_free + need.cpus,
+        memory_free_bytes=node.memory_free_bytes + need.memory_bytes,
+        replicas=node.replicas - 1,
+        here=others if left <= 0 else {**others, need.workspace_uid: left},
+    )
+
+
 def _taken(gpu: GpuView, share: int) -> GpuView:
     return replace(gpu, shared=gpu.shared + share) if share else replace(gpu, free=False)
+
+
+def _released(gpu: GpuView, share: int) -> GpuView:
+    return replace(gpu, shared=max(0, gpu.shared - share)) if share else replace(gpu, free=True)
 
 
 def _spread(need: Need, nodes: list[NodeView]) -> tuple[list[NodeView], list[NodeView]]:

@@ -8,10 +8,9 @@ import msgspec
 
 from controlplane.census import Node, Replica, Workspace
 from controlplane.errors import NotFound
+from controlplane.fragmentation import WHOLE
 from controlplane.prices import Prices
 
-#: Thousandths of a GPU.
-WHOLE: Final = 1000
 #: Of a GPU model's name, as its node has it.
 MODEL_CHARS: Final = 200
 

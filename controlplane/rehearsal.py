@@ -17,7 +17,7 @@ from controlplane import generations, placement, room
 from controlplane.census import Replica, Workspace
 from controlplane.explain import Decision, in_words
 from controlplane.fragmentation import Fragmentation
-from controlplane.placement import Need, NodeView, Policy
+from controlplane.placement import NodeView, Policy
 from controlplane.spec import Spec
 
 #: Replicas that are tried; of more, these stand for all.
@@ -107,7 +107,7 @@ def rehearse(
         gone = former.pop(0) if former and staying + number + 1 + len(former) > after.wanted else None
         if gone is not None and before is not None and gone.node_addr in views:
             old = room.need_of(replace(before, spec=before.spec_at(gone.generation)), image_bytes)
-            views[gone.node_addr] = _released(old, views[gone.node_addr], gone)
+            views[gone.node_addr] = placement.without_replica(old, views[gone.node_addr], gone.gpu_ids)
         steps.append(
             Step(
                 decision=found.decision,
@@ -166,22 +166,3 @@ def _change(before: Workspace | None, after: Workspace) -> tuple[Change, tuple[s
     if before.generation != after.generation:
         return Change.GENERATION, fields, anew
     return (Change.IN_PLACE if fields else Change.NONE), fields, anew
-
-
-def _released(need: Need, view: NodeView, replica: Replica) -> NodeView:
-    """The node without the replica."""
-    return replace(
-        view,
-        gpus=tuple(
-            gpu
-            if gpu.id not in replica.gpu_ids
-            else replace(gpu, shared=max(0, gpu.shared - need.gpu.share))
-            if need.gpu.share
-            else replace(gpu, free=True)
-            for gpu in view.gpus
-        ),
-        cpus_free=view.cpus_free + need.cpus,
-        memory_free_bytes=view.memory_free_bytes + need.memory_bytes,
-        replicas=view.replicas - 1,
-        here={**view.here, replica.workspace_uid: max(0, view.here.get(replica.workspace_uid, 0) - 1)},
-    )

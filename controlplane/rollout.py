@@ -56,11 +56,10 @@ class World(msgspec.Struct, frozen=True):
     `sites`: the nodes as placement sees them, those not revoked. `replicas`: all not known to be gone, oldest first.
     `running`: how many attempts a replica has in flight. `failing`: why a replica will not come up by itself.
     `image_bytes`: an image's size by normalised reference. `turn`: counts plans, so that workspaces that find no room
-    take turns. `now_s`: monotonic.
+    take turns. `lost`: addresses of nodes that are given up (lost_nodes).
     """
 
     time: datetime
-    now_s: float
     workspaces: Sequence[Workspace]
     nodes: Mapping[str, Node]
     sites: Sites
@@ -70,9 +69,7 @@ class World(msgspec.Struct, frozen=True):
     failing: Callable[[Replica], str] = lambda _: ""
     image_bytes: Callable[[str], int | None] = lambda _: None
     turn: int = 0
-    lost_after_s: float = 15.0
-    #: When most nodes were last silent at once; see lost_nodes.
-    cut_off_s: float = -math.inf
+    lost: frozenset[str] = frozenset()
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -125,11 +122,10 @@ Action = Place | Update | Unplaced | Good | TakeBack | Moved
 
 def plan(world: World) -> tuple[Action, ...]:
     """The next steps; none if all is as it should be, or as near to it as can be."""
-    lost = lost_nodes(world.nodes.values(), world.now_s, world.lost_after_s, world.cut_off_s)
     actions: list[Action] = []
     active: dict[str, list[Replica]] = {workspace.uid: [] for workspace in world.workspaces}
     for replica in world.replicas:
-        ended = _ended(replica, world, lost)
+        ended = _ended(replica, world)
         if ended is not None:
             actions.append(ended)
         elif replica.active:
@@ -196,7 +192,7 @@ def _most_are_quiet(silent_s: dict[str, float], lost_after_s: float) -> bool:
     return lately >= MASS_NODES and lately > len(silent_s) - len(quiet)
 
 
-def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | None:
+def _ended(replica: Replica, world: World) -> Update | None:
     """The replica's next step toward its end, if there is reason for one whatever its workspace wants."""
     node = world.nodes[replica.node_addr]
     if node.revoked:
@@ -207,11 +203,11 @@ def _ended(replica: Replica, world: World, lost: frozenset[str]) -> Update | Non
         gone = heard and replica.id not in node.said
         return Update(replace(replica, gone_time=world.time), "its node has it no more") if gone else None
     idle = not world.running(replica.id)
-    if node.addr in lost and idle:
+    if node.addr in world.lost and idle:
         reason = _LOST
     elif replica.id in node.doomed:
         reason = "its GPU had a contained memory error: its container must start anew"
-    elif node.addr in lost and replica.drain_time is None:
+    elif node.addr in world.lost and replica.drain_time is None:
         return Update(replace(replica, drain_time=world.time), _LOST)
     elif replica.drain_time is not None and idle:
         reason = "it was drained and has ended what it ran"

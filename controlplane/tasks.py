@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from controlplane.fragmentation import WHOLE
 from controlplane.lineup import Lineup
 from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task, Told, Webhook, made
 from controlplane.prices import cost_of
-from controlplane.receipts import WHOLE, Terms
+from controlplane.receipts import Terms
 from controlplane.retries import NO_HISTORY, History
 from controlplane.sizes import Features
 from controlplane.slots import AttemptResult, Failure, Headers, Request, Response

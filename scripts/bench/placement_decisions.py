@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from controlplane.placement import Need, Placement, with_replica
 from controlplane.sites import Sites
 from scripts.bench.placement_loads import WHOLE, capacity, inflated, machines, pods
-from scripts.bench.placement_ours import NOW, Ours, need_of, without_replica
+from scripts.bench.placement_ours import NOW, Ours, given_back, need_of
 
 NODES: Final = 10_000
 FULL: Final = 0.85
@@ -71,7 +71,7 @@ def decisions(data: Path) -> Cost:
                 place = chance.randrange(len(placed))
                 placed[place], placed[-1] = placed[-1], placed[place]
                 addr, gone, ids = placed.pop()
-                large.put(without_replica(gone, large[addr], ids))
+                large.put(given_back(gone, large[addr], ids))
                 surplus -= _gpus(gone)
         took.append((1000 * (time.thread_time() - began_s), known))
     measured = took[WARM_UP:]

@@ -6,7 +6,16 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from controlplane.placement import DEFAULT_POLICY, GpuView, Need, NodeView, Placement, Policy, with_replica
+from controlplane.placement import (
+    DEFAULT_POLICY,
+    GpuView,
+    Need,
+    NodeView,
+    Placement,
+    Policy,
+    with_replica,
+    without_replica,
+)
 from controlplane.sites import Sites
 from controlplane.spec import MIB, GpuNeed
 from scripts.bench.placement_loads import DAY_S, WHOLE, Machine, Pod
@@ -65,7 +74,7 @@ class Ours:
 
     def give_back(self, number: int) -> None:
         addr, need, gpu_ids = self._placed.pop(number)
-        self.sites.put(without_replica(need, self.sites[addr], gpu_ids))
+        self.sites.put(given_back(need, self.sites[addr], gpu_ids))
 
     def die(self, node: int, time_s: float) -> None:
         view = self.sites[self._nodes[node].name]
@@ -82,20 +91,7 @@ class Ours:
             self.sites.put(replace(self.sites[addr], uptime_days=time_s / DAY_S))
 
 
-def without_replica(need: Need, node: NodeView, gpu_ids: Sequence[str]) -> NodeView:
-    """The node with that replica less."""
-    share = need.gpu.share
-    return replace(
-        node,
-        gpus=tuple(
-            (replace(gpu, shared=gpu.shared - share) if share else replace(gpu, free=True))
-            if gpu.id in gpu_ids
-            else gpu
-            for gpu in node.gpus
-        ),
-        # Thousandths, so that sums of fractions come back to what they were.
-        cpus_free=round(node.cpus_free + need.cpus, 3),
-        memory_free_bytes=node.memory_free_bytes + need.memory_bytes,
-        replicas=node.replicas - 1,
-        here={uid: count for uid, count in node.here.items() if uid != need.workspace_uid},
-    )
+def given_back(need: Need, node: NodeView, gpu_ids: Sequence[str]) -> NodeView:
+    """The node with that replica less, its cores in thousandths, so that sums of fractions come to what they were."""
+    view = without_replica(need, node, gpu_ids)
+    return replace(view, cpus_free=round(view.cpus_free, 3))

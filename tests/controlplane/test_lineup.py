@@ -5,7 +5,8 @@ from typing import Any
 
 from controlplane.ejection import EJECTION_S, Record, Trust
 from controlplane.explain import Decision
-from controlplane.lineup import AVOIDED, DOUBTED, TOLD, Lineup, decision, line_up
+from controlplane.lineup import TOLD, Lineup, decision, line_up
+from controlplane.routing import AVOID_PENALTY_S, FAILURE_PENALTY_S
 from controlplane.slots import Node, Replica
 
 NOW = datetime(2024, 4, 15, 14, 30, 9, tzinfo=UTC)
@@ -63,7 +64,7 @@ def test_each_is_told_with_its_seconds_or_why_it_was_out_of_the_question() -> No
     able = {one.id: one.parts for one in others if not one.refusal}
     assert list(able) == ["busy", "slow", "doubted", "failed"]
     assert 0 < able["busy"]["wait"] <= 1.0
-    assert (able["doubted"]["doubted"], able["failed"]["failed_before"]) == (DOUBTED, AVOIDED)
+    assert (able["doubted"]["doubted"], able["failed"]["failed_before"]) == (FAILURE_PENALTY_S, AVOID_PENALTY_S)
     assert made.refusals == {
         "its node is not connected": 1,
         "it takes no tasks now": 1,

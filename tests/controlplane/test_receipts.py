@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from controlplane.census import Deployment, Node, Version
+from controlplane.fragmentation import WHOLE
 from controlplane.model import Attempt, Cause, Delivery, Price, State
 from controlplane.prices import Prices, cost_of
-from controlplane.receipts import WHOLE, Tariff, Terms
+from controlplane.receipts import Tariff, Terms
 from controlplane.recovery import Graces
 from controlplane.report import Gpu, Inventory
 from controlplane.slots import AttemptResult, Response

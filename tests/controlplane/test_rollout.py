@@ -73,7 +73,7 @@ def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
     nodes = {part.addr: part for part in parts if isinstance(part, Node)}
     replicas = [part for part in parts if isinstance(part, Replica)]
     on = {addr: [replica for replica in replicas if replica.node_addr == addr] for addr in nodes}
-    lost = lost_nodes(nodes.values(), NOW_S, 15.0, values.get("cut_off_s", -math.inf))
+    lost = lost_nodes(nodes.values(), NOW_S, 15.0, -math.inf)
     sites = Sites()
     for one in nodes.values():
         if not one.revoked:
@@ -81,12 +81,12 @@ def world(*parts: Workspace | Node | Replica, **values: Any) -> World:
             sites.put(view_of(one, replicas_on, specs, NOW, lost=one.addr in lost))
     return World(
         time=NOW,
-        now_s=NOW_S,
         workspaces=list(workspaces.values()),
         nodes=nodes,
         sites=sites,
         replicas=replicas,
         new_id=lambda: f"r-{next(numbers)}",
+        lost=lost,
         **values,
     )
 
