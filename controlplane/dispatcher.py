@@ -333,7 +333,7 @@ class Dispatcher:
             return
         for task, attempt in self._running_on(node_addr):
             if attempt.id in unsent:
-                self._slots.release(attempt.id, node_addr)
+                self._slots.release(attempt.id, node_addr, now)
                 self._life.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
             else:
                 self._await_node(task, attempt, now + self._graces.reconnect_s)
@@ -362,9 +362,10 @@ class Dispatcher:
 
     def held(self, node_addr: str, attempt_ids: Collection[str]) -> None:
         """What a heartbeat says the node holds. A safety net: what it does not mention for long is lost."""
-        missing = self._slots.missing(node_addr, set(attempt_ids), self._monotonic() - HELD_AFTER_S)
+        now = self._monotonic()
+        missing = self._slots.missing(node_addr, set(attempt_ids), now - HELD_AFTER_S)
         for attempt_id in missing:
-            freed = self._slots.release(attempt_id, node_addr)
+            freed = self._slots.release(attempt_id, node_addr, now)
             task = self._life.attempts.get(attempt_id)
             if task is not None and task.phase is Phase.RUNNING:
                 self._life.fail(task, task.current.delivery, NOT_HELD)
@@ -401,12 +402,13 @@ class Dispatcher:
 
         It is acknowledged when what follows from it is on disk; if it was given up, at once.
         """
-        freed = self._slots.release(result.attempt_id, node_addr)
+        now = self._monotonic()
+        freed = self._slots.release(result.attempt_id, node_addr, now)
         task = self._life.attempts.get(result.attempt_id)
         attempt = None if task is None else task.attempt
         hedged = self._life.hedges.tasks.get(result.attempt_id)
         if hedged is not None and hedged.hedge is not None and hedged.hedge.node_addr == node_addr:
-            self._observe(hedged, hedged.hedge, result)
+            self._observe(hedged, hedged.hedge, result, now)
             self._life.hedged(hedged, node_addr, result)
         elif task is None or attempt is None or attempt.node_addr != node_addr:
             link = self._slots.link(node_addr)
@@ -417,30 +419,33 @@ class Dispatcher:
             if task.phase is Phase.RUNNING:
                 if result.job_id:
                     self._life.begun(task, result.job_id)
-                self._take(task, attempt, result)
+                # At work on it since it had a slot.
+                attempt.given_at = min(now, attempt.given_at + result.waited_us / 1e6)
+                self._take(task, attempt, result, now)
         for uid in freed:
             self._life.fill(uid)
 
-    def _take(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult) -> None:
-        self._observe(task, attempt, result)
+    def _take(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult, now: float) -> None:
+        self._observe(task, attempt, result, now)
         if result.response is not None:
             self._life.complete(task, result)
         else:
             self._life.fail(task, result.delivery, result.failure or UNSAID, result)
 
-    def _observe(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult) -> None:
+    def _observe(self, task: OpenTask, attempt: OpenAttempt, result: AttemptResult, now: float) -> None:
         """What the attempt's end says of its replica."""
         replica = self._slots.replica(attempt.replica_id)
         if replica is None:
             return
-        now = self._monotonic()
         if result.response is None:
             self._life.doubts.failed(replica, result.failure or UNSAID, attempt.given_at, now)
             return
         seconds, status = now - attempt.given_at, result.response.status
         if status < 500:
             # Errors come fast: they must not make a replica look so.
-            self._slots.observe(replica, seconds, now, task.work, task.features)
+            node_us = result.last_byte_after_us
+            trip_s = attempt.written_s + seconds - node_us / 1e6 if node_us else 0.0
+            self._slots.observe(replica, seconds, now, task.work, task.features, trip_s=trip_s)
         self._life.doubts.answered(replica, seconds / task.work, status, now)
 
     # The deployer.

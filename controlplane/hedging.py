@@ -160,7 +160,7 @@ class Hedges:
         failure = Failure(HEDGE_UNUSED.cause, failure.reason, failure.message)
         delivery = Delivery.NOT_SENT if not hedge.sent else hedge.delivery if result is None else result.delivery
         if not hedge.sent:
-            for uid in self._slots.release(hedge.id, hedge.node_addr):
+            for uid in self._slots.release(hedge.id, hedge.node_addr, self._monotonic()):
                 self._fill(uid)
         elif result is None and (link := self._slots.link(hedge.node_addr)) is not None:
             link.cancel(hedge.id)

@@ -67,6 +67,10 @@ SLOW_TIMES: Final = 4
 WAITED_S: Final = 1.0
 #: Where a task waits for a slot that is late although others are free, they are looked at again at most this often.
 PLAN_S: Final = 0.05
+#: What was sent ahead of its slot comes back unsent if that is not free within so many times what was expected, and at
+#: least so long.
+WAIT_TIMES: Final = 4
+LEAST_WAIT_S: Final = 1.0
 #: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
 SILENCE_S: Final = 120.0
 #: How often it is looked whether that is over.
@@ -178,6 +182,11 @@ class Lifecycle:
         plan = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=now)
         for task, replica_id, reason in plan.bindings:
             self._assign(task, pool.replicas[replica_id], reason)
+        for task, replica_id, wait_s in routing.ahead(
+            queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=now
+        ):
+            reason = f"ahead of a slot that should be free in {wait_s:.3g} s"
+            self._assign(task, pool.replicas[replica_id], reason, max(WAIT_TIMES * wait_s, LEAST_WAIT_S))
         queue.plan_at = now + max(plan.again_s, PLAN_S)
         if plan.again_s < inf:
             self.heed(queue)
@@ -229,10 +238,11 @@ class Lifecycle:
             name_of=lambda addr: self._fleet.node(addr).name,
         )
 
-    def _assign(self, task: OpenTask, replica: Replica, reason: str) -> None:
+    def _assign(self, task: OpenTask, replica: Replica, reason: str, wait_limit_s: float = 0.0) -> None:
         self.queues.leave(task, served=True)
         task.move(Phase.ASSIGNING)
         attempt = self.place(task, replica, reason)
+        attempt.wait_limit_s = wait_limit_s
         self._slots.reserve(attempt.id, replica)
         write = partial(
             self._store.assign,
@@ -281,16 +291,20 @@ class Lifecycle:
         link = self._slots.link(attempt.node_addr)
         replica = self._slots.replica(attempt.replica_id)
         if task.wanted is not None:
-            self._slots.release(attempt.id, attempt.node_addr)
+            self._slots.release(attempt.id, attempt.node_addr, self._monotonic())
             self._finish(task, Delivery.NOT_SENT, task.wanted)
         elif link is None or replica is None or request is None:
-            self._slots.release(attempt.id, attempt.node_addr)
+            self._slots.release(attempt.id, attempt.node_addr, self._monotonic())
             self.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
         else:
             task.move(Phase.RUNNING)
             limits = task.limits
+            attempt.written_s = now - attempt.given_at
             attempt.given_at = now
-            attempt.run_at = now + limits.run_time_s + RUN_GRACE_S
+            if len(replica.in_flight) <= replica.capacity:
+                # It has a slot by now.
+                attempt.wait_limit_s = 0.0
+            attempt.run_at = now + attempt.wait_limit_s + limits.run_time_s + RUN_GRACE_S
             slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
             attempt.slow_us = slow_s * 1e6
             if task.hedge_times:
@@ -310,6 +324,8 @@ class Lifecycle:
                     streamed=task.streamed,
                     record_after_s=slow_s,
                     job=job,
+                    concurrency=max(replica.capacity, 1) if attempt.wait_limit_s else 0,
+                    wait_limit_s=attempt.wait_limit_s,
                 )
             )
             if attempt.number == 1:
@@ -525,7 +541,7 @@ class Lifecycle:
         self.queues.leave(task)
         attempt = task.attempt
         if attempt is not None and task.phase is Phase.ASSIGNING:
-            self._slots.release(attempt.id, attempt.node_addr)
+            self._slots.release(attempt.id, attempt.node_addr, self._monotonic())
         if attempt is not None and task.phase is Phase.RUNNING:
             self._call_off(attempt)
         self._remove(task)

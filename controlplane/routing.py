@@ -9,7 +9,7 @@ replica is that much faster than the fastest free one there is nothing to plan, 
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from math import inf
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -18,6 +18,8 @@ from controlplane.report import ReplicaReport, ReplicaState
 
 #: For so many tasks a slot may be reserved; those behind could only take what all of these leave.
 LOOKAHEAD: Final = 64
+#: So many of those that wait are looked at for one to be sent ahead.
+AHEAD_LOOK: Final = 16
 #: A free slot is taken if a task ends there within so many times what it takes with a busy one, waited for: estimates
 #: err, and what is waited for may come late ...
 WAIT_FACTOR: Final = 1.5
@@ -46,6 +48,10 @@ class Candidate(estimates.Paced, Protocol):
     @property
     def free(self) -> int:
         """How many more it could take now, never more than 0 while its node is not connected."""
+
+    @property
+    def ahead(self) -> int:
+        """How many tasks it could be sent before it has a slot for them, to begin there when one is free."""
 
     @property
     def failures(self) -> int:
@@ -131,6 +137,49 @@ def plan(waiting: Iterable[W], replicas: Collection[Candidate], *, mean_s: float
             return Plan([Binding(task, best.id, reason)])
         first.append(second)
     return _with_reserves(chain(first, tasks), _Table(list(replicas), paces, frees, now), mean_s)
+
+
+class Ahead(NamedTuple, Generic[W]):
+    """This task to that replica before it has a slot for it, which should be free after so many seconds."""
+
+    task: W
+    replica_id: str
+    wait_s: float
+
+
+def ahead(waiting: Iterable[W], replicas: Collection[Candidate], *, mean_s: float, now: float) -> list[Ahead[W]]:
+    """Who is sent ahead of a slot, of those that the plan has left waiting, in order; see plan.
+
+    Each only to where it would end first as things stand, so that late binding loses next to nothing.
+    """
+    rooms = [replica.ahead for replica in replicas]
+    left = sum(rooms)
+    if not left:
+        return []
+    table = list(replicas)
+    at_s: list[float] = []
+    unit_s: list[float] = []
+    for replica, pace in zip(table, estimates.paces(table, mean_s, now), strict=True):
+        wait_s, pace_s = (0.0, pace) if replica.free > 0 else _when_free(replica, pace, now)
+        at_s.append(wait_s)
+        unit_s.append(pace_s)
+    sent: list[Ahead[W]] = []
+    for task in islice(waiting, AHEAD_LOOK):
+        best, best_s = -1, inf
+        for index, wait_s in enumerate(at_s):
+            ends_s = wait_s + unit_s[index] * task.work
+            if ends_s < best_s and not (task.avoid and table[index].id in task.avoid):
+                best, best_s = index, ends_s
+        if best < 0:
+            continue
+        if rooms[best]:
+            rooms[best] -= 1
+            left -= 1
+            sent.append(Ahead(task, table[best].id, at_s[best]))
+            if not left:
+                break
+        at_s[best] += unit_s[best] * task.work / max(table[best].capacity, 1)
+    return sent
 
 
 def _with_reserves(tasks: Iterable[W], table: "_Table", mean_s: float) -> Plan[W]:
@@ -242,7 +291,9 @@ def _when_free(replica: Candidate, pace: float, now: float) -> tuple[float, floa
     since, work = replica.oldest()
     passed_s = now - since
     # Who is late is slow.
-    return estimates.left_s(pace * work, passed_s), max(pace, passed_s / work)
+    pace_s = max(pace, passed_s / work)
+    # What it holds ahead comes first.
+    return estimates.left_s(pace * work, passed_s) - min(replica.free, 0) * pace_s / replica.capacity, pace_s
 
 
 class Outlook(NamedTuple):

@@ -6,6 +6,7 @@ free is always counted from it: there is no counter that could drift.
 
 from collections.abc import Collection
 from datetime import datetime
+from itertools import islice
 from math import inf
 from typing import Final, Protocol
 
@@ -64,6 +65,9 @@ class Start(msgspec.Struct, frozen=True):
     job: JobRule | None = None
     #: Longer than this is slow, and recorded; inf: never.
     record_after_s: float = inf
+    #: While so many attempts run on the replica it waits at its node, at most so long; 0: it begins at once.
+    concurrency: int = 0
+    wait_limit_s: float = 0.0
 
 
 class AttemptResult(msgspec.Struct, frozen=True):
@@ -81,6 +85,8 @@ class AttemptResult(msgspec.Struct, frozen=True):
     end_time: datetime | None = None
     #: The container's own id of the job that it became; empty: none.
     job_id: str = ""
+    #: How long it waited at its node for a slot; the times above count from then.
+    waited_us: int = 0
 
 
 class Link(Protocol):
@@ -94,6 +100,10 @@ class Link(Protocol):
 
     def ack(self, attempt_id: str) -> None:
         """The attempt's end is on disk, or it was given up: forget it."""
+
+
+#: A slot may hold one task ahead where it would stand empty between two for so much of what a task runs.
+AHEAD_SHARE: Final = 0.1
 
 
 class Node:
@@ -138,6 +148,7 @@ class Replica:
         "pace_time",
         "past_s",
         "record",
+        "trip_s",
         "usual_s",
         "works",
         "workspace_uid",
@@ -161,6 +172,8 @@ class Replica:
         self.pace_s = 0.0
         self.usual_s = 0.0
         self.pace_time = 0.0
+        #: How long a slot stands empty between two tasks: the start's way to disk and node, and the result's way back.
+        self.trip_s = 0.0
         self.failures = 0
         #: How far it is trusted, and what follows from that: the most it may run at once; None: all that it can.
         self.record = CLEAN
@@ -178,6 +191,13 @@ class Replica:
             return 0
         free = self.capacity - len(self.in_flight) - len(node.strangers)
         return free if self.most is None else min(free, self.most - len(self.in_flight))
+
+    @property
+    def ahead(self) -> int:
+        """How many tasks more it could hold ahead: one for each slot, where the way is long for how long tasks run."""
+        if self.trip_s <= AHEAD_SHARE * (self.pace_s - self.trip_s) or self.most is not None or self.node.link is None:
+            return 0
+        return max(0, self.capacity + min(self.free, 0))
 
     @property
     def comes_free(self) -> bool:
@@ -201,6 +221,13 @@ def _settle(node: Node) -> None:
         replica.crowding = 1.0
     for replica in node.replicas.values():
         _tell_neighbours(replica)
+
+
+def _begin_next(replica: Replica, now: float) -> None:
+    """Of those that it holds ahead the first begins: as many run as it has slots, in the order in which they came."""
+    attempt_id, since = next(islice(replica.in_flight.items(), replica.capacity - 1, None))
+    if since is not RESERVED:
+        replica.in_flight[attempt_id] = now
 
 
 def _crowd_now(replica: Replica) -> int:
@@ -306,7 +333,7 @@ class Slots:
         if replica.neighbours:
             _tell_neighbours(replica)
 
-    def release(self, attempt_id: str, node_addr: str) -> Collection[str]:
+    def release(self, attempt_id: str, node_addr: str, now: float) -> Collection[str]:
         """The attempt is over, by word of this node. Gives the workspaces that have got a free slot by that."""
         replica = self._where.get(attempt_id)
         if replica is not None:
@@ -317,6 +344,8 @@ class Slots:
                 replica.works.pop(attempt_id, None)
             if replica.neighbours:
                 _tell_neighbours(replica)
+            if len(replica.in_flight) >= replica.capacity > 0:
+                _begin_next(replica, now)
             return (replica.workspace_uid,)
         node = self._nodes.get(node_addr)
         if node is None or attempt_id not in node.strangers:
@@ -325,9 +354,21 @@ class Slots:
         return node.workspaces
 
     def observe(
-        self, replica: Replica, seconds: float, now: float, work: float = 1.0, features: "Features | None" = None
+        self,
+        replica: Replica,
+        seconds: float,
+        now: float,
+        work: float = 1.0,
+        features: "Features | None" = None,
+        *,
+        trip_s: float = 0.0,
     ) -> None:
-        """A task of that much work, and of these features if its request was looked at, took so long there."""
+        """A task of that much work, and of these features if its request was looked at, took so long there.
+
+        `trip_s`: how much of its slot's time was the way there and back; 0: not known.
+        """
+        if trip_s > 0.0:
+            replica.trip_s = estimates.renewed(replica.trip_s, trip_s, estimates.NEWEST_WEIGHT)
         pool = self._pools.get(replica.workspace_uid)
         if features is not None and replica.pace_s and pool is not None:
             pool.sizes.learn(features, seconds / replica.pace_s)

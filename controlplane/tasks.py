@@ -184,6 +184,10 @@ class OpenAttempt(_Open):
     reason: str
     #: Since when the node may be at work on it.
     given_at: float
+    #: How long its start took to be written before the node was told of it, in seconds.
+    written_s: float = 0.0
+    #: It is sent ahead of its slot, for which it waits at the node at most so long, in seconds; 0: it has one.
+    wait_limit_s: float = 0.0
     #: When the node should long have ended it.
     run_at: float = inf
     #: From how long on it is slow, in microseconds.

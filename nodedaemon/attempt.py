@@ -80,6 +80,8 @@ class Attempt:
         self.exchange: Exchange | None = None
         #: What it may become; None: its container's answer is the end of it.
         self.job: Job | None = None
+        #: How long it waited here for a slot before `accepted_at`.
+        self.waited_s = 0.0
         #: Of its time, what was over before this daemon began.
         self.before_s = 0.0
         self.gpu_clock: GpuClock | None = None
@@ -161,6 +163,7 @@ class Attempt:
         if course.last_byte_at:
             result.last_byte_after_us = _us(course.last_byte_at - since)
         result.gpu_us = round(self.gpu_held_s * 1e6)
+        result.waited_us = round(self.waited_s * 1e6)
 
 
 async def find_container(attempt: Attempt, container_id: str, places: Places) -> None:

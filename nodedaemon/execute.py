@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import structlog
 from ngpu.v1 import http_pb2, node_pb2, task_pb2
 
+from nodedaemon.ahead import Ahead
 from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container
 from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
@@ -71,6 +72,7 @@ class Executor:
         self._clock_ns = clock_ns
         self._group: asyncio.TaskGroup
         self._running: dict[str, Attempt] = {}
+        self._ahead = Ahead()
         self._deadlines = Deadlines()
         # By replica, for as long as an attempt holds its GPUs.
         self._gpu_clocks: WeakValueDictionary[str, GpuClock] = WeakValueDictionary()
@@ -116,10 +118,26 @@ class Executor:
     # What the control plane says.
 
     def start(self, start: node_pb2.Start) -> None:
-        """Begin an attempt. Of one that is held already it changes nothing."""
-        if start.attempt_id in self._running or start.attempt_id in self._spool:
+        """Begin an attempt, or let it wait for its slot. Of one that is held already it changes nothing."""
+        attempt_id = start.attempt_id
+        if attempt_id in self._running or attempt_id in self._ahead or attempt_id in self._spool:
             return
+        if start.concurrency and self._must_wait(start):
+            self._ahead.add(start, self._monotonic())
+            self._deadlines.set(
+                attempt_id, start.wait_limit_ms / 1000, functools.partial(self._waited_long, attempt_id)
+            )
+            return
+        self._begin_now(start)
+
+    def _must_wait(self, start: node_pb2.Start) -> bool:
+        """For others on its replica; what cannot begin at all need not."""
+        at_work = sum(attempt.replica_id == start.replica_id for attempt in self._running.values())
+        return at_work >= start.concurrency and not self._refusal()
+
+    def _begin_now(self, start: node_pb2.Start, waited_s: float = 0.0) -> None:
         attempt = Attempt(start, self._course(start.attempt_id), self._monotonic())
+        attempt.waited_s = waited_s
         if start.HasField("job"):
             attempt.job = Job.of(start, self._clock_ns())
         try:
@@ -128,6 +146,31 @@ class Executor:
             self._end(attempt, node_pb2.Result(attempt_id=attempt.id), why)
             return
         self._launch(attempt, exchange)
+
+    def _begin_next(self, replica_id: str) -> None:
+        """An attempt there is over: what waited for that begins."""
+        while (start := self._ahead.first(replica_id)) is not None and not self._must_wait(start):
+            self._begin_waiting(start.attempt_id)
+
+    def _begin_waiting(self, attempt_id: str) -> None:
+        waiting = self._ahead.pop(attempt_id)
+        if waiting is not None:
+            self._deadlines.remove(attempt_id)
+            self._begin_now(waiting.start, self._monotonic() - waiting.since)
+
+    def _waited_long(self, attempt_id: str) -> None:
+        words = "It waited at its node for a slot, which was not free for longer than expected."
+        self._end_waiting(attempt_id, NoAnswer("BUSY", PLATFORM, words))
+
+    def _end_waiting(self, attempt_id: str, why: NoAnswer) -> None:
+        """It does not begin. Nothing happens if it waits no more."""
+        waiting = self._ahead.pop(attempt_id)
+        if waiting is not None:
+            self._deadlines.remove(attempt_id)
+            result = node_pb2.Result(attempt_id=attempt_id, delivery=task_pb2.DELIVERY_NOT_SENT)
+            result.waited_us = round((self._monotonic() - waiting.since) * 1e6)
+            result.failure.CopyFrom(why.failure())
+            self._add(result)
 
     def _take_up(self, interrupted: Collection[str]) -> Collection[str]:
         """Go on waiting for the answers to what an earlier daemon sent; which attempts these are."""
@@ -174,14 +217,19 @@ class Executor:
 
     def cancel(self, attempt_id: str) -> None:
         """End an attempt; its result follows. Of one that has ended it changes nothing."""
+        why = NoAnswer("CANCELLED", CUSTOMER, "The task was cancelled.")
         if attempt := self._running.get(attempt_id):
-            attempt.interrupt(NoAnswer("CANCELLED", CUSTOMER, "The task was cancelled."))
+            attempt.interrupt(why)
+        else:
+            self._end_waiting(attempt_id, why)
 
     def acknowledge(self, attempt_id: str) -> None:
         """The attempt's end is on disk, or it is given up: forget it."""
         if attempt := self._running.get(attempt_id):
             attempt.given_up = True
             attempt.interrupt(GivenUp())
+        elif self._ahead.pop(attempt_id) is not None:
+            self._deadlines.remove(attempt_id)
         self._forget(attempt_id)
 
     # What the node says.
@@ -197,8 +245,8 @@ class Executor:
         return len(self._running)
 
     def held(self) -> list[str]:
-        """Attempts that run, and those that have ended and are not acknowledged."""
-        return [*self._running, *self._left, *self._spool.attempts()]
+        """Attempts that run or wait to, and those that have ended and are not acknowledged."""
+        return [*self._running, *self._ahead.ids(), *self._left, *self._spool.attempts()]
 
     def container_exited(self, exit_: Exit) -> None:
         """A container ended by itself. Its connections break; what is left after EXIT_NEWS_S is ended here."""
@@ -207,6 +255,8 @@ class Executor:
     def close(self) -> None:
         """Take no more."""
         self._closed = True
+        for attempt_id in self._ahead.ids():
+            self._end_waiting(attempt_id, NoAnswer("REPLICA_LOST", PLATFORM, self._refusal()))
         self._check_quiet()
 
     async def finish(self, within_s: float, *, leave: bool = False) -> None:
@@ -246,7 +296,8 @@ class Executor:
 
     async def attend(self, call: ExecuteCall) -> None:
         """Serve one Execute stream until it ends. Raises a group with LinkLost or AioRpcError in it."""
-        resume = node_pb2.Resume(running=list(self._running), ended=self._spool.attempts())
+        running = [*self._running, *self._ahead.ids()]
+        resume = node_pb2.Resume(running=running, ended=self._spool.attempts())
         await write(call, node_pb2.ExecuteRequest(resume=resume))
         self._frames.restate(
             results=(i for i in self._spool.attempts() if i not in self._deliveries),
@@ -337,6 +388,8 @@ class Executor:
             attempt.exchange = None
             attempt.leave_gpus()
             del self._running[attempt.id]
+        if self._ahead:
+            self._begin_next(attempt.replica_id)
         self._end(attempt, result, why)
 
     async def _relayed(
@@ -476,7 +529,7 @@ class Executor:
             return "The node's daemon is stopping."
         if self._spool.full:
             return "The node waits for the control plane to take its earlier answers."
-        if len(self._running) >= RUNNING_LIMIT:
+        if len(self._running) + len(self._ahead) >= RUNNING_LIMIT:
             return f"The node runs {RUNNING_LIMIT} attempts already."
         return ""
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
 
+from msgspec import structs
 from ngpu import wire
 from ngpu.v1 import node_pb2 as pb
 
@@ -93,16 +94,7 @@ class Execution:
         if await self._bodies.sealed(name) and await self._bodies.size(name) == response.size:
             return result
         failure = Failure(Cause.PLATFORM, "BAD_RESPONSE", "The node did not deliver the whole response.")
-        return AttemptResult(
-            result.attempt_id,
-            result.delivery,
-            failure=failure,
-            sent_after_us=result.sent_after_us,
-            first_byte_after_us=result.first_byte_after_us,
-            last_byte_after_us=result.last_byte_after_us,
-            gpu_us=result.gpu_us,
-            end_time=result.end_time,
-        )
+        return structs.replace(result, response=None, failure=failure)
 
     async def fetch(self, request: pb.FetchRequest, caller: Caller) -> AsyncIterator[pb.FetchResponse]:
         """See node.proto."""

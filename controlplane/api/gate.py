@@ -10,7 +10,7 @@ import functools
 import re
 import secrets
 import urllib.parse
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -89,6 +89,8 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
 
 #: Of an error's message. It travels twice in the trailing metadata, of which gRPC takes no more than 8 KiB.
 MESSAGE_CHARS: Final = 1500
+#: A call that has failed waits so long for the sending of its first message, which nothing but a dead peer keeps up.
+FIRST_S: Final = 5.0
 #: Of a caller's own id for a call.
 REQUEST_ID_CHARS: Final = 64
 #: Answers what it has before it ends at a stop.
@@ -103,6 +105,9 @@ class Stream(Generic[In, Out]):
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        # What is sent first carries the initial metadata. grpcio forgets that it does if it is cancelled meanwhile, and
+        # then cannot send the call's end either, for which the other side would wait for ever.
+        self._first: asyncio.Task[None] | None = None
 
     async def read(self) -> In | None:
         """The next message; None: there are no more."""
@@ -111,11 +116,23 @@ class Stream(Generic[In, Out]):
 
     async def accept(self, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         """Send the initial metadata now: what was read so far is in order."""
-        await self._context.send_initial_metadata(metadata)
+        await self._send_first(self._context.send_initial_metadata(metadata))
 
     async def write(self, message: Out) -> None:
         """Send it; waits while the other side has no room."""
-        await self._context.write(message)
+        if self._first is None:
+            await self._send_first(self._context.write(message))
+        else:
+            await self._context.write(message)
+
+    async def _send_first(self, sending: "Coroutine[Any, Any, None]") -> None:
+        self._first = asyncio.create_task(sending, name="first message of a stream")
+        await asyncio.shield(self._first)
+
+    async def settle(self) -> None:
+        """Wait until what was sent first is on its way; FIRST_S at most."""
+        if self._first is not None and not self._first.done():
+            await asyncio.wait([self._first], timeout=FIRST_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +185,19 @@ class Gate:
             return await self._run(method, roles, context, lambda caller: inner(request, caller))
 
         async def server_stream(request: Any, context: Any) -> None:
+            stream: Stream[Any, Any] = Stream(context)
+
             async def write_all(caller: Caller) -> None:
                 async with aclosing(inner(request, caller)) as messages:
                     async for message in messages:
                         caller.check()
-                        await context.write(message)
+                        await stream.write(message)
 
-            await self._run(method, roles, context, write_all)
+            await self._run(method, roles, context, write_all, stream)
 
         async def client_stream(_: Any, context: Any) -> Any:
-            return await self._run(method, roles, context, lambda caller: inner(Stream(context), caller))
+            stream: Stream[Any, Any] = Stream(context)
+            return await self._run(method, roles, context, lambda caller: inner(stream, caller), stream)
 
         make, behaviour = {
             (False, False): (grpc.unary_unary_rpc_method_handler, unary),
@@ -197,6 +217,7 @@ class Gate:
         roles: frozenset[Kind],
         context: Any,
         inner: Callable[[Caller], Awaitable[Any]],
+        stream: Stream[Any, Any] | None = None,
     ) -> Any:
         name, request_id = method.name, ""
         task = asyncio.current_task()
@@ -228,6 +249,8 @@ class Gate:
             self._streams.discard(task)
         self.calls[name, error.code] += 1
         message = error_message(error)
+        if stream is not None:
+            await stream.settle()
         await context.abort(_CODES[error.code], message.message, ((wire.ERROR, message.SerializeToString()),))
         return None
 

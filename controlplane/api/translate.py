@@ -115,6 +115,9 @@ def fill_start(message: node_pb2.Start, start: Start) -> None:
         message.record_after_ms = round(start.record_after_s * 1000)
     message.response_body_limit_bytes = start.response_body_limit_bytes
     message.streamed = start.streamed
+    if start.concurrency:
+        message.concurrency = start.concurrency
+        message.wait_limit_ms = round(start.wait_limit_s * 1000)
     if start.job is not None:
         message.job.CopyFrom(job_rule(start.job))
     plain, request = start.request, message.request
@@ -192,6 +195,7 @@ def result_of(message: node_pb2.Result) -> AttemptResult:
         gpu_us=message.gpu_us,
         end_time=time_of(message.end_time) if message.HasField("end_time") else None,
         job_id=message.job_id,
+        waited_us=message.waited_us,
     )
 
 

@@ -3,6 +3,8 @@
 32 replicas of speeds 1, 1, 2 and 4 with neighbours that come and go, service times as measured on image generation
 (lognormal), Poisson arrivals. Every router sees the same tasks, replicas and neighbours. Response times are in units
 of the mean service time on an undisturbed replica of speed 1. Of the figures only the plan's cost is the machine's.
+
+A second table has a round trip between router and replicas, which a slot that holds one task ahead need not wait for.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 from scripts.bench import loads, sheet
@@ -46,6 +49,17 @@ TOLD = "ngpu, learnt sizes"
 BESIDE = "least outstanding"
 MEAN_BESIDE = "C3, full view"
 QUICK = (BESIDE, MEAN_BESIDE, "ngpu", TOLD)
+
+#: Where replicas are far: the round trip in mean service times, at this load.
+TRIPS = (0.05, 0.1, 0.2)
+QUICK_TRIPS = (0.1,)
+FAR_LOAD = 0.8
+FAR_ROUTERS: dict[str, Callable[[], Router]] = {
+    BESIDE: LeastOutstanding,
+    "central queue": CentralQueue,
+    "ngpu, none ahead": lambda: Product(ahead=False),
+    "ngpu": Product,
+}
 
 #: By load: of the p99 to least outstanding's, of the mean to C3's.
 REACH = {0.5: (0.50, 1.0), 0.8: (0.68, 1.0), 0.95: (0.62, 1.1)}
@@ -87,8 +101,14 @@ def measure(_state: Path, options: argparse.Namespace, busy: float) -> sheet.Fig
                     figures.keep(f"plan_us {name} {load}", router.plan_s / count * 1e6)
                 if load in curves and seed == seeds[0]:
                     curves[load][name] = times[:: max(1, len(times) // POINTS)]
+    trips = QUICK_TRIPS if options.quick else TRIPS
+    _measure_far(figures, trips, seeds, count)
     sheet.progress("")
     told = sheet.Figures()
+    for trip in trips:
+        for what in ("p99", "mean"):
+            ahead, none = figures[f"far {what} ngpu {trip}"], figures[f"far {what} ngpu, none ahead {trip}"]
+            told.keep(f"{what}_ahead_vs_none_trip_{trip}", ahead / none)
     for load in REACH:
         for key, name in (("", "ngpu"), ("_sized", TOLD)):
             p99, mean = figures[f"p99 {name} {load}"], figures[f"mean {name} {load}"]
@@ -99,6 +119,8 @@ def measure(_state: Path, options: argparse.Namespace, busy: float) -> sheet.Fig
     told.keep("plan_sized_us", figures[f"plan_us {TOLD} 0.95"])
     print(sheet.where(busy), f"{len(seeds)} seeds of {count:,} tasks, medians.\n")
     print(_table(figures, names))
+    print(f"\nWith a round trip of so many mean service times, load {FAR_LOAD}:\n")
+    print(_far_table(figures, trips))
     print()
     print(sheet.goals_table(GOALS, told))
     if options.plot:
@@ -106,10 +128,26 @@ def measure(_state: Path, options: argparse.Namespace, busy: float) -> sheet.Fig
     return told
 
 
+def _measure_far(figures: sheet.Figures, trips: Sequence[float], seeds: Sequence[int], count: int) -> None:
+    for trip, seed in product(trips, seeds):
+        for name, make in FAR_ROUTERS.items():
+            sheet.progress(f"seed {seed}, round trip {trip}: {name}")
+            times = simulate(make(), load=FAR_LOAD, seed=seed, count=count, trip=trip)
+            figures.keep(f"far p99 {name} {trip}", times[int(len(times) * 0.99)])
+            figures.keep(f"far mean {name} {trip}", statistics.fmean(times))
+
+
 def _table(figures: sheet.Figures, names: Sequence[str]) -> str:
     columns = [(what, load) for load in REACH for what in ("p50", "p99", "mean")]
     head = ["router", *(f"p50 at {load}" if what == "p50" else what for what, load in columns)]
     rows = [[name, *(f"{figures[f'{what} {name} {load}']:.2f}" for what, load in columns)] for name in names]
+    return sheet.markdown(head, rows)
+
+
+def _far_table(figures: sheet.Figures, trips: Sequence[float]) -> str:
+    columns = [(what, trip) for trip in trips for what in ("p99", "mean")]
+    head = ["router", *(f"p99, trip {trip}" if what == "p99" else what for what, trip in columns)]
+    rows = [[name, *(f"{figures[f'far {what} {name} {trip}']:.2f}" for what, trip in columns)] for name in FAR_ROUTERS]
     return sheet.markdown(head, rows)
 
 

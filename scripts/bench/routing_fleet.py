@@ -33,13 +33,19 @@ WARM_UP: Final = 0.2
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A task of the simulation. `seconds`: on an undisturbed replica of speed 1."""
+    """A task of the simulation. `seconds`: on an undisturbed replica of speed 1.
+
+    When it was given to its replica, came there, began, was done there; and `end`, when its router knew of that.
+    """
 
     number: int
     arrival: float
     seconds: float
     body: bytes
+    given: float = 0.0
+    there: float = 0.0
     begun: float = 0.0
+    done: float = 0.0
     end: float = 0.0
 
 
@@ -124,24 +130,26 @@ class Router(Protocol):
 
 @dataclass
 class Fleet:
-    """The replicas and what they were given; the clock."""
+    """The replicas and what they were given; the clock. `trip_s`: from router to replica and back."""
 
     machines: Sequence[Machine]
+    trip_s: float = 0.0
     now: float = 0.0
     given: list[deque[Job]] = field(default_factory=list)
+    _there: list[deque[Job]] = field(default_factory=list)
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _number: int = 0
     _router: Router | None = None
 
     def __post_init__(self) -> None:
         self.given = [deque() for _ in self.machines]
+        self._there = [deque() for _ in self.machines]
 
     def give(self, index: int, job: Job) -> None:
         """To the replica of that index, behind what it has."""
-        waiting = self.given[index]
-        waiting.append(job)
-        if len(waiting) == 1:
-            self._begin(index)
+        job.given = self.now
+        self.given[index].append(job)
+        self._after_way(lambda: self._come(index, job))
 
     def wake_at(self, when: float, wake: Callable[[], None]) -> None:
         """Call it then."""
@@ -165,22 +173,42 @@ class Fleet:
         self._number += 1
         heappush(self._events, (when, self._number, what))
 
+    def _after_way(self, what: Callable[[], None]) -> None:
+        if self.trip_s:
+            self._at(self.now + self.trip_s / 2, what)
+        else:
+            what()
+
+    def _come(self, index: int, job: Job) -> None:
+        job.there = self.now
+        waiting = self._there[index]
+        waiting.append(job)
+        if len(waiting) == 1:
+            self._begin(index)
+
     def _begin(self, index: int) -> None:
-        job = self.given[index][0]
+        job = self._there[index][0]
         job.begun = self.now
         self._at(self.machines[index].end(self.now, job.seconds), lambda: self._end(index))
 
     def _end(self, index: int) -> None:
+        job = self._there[index].popleft()
+        job.done = self.now
+        if self._there[index]:
+            self._begin(index)
+        self._after_way(lambda: self._tell(index))
+
+    def _tell(self, index: int) -> None:
         job = self.given[index].popleft()
         job.end = self.now
-        if self.given[index]:
-            self._begin(index)
         assert self._router is not None
         self._router.ended(index, job, self)
 
 
-def simulate(router: Router, *, load: float, seed: int, count: int, told: bool = False) -> list[float]:
-    """Response times of one run, in units of the mean service time, sorted."""
+def simulate(
+    router: Router, *, load: float, seed: int, count: int, told: bool = False, trip: float = 0.0
+) -> list[float]:
+    """Response times of one run, sorted, in units of the mean service time, as `trip` is."""
     made = jobs(seed, load, count, told=told)
-    Fleet(machines(seed)).run(made, router)
+    Fleet(machines(seed), trip * MEAN_S).run(made, router)
     return sorted((job.end - job.arrival) / MEAN_S for job in made[int(count * WARM_UP) :])

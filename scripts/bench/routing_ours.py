@@ -37,10 +37,11 @@ class _Link:
 class Product:
     """What intake, lifecycle and dispatcher do with a task between its arrival and its result, without disk and wire.
 
-    `plan_s`: CPU seconds of all plans.
+    `plan_s`: CPU seconds of all plans. `ahead`: slots may hold one task ahead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ahead: bool = True) -> None:
+        self._ahead = ahead
         self._slots = Slots()
         self._queue = Queue(WORKSPACE)
         self._open: dict[int, tuple[OpenTask, Job]] = {}
@@ -64,9 +65,11 @@ class Product:
     def ended(self, index: int, job: Job, fleet: Fleet, /) -> None:
         """See routing_fleet.Router."""
         task, _ = self._open.pop(job.number)
-        self._slots.release(task.id, f"n{index}")
+        self._slots.release(task.id, f"n{index}", fleet.now)
         replica = self._pool.replicas[str(index)]
-        self._slots.observe(replica, job.end - job.begun, fleet.now, task.work, task.features)
+        seconds = job.end - job.given - (job.begun - job.there)
+        trip_s = seconds - (job.done - job.begun) if self._ahead else 0.0
+        self._slots.observe(replica, seconds, fleet.now, task.work, task.features, trip_s=trip_s)
         self._fill(fleet)
 
     def _wake(self, fleet: Fleet) -> None:
@@ -81,12 +84,19 @@ class Product:
         plan = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=fleet.now)
         self.plan_s += time.thread_time() - began
         for task, replica_id, _ in plan.bindings:
-            queue.remove(task, served=True)
-            self._slots.take(task.id, pool.replicas[replica_id], fleet.now, task.work)
-            fleet.give(int(replica_id), self._open[task.place][1])
+            self._give(task, replica_id, fleet)
+        if self._ahead:
+            replicas = pool.replicas.values()
+            for task, replica_id, _ in routing.ahead(queue.ready(), replicas, mean_s=pool.mean_s, now=fleet.now):
+                self._give(task, replica_id, fleet)
         queue.plan_at = fleet.now + max(plan.again_s, PLAN_S)
         if plan.again_s < inf:
             fleet.wake_at(queue.plan_at, partial(self._wake, fleet))
+
+    def _give(self, task: OpenTask, replica_id: str, fleet: Fleet) -> None:
+        self._queue.remove(task, served=True)
+        self._slots.take(task.id, self._pool.replicas[replica_id], fleet.now, task.work)
+        fleet.give(int(replica_id), self._open[task.place][1])
 
 
 def _task(job: Job, now: float) -> OpenTask:

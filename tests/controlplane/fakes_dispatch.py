@@ -116,6 +116,8 @@ class FakeNode:
         self.addr = addr
         self.link: FakeLink | None = None
         self.running: dict[str, Start] = {}
+        #: Came ahead of their slot, and wait for it.
+        self.ahead: dict[str, Start] = {}
         self.ended: dict[str, AttemptResult] = {}
         self.capacity: dict[str, int] = {}
         #: Everything ever given, cancelled, acknowledged; in order.
@@ -135,9 +137,16 @@ class FakeNode:
             return
         self.given.append(start.attempt_id)
         self._news.set()
-        self.running[start.attempt_id] = start
-        here = [other for other in self.running.values() if other.replica_id == start.replica_id]
-        assert len(here) <= self.capacity[start.replica_id], "more than the replica can run"
+        if start.concurrency and self._at_work(start) >= start.concurrency:
+            self.ahead[start.attempt_id] = start
+            here = [other for other in self.ahead.values() if other.replica_id == start.replica_id]
+            assert len(here) <= self.capacity[start.replica_id], "more than one ahead for each slot"
+        else:
+            self.running[start.attempt_id] = start
+            assert self._at_work(start) <= self.capacity[start.replica_id], "more than the replica can run"
+
+    def _at_work(self, start: Start) -> int:
+        return sum(other.replica_id == start.replica_id for other in self.running.values())
 
     async def has(self, *attempt_ids: str) -> None:
         """Wait until it has been given these: some follow from reads, which nothing else shows the end of."""
@@ -149,7 +158,8 @@ class FakeNode:
     def connect(self) -> None:
         """A new Execute stream: says all it holds, then sends the results again."""
         self.link = FakeLink(self)
-        self.dispatcher.node_up(self.addr, self.link, list(self.running), list(self.ended), node_ip="192.0.2.1")
+        running = [*self.running, *self.ahead]
+        self.dispatcher.node_up(self.addr, self.link, running, list(self.ended), node_ip="192.0.2.1")
         for result in list(self.ended.values()):
             self.dispatcher.result(self.addr, result)
 
@@ -171,10 +181,21 @@ class FakeNode:
         self.capacity[replica_id] = capacity
         self.dispatcher.set_capacity(replica_id, uid, self.addr, capacity, gpu_ids=("GPU-1",))
 
-    def answer(self, attempt_id: str, body: bytes = b"done", *, status: int = 200) -> None:
-        """The container answers."""
+    def answer(
+        self, attempt_id: str, body: bytes = b"done", *, status: int = 200, ran_us: int = 0, waited_us: int = 0
+    ) -> None:
+        """The container answers, after so long of its own (0: that is not told); before, it waited for its slot."""
         response = Response(status, (("content-type", b"text/plain"),), body, len(body), True)
-        self._end(AttemptResult(attempt_id, Delivery.ANSWERED, response=response, gpu_us=10**9))
+        self._end(
+            AttemptResult(
+                attempt_id,
+                Delivery.ANSWERED,
+                response=response,
+                last_byte_after_us=ran_us,
+                gpu_us=10**9,
+                waited_us=waited_us,
+            )
+        )
 
     def fail(
         self,
@@ -189,14 +210,26 @@ class FakeNode:
             AttemptResult(attempt_id, delivery, failure=Failure(cause, reason, f"It was {reason}."), gpu_us=10**9)
         )
 
+    def give_back(self, attempt_id: str) -> None:
+        """It has waited for its slot for too long."""
+        self.unsent.add(attempt_id)
+        self.fail(attempt_id, "BUSY", delivery=Delivery.NOT_SENT)
+
     def heed_cancels(self) -> None:
         """End what was cancelled."""
         for attempt_id in self.cancelled:
             if attempt_id in self.running:
                 self.fail(attempt_id, "CANCELLED", cause=Cause.CUSTOMER)
+            elif attempt_id in self.ahead:
+                self.unsent.add(attempt_id)
+                self.fail(attempt_id, "CANCELLED", delivery=Delivery.NOT_SENT, cause=Cause.CUSTOMER)
 
     def _end(self, result: AttemptResult) -> None:
-        del self.running[result.attempt_id]
+        self.running.pop(result.attempt_id, None)
+        self.ahead.pop(result.attempt_id, None)
+        for attempt_id, start in list(self.ahead.items()):
+            if self._at_work(start) < start.concurrency:
+                self.running[attempt_id] = self.ahead.pop(attempt_id)
         self.ended[result.attempt_id] = result
         if self.link is not None and not self.link.broken:
             self.dispatcher.result(self.addr, result)

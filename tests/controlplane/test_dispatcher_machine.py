@@ -59,9 +59,10 @@ nodes = step(
 comes = step("node_does", st.sampled_from(list(NODES)), st.just("connect"))
 cancels = step("cancel", WHICH)
 hangs_up = step("hang_up", WHICH)
+waits_long = step("waits_long", WHICH)
 suffers = step("suffer", st.sampled_from(["down", "unsure", "kill"]))
 STEPS = st.lists(
-    st.one_of(submits, submits, ends, ends, passes, passes, nodes, comes, cancels, hangs_up, suffers),
+    st.one_of(submits, submits, ends, ends, passes, passes, nodes, comes, cancels, hangs_up, suffers, waits_long),
     min_size=40,
     max_size=80,
 )
@@ -110,12 +111,19 @@ class Walk:
             return
         node, attempt_id = running[which % len(running)]
         if failure is None:
-            node.answer(attempt_id)
+            # Its way there and back took longer than itself: that replica may be sent tasks ahead.
+            node.answer(attempt_id, ran_us=1)
             return
         reason, delivery, cause = failure
         if delivery is Delivery.NOT_SENT:
             node.unsent.add(attempt_id)
         node.fail(attempt_id, reason, delivery=delivery, cause=cause)
+
+    async def waits_long(self, which: int) -> None:
+        ahead = [(node, attempt_id) for node in self.world.nodes.values() for attempt_id in node.ahead]
+        if ahead:
+            node, attempt_id = ahead[which % len(ahead)]
+            node.give_back(attempt_id)
 
     async def time_passes(self, seconds: float) -> None:
         await self.world.advance(seconds)
@@ -131,7 +139,7 @@ class Walk:
         elif what == "heed":
             node.heed_cancels()
         elif what == "report":
-            self.world.dispatcher.held(addr, [*node.running, *node.ended])
+            self.world.dispatcher.held(addr, [*node.running, *node.ahead, *node.ended])
         elif what == "lost":
             self.world.dispatcher.node_lost(addr)
         elif node.link is not None and what == "break":
@@ -192,6 +200,7 @@ class Walk:
             assert isinstance(answered, TaskView | NgpuError)
         for node in world.nodes.values():
             assert not node.running
+            assert not node.ahead
             assert not node.ended
             assert all(world.dispatcher.running_on(replica_id) == 0 for replica_id in node.capacity)
         assert world.dispatcher.open_tasks == world.dispatcher.queued(WS) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from controlplane.estimates import RELAX_S, RELAX_TASKS, left_s, paces, renewed
 from controlplane.report import ReplicaReport, ReplicaState
-from controlplane.routing import LOOKAHEAD, outlook, plan, waiting_for
+from controlplane.routing import LOOKAHEAD, ahead, outlook, plan, waiting_for
 
 NOW = 1000.0
 
@@ -26,6 +26,7 @@ class Slot:
     usual: float | None = None
     crowding: float = 1.0
     comes_free: bool = True
+    ahead: int = 0
     since: float = NOW
     work: float = 1.0
 
@@ -289,3 +290,36 @@ def test_plan_of_a_whole_queue_costs_less_than_100_us() -> None:
     tasks = [Waits() for _ in range(LOOKAHEAD)]
     assert not plan(tasks, slots, mean_s=5.0, now=NOW + 1).bindings
     assert cost_s(tasks, slots) < 400e-6
+
+
+def sent_ahead(slots: Iterable[Slot], *tasks: Waits) -> list[str]:
+    return [replica_id for _, replica_id, _ in ahead(tasks, list(slots), mean_s=1.0, now=NOW)]
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"),
+    [
+        ([busy("a", 1.0)], []),  # the way there is short
+        ([busy("a", 1.0, ahead=1)], ["a"]),
+        ([busy("a", 1.0, ahead=2, capacity=2)], ["a", "a"]),
+        ([busy("a", 2.0, ahead=1), busy("b", 1.0, ahead=1)], ["b", "a"]),  # where it ends first, in order
+        ([busy("a", 1.0, ahead=1), busy("b", 0.1)], []),  # it will be taken sooner by one that is near
+        ([busy("a", 1.0, ahead=1), busy("b", 0.6)], ["a"]),  # the second task, that is
+        ([busy("a", 1.0, ran_s=9.0, ahead=1), busy("b", 1.0, ahead=1)], ["b"]),  # who is late is not trusted
+        ([busy("a", 1.0, ahead=1, comes_free=False)], []),
+        ([busy("a", 1.0, ahead=1, failures=1)], []),
+    ],
+)
+def test_task_is_sent_ahead_only_to_where_it_will_end_first(slots: list[Slot], expected: list[str]) -> None:
+    assert sent_ahead(slots, Waits(), Waits(), Waits()) == expected
+
+
+def test_task_is_not_sent_ahead_to_where_it_has_failed() -> None:
+    slots = [busy("a", 1.0, ahead=1), busy("b", 5.0, ahead=1)]
+    assert sent_ahead(slots, Waits(avoid=("a",)), Waits()) == ["b", "a"]
+
+
+def test_what_is_held_ahead_is_waited_for() -> None:
+    one_ahead = Slot("a", free=-1, pace_s=1.0, since=NOW)
+    assert chosen([one_ahead, Slot("b", pace_s=2.4)], mean_s=1.0) == "b"
+    assert chosen([busy("a", 1.0), Slot("b", pace_s=3.1)], mean_s=1.0) is None

@@ -132,3 +132,105 @@ async def test_sizes_are_learnt_from_requests_where_tasks_take_long(world: World
     features = sizes.features("/run", b'{"steps": 80, "prompt": "a cat"}')
     assert features is not None
     assert sizes.work(features) > 1.3
+
+
+async def far(world: World, **replicas: int) -> FakeNode:
+    """A node whose tasks run for 2 s, 1 s of which is the way there and back."""
+    node = world.node("far", **replicas)
+    for _ in range(5):
+        future = world.submit()
+        await world.settle()
+        await world.advance(2.0)
+        node.answer(next(iter(node.running)), ran_us=1_000_000)
+        await future
+        await world.settle()
+    return node
+
+
+async def test_where_the_way_is_long_each_slot_holds_one_task_ahead(world: World) -> None:
+    node = await far(world, r1=1)
+    for _ in range(3):
+        world.submit()
+    await world.settle()
+    assert (list(node.running), list(node.ahead)) == (["t6.1"], ["t7.1"])
+    assert (await world.dispatcher.query("t7")).state is State.RUNNING
+    assert (await world.dispatcher.query("t8")).queue_position == 0
+    await world.advance(2.0)
+    node.answer("t6.1", ran_us=1_000_000)
+    # Without a word from here the next one begins.
+    assert list(node.running) == ["t7.1"]
+    await world.settle()
+    assert list(node.ahead) == ["t8.1"]
+
+
+async def test_where_the_way_is_short_no_slot_holds_a_task_ahead(world: World) -> None:
+    node = world.node("near", r1=1)
+    for _ in range(5):
+        future = world.submit()
+        await world.settle()
+        await world.advance(2.0)
+        node.answer(next(iter(node.running)), ran_us=1_900_000)
+        await future
+    world.submit()
+    world.submit()
+    await world.settle()
+    assert (len(node.running), len(node.ahead)) == (1, 0)
+
+
+async def test_waiting_for_a_slot_is_not_running(world: World) -> None:
+    node = await far(world, r1=1)
+    _, second = world.submit(), world.submit()
+    await world.settle()
+    pace_s = world.dispatcher._slots.pool(WS).mean_s
+    await world.advance(2.0)
+    node.answer("t6.1", ran_us=1_000_000)
+    await world.advance(2.0)
+    node.answer("t7.1", ran_us=1_000_000, waited_us=2_000_000)
+    view = await second
+    assert world.dispatcher._slots.pool(WS).mean_s == pytest.approx(pace_s)
+    assert view.state is State.COMPLETED
+    (receipt,) = await world.store.attempts("t7")
+    # Of what its node says no more is believed than has passed since then.
+    assert receipt.gpu_us == 2_000_000
+
+
+async def test_task_whose_slot_does_not_come_free_goes_elsewhere_and_has_lost_nothing(world: World) -> None:
+    node = await far(world, r1=1)
+    world.submit()
+    world.submit(world.new(repeatable=False))
+    await world.settle()
+    assert 0 < node.ahead["t7.1"].wait_limit_s < 20
+    other = world.node("near", r2=1)
+    node.give_back("t7.1")
+    await world.settle()
+    await world.advance(1.0)
+    await other.has("t7.2")
+
+
+async def test_task_that_waits_for_its_slot_can_be_cancelled(world: World) -> None:
+    node = await far(world, r1=1)
+    world.submit()
+    future = world.submit()
+    await world.settle()
+    await world.dispatcher.cancel("t7")
+    assert (await future).state is State.CANCELLED
+    node.heed_cancels()
+    assert (list(node.running), list(node.ahead)) == (["t6.1"], [])
+    world.submit()
+    await world.settle()
+    assert list(node.ahead) == ["t8.1"]
+
+
+async def test_what_is_ahead_of_its_slot_survives_a_restart_of_the_control_plane(world: World) -> None:
+    node = await far(world, r1=1)
+    world.submit(wait_s=0)
+    world.submit(wait_s=0)
+    await world.settle()
+    await world.restart()
+    node.connect()
+    node.answer("t6.1", ran_us=1_000_000)
+    node.answer("t7.1", ran_us=1_000_000, waited_us=2_000_000)
+    await world.settle()
+    for task_id in ("t6", "t7"):
+        assert (await world.dispatcher.query(task_id)).state is State.COMPLETED
+        assert len(await world.store.attempts(task_id)) == 1

@@ -27,8 +27,8 @@ def test_free_is_capacity_less_what_is_in_flight() -> None:
     replica = ready(slots, "r1", "n1", 2)
     slots.take("t1.1", replica, NOW)
     assert replica.free == 1
-    assert slots.release("t1.1", "n1") == ("w-1",)
-    assert slots.release("t1.1", "n1") == ()
+    assert slots.release("t1.1", "n1", 0.0) == ("w-1",)
+    assert slots.release("t1.1", "n1", 0.0) == ()
     assert replica.free == 2
 
 
@@ -68,7 +68,7 @@ def test_unknown_attempt_costs_each_replica_of_its_node_a_slot_until_it_is_over(
     slots.connect("n1", Nowhere(), "", {"t9.1"}, NOW)
     first, second = ready(slots, "r1", "n1", 1), ready(slots, "r2", "n1", 2, "w-2")
     assert (first.free, second.free) == (0, 1)
-    assert slots.release("t9.1", "n1") == {"w-1", "w-2"}
+    assert slots.release("t9.1", "n1", 0.0) == {"w-1", "w-2"}
     assert (first.free, second.free) == (1, 2)
 
 
@@ -77,7 +77,7 @@ def test_only_its_own_node_ends_an_attempt() -> None:
     slots.connect("n1", Nowhere(), "", (), NOW)
     replica = ready(slots, "r1", "n1", 1)
     slots.take("t1.1", replica, NOW)
-    assert slots.release("t1.1", "n2") == ()
+    assert slots.release("t1.1", "n2", 0.0) == ()
     assert replica.free == 0
 
 
@@ -102,7 +102,7 @@ def test_replica_that_is_gone_leaves_nothing_behind() -> None:
     assert slots.remove("r1") == []
     assert slots.replica("r1") is None
     assert not slots.pool("w-1").replicas
-    assert slots.release("t1.1", "n1") == ()
+    assert slots.release("t1.1", "n1", 0.0) == ()
 
 
 def test_most_are_silent_means_more_than_are_there_and_more_than_one() -> None:
@@ -151,7 +151,7 @@ def test_work_of_what_runs_is_known_until_it_is_over() -> None:
     slots.take("large", replica, NOW, 4.0)
     slots.take("plain", replica, NOW + 1)
     assert replica.oldest() == (NOW, 4.0)
-    slots.release("large", "n1")
+    slots.release("large", "n1", 0.0)
     assert replica.oldest() == (NOW + 1, 1.0)
     slots.take("small", replica, NOW + 2, 0.5)
     slots.connect("n1", Nowhere(), "", {"plain"}, NOW + 3)
@@ -188,7 +188,7 @@ def test_busy_neighbour_on_a_gpu_counts_as_far_as_it_is_busier_than_ever() -> No
     assert (ours.crowding, apart.crowding) == (2.0, 1.0)
     for _ in range(50):
         slots.observe(ours, 2.0, NOW)
-    slots.release("t1.1", "n1")
+    slots.release("t1.1", "n1", 0.0)
     slots.take("t2.1", theirs, NOW)
     # By now its pace says so already.
     assert 1.0 <= ours.crowding < 1.01

@@ -216,11 +216,15 @@ class ExecuteStream:
 
     async def result(self) -> node_pb2.Result:
         """The next frame's one result."""
-        while True:
-            frame = await self.frame()
-            if frame.results:
-                (result,) = frame.results
-                return result
+        (result,) = await self.results(1)
+        return result
+
+    async def results(self, count: int) -> list[node_pb2.Result]:
+        """The next ones, in as many frames as they come in."""
+        results: list[node_pb2.Result] = []
+        while len(results) < count:
+            results += (await self.frame()).results
+        return results
 
 
 class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):

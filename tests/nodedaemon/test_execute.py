@@ -616,6 +616,93 @@ async def test_stopping_daemon_gives_back_what_it_cannot_finish(boot: Boot) -> N
     assert (result.failure.reason, result.delivery) == ("NODE_LOST", task_pb2.DELIVERY_SENT)
 
 
+# Ahead of their slot.
+
+
+def ahead(attempt_id: str, body: bytes = b"", **more: Any) -> node_pb2.Start:
+    """One that waits while another runs."""
+    return start(attempt_id, body, **{"concurrency": 1, "wait_limit_ms": 60_000, **more})
+
+
+async def test_what_came_ahead_of_its_slot_begins_when_another_ends_though_nobody_says_so(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1", b"1"), ahead("t.2", b"2"), ahead("t.3", b"3")])
+        await within(stuck.asked)
+        assert node.executor.held() == ["t.1", "t.2", "t.3"]
+        await node.disconnect(stream)
+        assert stuck.requests == 1
+        stuck.go_on.set()
+        stream = await node.connect()
+        results = await stream.results(3)
+    assert [result.response.body.inline for result in results] == [b"1", b"2", b"3"]
+    assert results[0].waited_us == 0
+    assert 0 < results[1].waited_us < results[2].waited_us
+
+
+async def test_run_time_is_counted_from_the_slot(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1", limit_ms=300), ahead("t.2", limit_ms=300)])
+        first, second = await stream.results(2)
+    assert {first.failure.reason, second.failure.reason} == {"RUN_TIME_LIMIT"}
+    assert second.delivery == task_pb2.DELIVERY_SENT
+    assert second.waited_us > 200_000
+
+
+async def test_what_waits_is_restated_and_comes_back_unsent_when_it_has_waited_for_too_long(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1"), ahead("t.2"), ahead("t.3", wait_limit_ms=50)])
+        result = await stream.result()
+        assert (result.attempt_id, result.failure.reason, result.delivery) == (
+            "t.3",
+            "BUSY",
+            task_pb2.DELIVERY_NOT_SENT,
+        )
+        await node.disconnect(stream)
+        stream = await node.connect()
+        assert (list(stream.resume.running), list(stream.resume.ended)) == (["t.1", "t.2"], ["t.3"])
+
+
+async def test_what_waits_can_be_cancelled_and_given_up(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1"), ahead("t.2"), ahead("t.3")], cancels=["t.2"], acks=["t.3"])
+        result = await stream.result()
+        assert (result.failure.reason, result.delivery) == ("CANCELLED", task_pb2.DELIVERY_NOT_SENT)
+        assert node.executor.held() == ["t.1", "t.2"]
+
+
+async def test_what_waits_for_a_replica_that_is_gone_is_lost_with_it(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1"), ahead("t.2"), ahead("t.3")])
+        await within(stuck.asked)
+        del node.replicas.addresses["r-1"]
+        stuck.go_on.set()
+        ends = {result.attempt_id: result.failure.reason for result in await stream.results(3)}
+    assert ends == {"t.1": "", "t.2": "REPLICA_LOST", "t.3": "REPLICA_LOST"}
+
+
+async def test_stopping_daemon_gives_back_at_once_what_waits(boot: Boot) -> None:
+    node, stuck = boot(), Stuck()
+    async with serving(node, stuck):
+        stream = await node.connect()
+        stream.send(starts=[start("t.1"), ahead("t.2")])
+        await within(stuck.asked)
+        node.executor.close()
+        result = await stream.result()
+        assert (result.attempt_id, result.delivery) == ("t.2", task_pb2.DELIVERY_NOT_SENT)
+        stuck.go_on.set()
+        assert (await stream.result()).attempt_id == "t.1"
+
+
 # Large bodies.
 
 

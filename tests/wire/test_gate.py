@@ -1,5 +1,6 @@
 """No open door: every method, every kind of caller; and what a caller is told when something is wrong."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ngpu.v1 import asset_pb2, fleet_pb2, http_pb2
 from ngpu.v1 import task_pb2 as pb
 
 from controlplane.access import Access, Kind
-from controlplane.api.gate import ROLES, Caller, Gate, ip_of
+from controlplane.api.gate import ROLES, Caller, Gate, Stream, ip_of
 from controlplane.api.server import SERVICES, Server
 from controlplane.errors import Unavailable
 from tests.wire.house import DEADLINE_S, RICH, Client, House, error_of, house, refused, request
@@ -253,6 +254,33 @@ async def test_first_error_of_a_group_is_the_one_told() -> None:
     group = ExceptionGroup("g", [ExceptionGroup("h", [Unavailable("Try again.", retry_after_s=1.5)])])
     _, told = await answer_of(group)
     assert (told.reason, told.message, told.retry_after_ms) == ("UNAVAILABLE", "Try again.", 1500)
+
+
+class Torn:
+    """Answers a Batch stream, and fails while its first answer is being sent."""
+
+    async def batch(self, stream: Stream[pb.BatchRequest, pb.BatchResponse], caller: Caller) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(stream.write(pb.BatchResponse()))
+            await asyncio.sleep(0)
+            raise Unavailable("Try again.")
+
+
+async def test_stream_that_fails_while_its_first_answer_is_sent_ends_all_the_same() -> None:
+    gate = Gate(Access(workspace_of={"1": "w-1"}.get))
+    others: dict[str, list[object]] = {service.name: [Anything()] for service in SERVICES}
+    server = Server(gate, {**others, "TaskService": [Torn(), Anything()]})
+    client = Client(await server.start("127.0.0.1:0"), "1")
+    try:
+        for _ in range(50):
+            stream = client.tasks.Batch(metadata=client.auth, timeout=DEADLINE_S)
+            await stream.write(pb.BatchRequest())
+            with refused(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"):
+                while await stream.read() is not grpc.aio.EOF:
+                    pass
+    finally:
+        await client.channel.close()
+        await server.stop(0)
 
 
 def test_method_that_nobody_serves_stops_the_start() -> None:

@@ -793,6 +793,8 @@ class Start(_message.Message):
     STREAMED_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     RECORD_AFTER_MS_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    WAIT_LIMIT_MS_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     """Task id, ".", attempt number."""
     replica_id: _builtins.str
@@ -805,6 +807,12 @@ class Start(_message.Message):
     """Deliver the head at once and the body as it comes, whatever its size."""
     record_after_ms: _builtins.int
     """An attempt that ran for longer than this is recorded even if it was answered; 0: never."""
+    concurrency: _builtins.int
+    """Not 0: the attempt may have come ahead of its slot. While this many of its replica's attempts run it waits at the node, behind those that
+    came before it, and begins when one of them has ended; `run_time_limit_ms` counts from then. 0: it begins at once.
+    """
+    wait_limit_ms: _builtins.int
+    """It waits at most so long, and then ends unsent as BUSY. Counts only with `concurrency`."""
     @_builtins.property
     def request(self) -> _http_pb2.HttpRequest: ...
     @_builtins.property
@@ -823,10 +831,12 @@ class Start(_message.Message):
         streamed: _builtins.bool = ...,
         job: _workspace_pb2.JobRule | None = ...,
         record_after_ms: _builtins.int = ...,
+        concurrency: _builtins.int = ...,
+        wait_limit_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "job", b"job", "port", b"port", "record_after_ms", b"record_after_ms", "replica_id", b"replica_id", "request", b"request", "response_body_limit_bytes", b"response_body_limit_bytes", "run_time_limit_ms", b"run_time_limit_ms", "streamed", b"streamed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "concurrency", b"concurrency", "job", b"job", "port", b"port", "record_after_ms", b"record_after_ms", "replica_id", b"replica_id", "request", b"request", "response_body_limit_bytes", b"response_body_limit_bytes", "run_time_limit_ms", b"run_time_limit_ms", "streamed", b"streamed", "wait_limit_ms", b"wait_limit_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -848,6 +858,7 @@ class Result(_message.Message):
     GPU_US_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
+    WAITED_US_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     delivery: _task_pb2.Delivery.ValueType
     sent_after_us: _builtins.int
@@ -857,6 +868,8 @@ class Result(_message.Message):
     gpu_us: _builtins.int
     job_id: _builtins.str
     """The container's own id of the job that the attempt became; empty: none."""
+    waited_us: _builtins.int
+    """How long it waited at the node for a slot of its replica (Start.concurrency); the times above count from then."""
     @_builtins.property
     def response(self) -> _http_pb2.HttpResponse: ...
     @_builtins.property
@@ -878,10 +891,11 @@ class Result(_message.Message):
         gpu_us: _builtins.int = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         job_id: _builtins.str = ...,
+        waited_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "failure", b"failure", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_us", b"gpu_us", "job_id", b"job_id", "last_byte_after_us", b"last_byte_after_us", "response", b"response", "sent_after_us", b"sent_after_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "delivery", b"delivery", "end_time", b"end_time", "failure", b"failure", "first_byte_after_us", b"first_byte_after_us", "gpu_us", b"gpu_us", "job_id", b"job_id", "last_byte_after_us", b"last_byte_after_us", "response", b"response", "sent_after_us", b"sent_after_us", "waited_us", b"waited_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

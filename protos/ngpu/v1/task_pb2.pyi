@@ -134,7 +134,8 @@ class Failure(_message.Message):
     reason: _builtins.str
     """A constant to branch on: NODE_LOST, REPLICA_LOST, CONNECT_FAILED, CONNECTION_CLOSED, CONTAINER_EXITED, RUN_TIME_LIMIT,
     QUEUE_TIME_LIMIT, TOTAL_TIME_LIMIT, RESPONSE_TOO_LARGE, BAD_RESPONSE, ATTEMPTS_USED_UP, OUTCOME_UNKNOWN, WORKSPACE_DELETED,
-    JOB_FAILED (the container's own job, see JobRule), BUSY (an attempt's only: the container did not take it),
+    JOB_FAILED (the container's own job, see JobRule), BUSY (an attempt's only: the container did not take it, or it
+    waited at its node for a slot for longer than expected),
     HEDGED (an attempt's only: of two attempts at once this was not needed, or is not known to have ended; see WorkspaceSpec.hedge),
     CANCELLED, INTERNAL.
     """
@@ -781,7 +782,7 @@ class Attempt(_message.Message):
     """The node's public address as the control plane saw it."""
     delivery: Global___Delivery.ValueType
     sent_after_us: _builtins.int
-    """Measured on the node with a monotonic clock, from its acceptance of the attempt, in microseconds; 0: not reached."""
+    """Measured on the node with a monotonic clock, from when it had the attempt and a slot for it, in microseconds; 0: not reached."""
     first_byte_after_us: _builtins.int
     last_byte_after_us: _builtins.int
     gpu_us: _builtins.int
