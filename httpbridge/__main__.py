@@ -1,5 +1,7 @@
 """`ngpu-bridge`: reads the settings, wires the parts, serves until told to stop."""
 
+from ngpu import lean  # isort: skip, before structlog  # noqa: F401
+
 import asyncio
 import resource
 import signal
@@ -13,8 +15,6 @@ import grpc
 import structlog
 import typer
 from ngpu import heap
-from rich.console import Console
-from rich.table import Table
 
 from httpbridge import config as configuration
 from httpbridge import log as logs
@@ -45,11 +45,13 @@ async def serve(config: Config) -> None:
     async with ControlPlane(config.controlplane, token, credentials=_client_tls(config)) as control_plane:
         app, about = assemble(config, control_plane)
         batch = asyncio.create_task(control_plane.run(), name="batch")
+        giving_back = asyncio.create_task(heap.give_back(), name="heap")
         try:
             await _listen(config, app, about, batch)
         finally:
             batch.cancel()
-            await asyncio.gather(batch, return_exceptions=True)
+            giving_back.cancel()
+            await asyncio.gather(batch, giving_back, return_exceptions=True)
 
 
 def assemble(config: Config, control_plane: ControlPlane) -> tuple[App, About]:
@@ -175,10 +177,9 @@ def bridge(  # noqa: PLR0917 typer calls it
     NGPU_BRIDGE_<NAME>; what is given here wins. `--settings` lists them all.
     """
     if settings:
-        table = Table("setting", "default", "meaning", box=None)
-        for row in configuration.settings():
-            table.add_row(*row)
-        Console().print(table)
+        for name, default, meaning in configuration.settings():
+            variable = configuration.ENV_PREFIX + name.upper()
+            typer.echo(f"{name} = {default or '(empty)'}\n    {variable}\n    {meaning}\n")
         return
     options = {
         "controlplane": controlplane,

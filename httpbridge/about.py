@@ -1,5 +1,6 @@
 """The bridge about itself: is it alive, is it ready, what has it done, what does it speak."""
 
+import asyncio
 from importlib import resources
 
 from httpbridge.answers import SUCCESS_MSG
@@ -8,7 +9,6 @@ from httpbridge.batch import Batch
 from httpbridge.envelope import Said, encode
 from httpbridge.errors import Unavailable
 from httpbridge.metrics import CONTENT_TYPE, Metrics
-from httpbridge.page import render
 from httpbridge.reply import Reply
 
 #: The page needs nothing from anywhere, and nothing that gets into it may fetch or run anything.
@@ -22,7 +22,7 @@ class About:
         self._batch = batch
         self._metrics = metrics
         self._openapi = resources.files("httpbridge").joinpath("openapi.yaml").read_bytes()
-        self._page = render(self._openapi)
+        self._page = b""
         self.is_stopping = False
 
     async def health(self, call: Call) -> Reply:  # noqa: ARG002
@@ -47,4 +47,12 @@ class About:
 
     async def docs(self, call: Call) -> Reply:  # noqa: ARG002
         """`GET /docs`: openapi.yaml for people."""
+        # Made when somebody asks: it takes a tenth of a second, in which calls go on, and 2 MiB that few bridges need.
+        self._page = self._page or await asyncio.to_thread(_render, self._openapi)
         return Reply(self._page, content_type="text/html; charset=utf-8", headers=_PAGE_POLICY)
+
+
+def _render(openapi: bytes) -> bytes:
+    from httpbridge.page import render
+
+    return render(openapi)

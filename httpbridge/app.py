@@ -1,7 +1,8 @@
 """The HTTP server: finds a request's handler in a dictionary, and lets no error out but as JSON.
 
-aiohttp's low-level server without its Application: one look-up instead of a router, no middlewares. Whoever hangs up
-has his handler cancelled, which is how the control plane gets to know.
+Connections are ours (`connection`), and aiohttp's low-level server behind them, without its Application: one look-up
+instead of a router, no middlewares. Whoever hangs up has his handler cancelled, which is how the control plane gets to
+know.
 """
 
 import asyncio
@@ -10,16 +11,18 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from httpbridge.connection import Server
 from httpbridge.envelope import Said, encode
 from httpbridge.errors import BadRequest, BridgeError, MethodNotAllowed, NotFound
 from httpbridge.metrics import Metrics
+from httpbridge.plain import HEAD_BYTES, PlainRequest, Request
 from httpbridge.reply import Reply, refused
 
 log = structlog.get_logger(__name__)
@@ -46,15 +49,29 @@ _FULL: Final = (
 )
 
 
+Made = TypeVar("Made")
+
+
 class Call(NamedTuple):
     """A request on its way to its handler."""
 
-    request: web.BaseRequest
+    request: Request
     request_id: str
     #: As called: path and query, percent-encoded.
     target: str
     path: str
     query: str
+    #: What was made of the same head before; None: it is not known. See `plain.Head`.
+    memory: dict[object, Any] | None
+
+    def once(self, key: object, make: Callable[["Call"], Made]) -> Made:
+        """`make` of this call, or what it gave for a call with the same head. Only of what follows from the head."""
+        if self.memory is None:
+            return make(self)
+        made: Made | None = self.memory.get(key)
+        if made is None:
+            made = self.memory[key] = make(self)
+        return made
 
 
 Handler = Callable[[Call], Awaitable[Reply]]
@@ -116,11 +133,21 @@ class App:
         self._limits = limits
         self._new_id = map("{}{:08x}".format, itertools.repeat(secrets.token_hex(6)), itertools.count(1)).__next__
 
-    def server(self) -> web.Server:
+    def server(self) -> Server:
         """A factory of connections, for `loop.create_server`. To be called inside the loop."""
+        limits = self._limits
+        return Server(
+            self.handle,
+            self._aiohttp(),
+            most=limits.connections,
+            idle_s=limits.idle_s,
+            line_bytes=min(limits.line_bytes, HEAD_BYTES),
+            full=_FULL,
+        )
+
+    def _aiohttp(self) -> web.Server:
         return _Server(
             self.handle,
-            most=self._limits.connections,
             handler_cancellation=True,
             access_log=None,
             # Bodies travel as they are; and a small compressed one could be a very large one.
@@ -132,7 +159,7 @@ class App:
             max_field_size=self._limits.line_bytes,
         )
 
-    async def handle(self, request: web.BaseRequest) -> Reply:
+    async def handle(self, request: Request) -> Reply:
         """Answer one request, whatever happens."""
         began = time.perf_counter()
         request_id = request.headers.get("X-Request-Id", "")
@@ -141,9 +168,17 @@ class App:
         name = UNKNOWN
         self._metrics.in_flight += 1
         try:
-            target, path, query, route = self._find(request)
+            if type(request) is PlainRequest:
+                memory = request.head.memory
+                found = memory.get(self)
+                if found is None:
+                    found = memory[self] = self._find(request)
+            else:
+                memory = None
+                found = self._find(request)
+            target, path, query, route = found
             name = route.name
-            reply = await route.handler(request.method)(Call(request, request_id, target, path, query))
+            reply = await route.handler(request.method)(Call(request, request_id, target, path, query, memory))
         except BridgeError as error:
             reply = refused(error)
         except (asyncio.CancelledError, ConnectionError):
@@ -159,11 +194,12 @@ class App:
         self._metrics.observe(name, reply.status, time.perf_counter() - began)
         return reply
 
-    def _find(self, request: web.BaseRequest) -> tuple[str, str, str, Route | AnyMethod]:
+    def _find(self, request: Request) -> tuple[str, str, str, Route | AnyMethod]:
         """Target, path, query and route. Raises NotFound."""
         target = request.raw_path
         if not target.startswith("/"):
             # RFC 9112, 3.2.2: a server must take an absolute URL too.
+            assert isinstance(request, web.BaseRequest)
             target = request.rel_url.raw_path_qs
         if not target.isascii():
             target = quote(target.encode("utf-8", "surrogateescape"), safe=_ASCII)
@@ -188,20 +224,13 @@ class App:
 class _Server(web.Server):
     """Makes connections that speak JSON even when what comes in is not HTTP."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[Reply]], *, most: int, **options: Any) -> None:
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[Reply]], **options: Any) -> None:
         super().__init__(handler, **options)
-        self._most = most
         self._options = options
 
     def __call__(self) -> RequestHandler:
         options = {name: value for name, value in self._options.items() if name != "handler_cancellation"}
         return _Connection(self, loop=asyncio.get_running_loop(), **options)
-
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        if len(self.connections) > self._most:
-            transport.write(_FULL)
-            handler.force_close()
 
 
 class _Connection(RequestHandler):

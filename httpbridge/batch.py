@@ -10,7 +10,7 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 import structlog
@@ -18,6 +18,9 @@ from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge.errors import Unavailable
+
+if TYPE_CHECKING:
+    from httpbridge.envelope import Payload, Stored
 
 FIRST_BACKOFF_S: Final = 0.2
 MOST_BACKOFF_S: Final = 5.0
@@ -44,6 +47,42 @@ class Stream(Protocol):
         """End the call."""
 
 
+class Waiting(asyncio.Future[pb.Answer]):
+    """For one answer. Who cancels it has gone.
+
+    `resume` is called as soon as it has ended; a future's callbacks have to wait for the loop's next round.
+    """
+
+    __slots__ = ("_batch", "call_id", "deadline", "resume")
+
+    def __init__(self, batch: "Batch", call_id: int, deadline: float) -> None:
+        super().__init__(loop=batch.loop)
+        self._batch = batch
+        self.call_id = call_id
+        #: By the loop's clock, when it is given up.
+        self.deadline = deadline
+        self.resume: Callable[[], None] | None = None
+
+    def end(self, answer: "pb.Answer | Unavailable") -> None:
+        """This is it. Nothing happens if nobody waits any more."""
+        if self.done():
+            return
+        if isinstance(answer, Unavailable):
+            self.set_exception(answer)
+        else:
+            self.set_result(answer)
+        if self.resume is not None:
+            self.resume()
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Abandon the call."""
+        if not self.done():
+            self._batch.abandon(self.call_id)
+        elif not self.cancelled() and self.exception() is None:
+            self._batch.unheard(self.result().schedule)
+        return super().cancel(msg)
+
+
 class Batch:
     """Calls in, answers out; at most `outstanding` of them without an answer.
 
@@ -62,11 +101,13 @@ class Batch:
         self._outstanding = outstanding
         self._chance = chance
         self._sleep = sleep
-        #: The future and, by the loop's clock, when it is given up.
-        self._answers: dict[int, tuple[asyncio.Future[pb.Answer], float]] = {}
+        self.loop = asyncio.get_running_loop()
+        self._answers: dict[int, Waiting] = {}
         #: Full frames, and the one that calls are put into until the writer takes it.
         self._full: deque[pb.BatchRequest] = deque()
         self._frame = pb.BatchRequest()
+        self._calls = self._frame.calls
+        self._frame_calls = 0
         self._frame_bytes = 0
         self._waiting = asyncio.Event()
         self._last_id = 0
@@ -81,59 +122,54 @@ class Batch:
         """Calls without an answer."""
         return len(self._answers)
 
-    async def schedule(self, request: pb.ScheduleRequest, *, limit_s: float) -> pb.Answer:
-        """TaskService.Schedule. If this is cancelled, the call is abandoned.
+    def schedule(
+        self, request: pb.ScheduleRequest, payload: "Payload | Stored | None" = None, *, limit_s: float
+    ) -> Waiting:
+        """TaskService.Schedule, `payload` put into its copy of `request`. If this is cancelled, the call is abandoned.
 
         Raises Unavailable; also when no answer has come after `limit_s`, which is none of the task's own limits.
         """
-        call = self._add(request.ByteSize())
-        call.schedule.CopyFrom(request)
-        return await self._answer(call.id, limit_s)
+        schedule = self._add().schedule
+        schedule.CopyFrom(request)
+        if payload is not None:
+            payload.put_into(schedule)
+        return self._wait(schedule.ByteSize(), limit_s)
 
-    async def query(self, request: pb.QueryRequest, *, limit_s: float) -> pb.Answer:
+    def query(self, request: pb.QueryRequest, *, limit_s: float) -> Waiting:
         """TaskService.Query; else as `schedule`."""
-        call = self._add(request.ByteSize())
-        call.query.CopyFrom(request)
-        return await self._answer(call.id, limit_s)
+        self._add().query.CopyFrom(request)
+        return self._wait(request.ByteSize(), limit_s)
 
-    async def cancel(self, request: pb.CancelRequest, *, limit_s: float) -> pb.Answer:
+    def cancel(self, request: pb.CancelRequest, *, limit_s: float) -> Waiting:
         """TaskService.Cancel; else as `schedule`."""
-        call = self._add(request.ByteSize())
-        call.cancel.CopyFrom(request)
-        return await self._answer(call.id, limit_s)
+        self._add().cancel.CopyFrom(request)
+        return self._wait(request.ByteSize(), limit_s)
 
     def call_off(self, task_id: str) -> None:
         """TaskService.Cancel, unanswered: of a task whose caller has gone. Nothing happens while we are cut off."""
         with contextlib.suppress(Unavailable):
-            self._add(len(task_id)).cancel.MergeFrom(pb.CancelRequest(task_id=task_id, hangup=True))
+            self._add().cancel.MergeFrom(pb.CancelRequest(task_id=task_id, hangup=True))
 
-    def _add(self, size: int) -> pb.Call:
+    def _add(self) -> pb.Call:
         if not self.is_up:
             raise Unavailable("The control plane cannot be reached; try again soon")
         if len(self._answers) >= self._outstanding:
             raise Unavailable("Too many calls are being worked on; try again soon")
-        if self._frame_bytes >= wire.BATCH_BYTES or len(self._frame.calls) >= wire.BATCH_ITEMS:
-            self._full.append(self._frame)
-            self._frame = pb.BatchRequest()
-            self._frame_bytes = 0
-        self._frame_bytes += size
+        if self._frame_bytes >= wire.BATCH_BYTES or self._frame_calls >= wire.BATCH_ITEMS:
+            self._full.append(self._take())
+        self._frame_calls += 1
         self._last_id += 1
-        self._waiting.set()
-        return self._frame.calls.add(id=self._last_id)
+        if not self._waiting.is_set():
+            self._waiting.set()
+        return self._calls.add(id=self._last_id)
 
-    async def _answer(self, call_id: int, limit_s: float) -> pb.Answer:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[pb.Answer] = loop.create_future()
-        self._answers[call_id] = answer, loop.time() + limit_s
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._abandon(call_id)
-            if not answer.cancelled() and answer.exception() is None:
-                self._unheard(answer.result().schedule)
-            raise
+    def _wait(self, size: int, limit_s: float) -> Waiting:
+        """For the answer to what was added last, and has `size` bytes."""
+        self._frame_bytes += size
+        waiting = self._answers[self._last_id] = Waiting(self, self._last_id, self.loop.time() + limit_s)
+        return waiting
 
-    def _unheard(self, answer: pb.ScheduleResponse) -> None:
+    def unheard(self, answer: pb.ScheduleResponse) -> None:
         """It came in the moment in which its caller went. If it is only the beginning, that is as good as abandoned."""
         if answer.response.status and answer.task.state == pb.TASK_STATE_RUNNING:
             self.call_off(answer.task.task_id)
@@ -142,13 +178,14 @@ class Batch:
         # One look at all now and then: a timer for each call would cost more than all the rest of this file does.
         while True:
             await self._sleep(PATIENCE_S)
-            now = asyncio.get_running_loop().time()
-            for call_id, (answer, deadline) in list(self._answers.items()):
-                if now >= deadline and not answer.done():
-                    self._abandon(call_id)
-                    answer.set_exception(Unavailable("The control plane did not answer in time; try again soon"))
+            now = self.loop.time()
+            for waiting in list(self._answers.values()):
+                if now >= waiting.deadline:
+                    self.abandon(waiting.call_id)
+                    waiting.end(Unavailable("The control plane did not answer in time; try again soon"))
 
-    def _abandon(self, call_id: int) -> None:
+    def abandon(self, call_id: int) -> None:
+        """Nobody waits for it any more."""
         if self._answers.pop(call_id, None) is None:
             return
         if call_id > self._last_taken_id:
@@ -157,22 +194,22 @@ class Batch:
                 for index, call in enumerate(frame.calls):
                     if call.id == call_id:
                         del frame.calls[index]
+                        self._frame_calls = len(self._calls)
                         return
         self._frame.abandoned.append(call_id)
         self._waiting.set()
 
     async def run(self) -> None:
         """Keep the stream up until cancelled."""
-        loop = asyncio.get_running_loop()
         failures = 0
         while True:
-            began = loop.time()
+            began = self.loop.time()
             try:
                 stream = await self._open_stream()
                 reason = await self._use(stream)
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
-            failures = 1 if loop.time() - began > GOOD_STREAM_S else failures + 1
+            failures = 1 if self.loop.time() - began > GOOD_STREAM_S else failures + 1
             # Half of it by chance, so that bridges which lost one control plane do not come back as one.
             pause_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)) * (0.5 + self._chance() / 2)
             log.warning("batch_stream_lost", reason=reason, retry_in_s=round(pause_s, 2))
@@ -190,8 +227,8 @@ class Batch:
             while (frame := await stream.read()) is not grpc.aio.EOF:
                 for answer in frame.answers:
                     waiting = self._answers.pop(answer.id, None)
-                    if waiting is not None and not waiting[0].done():
-                        waiting[0].set_result(answer)
+                    if waiting is not None:
+                        waiting.end(answer)
         except asyncio.CancelledError:
             # grpc.aio says the same whether the task or the call was cancelled.
             if (task := asyncio.current_task()) is None or task.cancelling():
@@ -221,7 +258,8 @@ class Batch:
     def _take(self) -> pb.BatchRequest:
         frame = self._frame
         self._frame = pb.BatchRequest()
-        self._frame_bytes = 0
+        self._calls = self._frame.calls
+        self._frame_calls = self._frame_bytes = 0
         return frame
 
     def _forget(self) -> None:
@@ -231,11 +269,10 @@ class Batch:
         self._last_taken_id = self._last_id
         self._waiting.clear()
         answers, self._answers = self._answers, {}
-        for answer, _ in answers.values():
-            if not answer.done():
-                answer.set_exception(
-                    Unavailable(
-                        "The connection to the control plane broke before it answered. A task may have been accepted: "
-                        "send an Idempotency-Key to be able to ask again safely"
-                    )
+        for waiting in answers.values():
+            waiting.end(
+                Unavailable(
+                    "The connection to the control plane broke before it answered. A task may have been accepted: "
+                    "send an Idempotency-Key to be able to ask again safely"
                 )
+            )

@@ -73,7 +73,7 @@ class BodyReader:
         if length is not None:
             self._admit(length, hold)
         content = request.content
-        # Nearly always the body came in the packet of its head.
+        # Often the body came in the packet of its head.
         if content.is_eof():
             body = content.read_nowait(-1)
             self._admit(len(body), hold)
@@ -108,11 +108,11 @@ class BodyReader:
 
     async def limited_pieces(self, request: web.BaseRequest) -> AsyncGenerator[bytes, None]:
         """The same with the limits of size and time. Raises TooLarge, SlowClient, BadRequest."""
-        self._check(request.content_length or 0)
+        self.check(request.content_length or 0)
         size = 0
         async for piece in self._pieces(request, self._total_limit_s):
             size += len(piece)
-            self._check(size)
+            self.check(size)
             yield piece
 
     async def hold(self, begun: bytes, rest: AsyncIterator[bytes], hold: Hold) -> bytearray:
@@ -141,12 +141,13 @@ class BodyReader:
             for at in range(0, len(chunk), wire.CHUNK_BYTES):
                 yield chunk[at : at + wire.CHUNK_BYTES]
 
-    def _check(self, size: int) -> None:
+    def check(self, size: int) -> None:
+        """Raises TooLarge."""
         if size > self._limit_bytes:
             raise TooLarge(f"The body is larger than {self._limit_bytes} bytes, the most that is taken here")
 
     def _admit(self, size: int, hold: Hold) -> None:
-        self._check(size)
+        self.check(size)
         if size > wire.INLINE_BYTES:
             hold.grow_to(size)
 

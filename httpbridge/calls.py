@@ -19,6 +19,7 @@ from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import errors
 from httpbridge.batch import Batch, Stream
+from httpbridge.envelope import Payload, Stored
 
 #: Plain calls must be answered within this.
 CALL_LIMIT_S: Final = 30.0
@@ -185,9 +186,17 @@ class ControlPlane:
         bearer = (wire.AUTHORIZATION, f"Bearer {self._token()}")
         return (bearer, (wire.REQUEST_ID, request_id)) if request_id else (bearer,)
 
-    async def schedule(self, request: pb.ScheduleRequest) -> pb.ScheduleResponse:
-        """TaskService.Schedule. If this is cancelled the control plane is told that nobody waits any more."""
-        answer = await self.batch.schedule(request, limit_s=request.wait.seconds + ANSWER_GRACE_S)
+    async def schedule(
+        self, request: pb.ScheduleRequest, payload: Payload | Stored | None = None
+    ) -> pb.ScheduleResponse:
+        """TaskService.Schedule, with `payload` in a copy of `request`, if it is not there already.
+
+        If this is cancelled the control plane is told that nobody waits any more.
+        """
+        waiting = self.batch.schedule(request, payload, limit_s=request.wait.seconds + ANSWER_GRACE_S)
+        # It may be large, and the answer may take its time.
+        del payload
+        answer = await waiting
         _raise_error(answer)
         return answer.schedule
 
@@ -417,5 +426,5 @@ async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, lim
 
 
 def _raise_error(answer: pb.Answer) -> None:
-    if answer.WhichOneof("result") == "error":
+    if answer.HasField("error"):
         raise refusal(answer.error)

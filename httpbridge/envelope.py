@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType, field
+from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import credentials
 from httpbridge.errors import BadRequest
@@ -25,6 +26,8 @@ BASE64: Final = "base64"
 _MAY_BE_JSON: Final = frozenset({"", "application/x-www-form-urlencoded", "text/plain", "application/octet-stream"})
 
 
+#: Whatever begins otherwise is no JSON.
+_JSON_BEGINS: Final = frozenset(b' \t\r\n{["-0123456789tfn')
 _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 
 
@@ -35,6 +38,36 @@ class Payload(NamedTuple):
     #: "" for none.
     content_type: str
     btc_address: str
+
+    def put_into(self, request: pb.ScheduleRequest) -> None:
+        """Complete a request that has all but these."""
+        _describe(request, self.content_type, self.btc_address)
+        body = request.request.body
+        body.inline = bytes(self.body)
+        body.size = len(self.body)
+
+
+class Stored(NamedTuple):
+    """The same where the body is large: it lies with the control plane."""
+
+    upload_id: str
+    size: int
+    content_type: str
+    btc_address: str
+
+    def put_into(self, request: pb.ScheduleRequest) -> None:
+        """Complete a request that has all but these."""
+        _describe(request, self.content_type, self.btc_address)
+        body = request.request.body
+        body.upload_id = self.upload_id
+        body.size = self.size
+
+
+def _describe(request: pb.ScheduleRequest, content_type: str, btc_address: str) -> None:
+    if btc_address:
+        request.btc_address = btc_address
+    if content_type:
+        request.request.headers.add(name="Content-Type", value=content_type.encode("utf-8", "surrogateescape"))
 
 
 class _Envelope(Struct):
@@ -136,6 +169,8 @@ def _address(raw: Raw) -> str:
 def _type_of(body: bytes) -> str:
     if not body:
         return ""
+    if body[0] not in _JSON_BEGINS:
+        return TEXT
     try:
         _ANY.decode(body)
     except (msgspec.DecodeError, RecursionError):

@@ -4,10 +4,10 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Final
 
-from aiohttp import web
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge.app import Call
+from httpbridge.plain import Request
 
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
@@ -23,7 +23,7 @@ def fill(origin: pb.Origin, call: Call, operation: str, trusted_proxies: Network
     origin.user_agent = _printable(call.request.headers.get("User-Agent", ""))
 
 
-def _user_ip(request: web.BaseRequest, trusted: Networks) -> str:
+def _user_ip(request: Request, trusted: Networks) -> str:
     """The caller's address; behind proxies we trust, the one that the outermost of them saw."""
     address = request.remote or ""
     if trusted:

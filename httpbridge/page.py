@@ -1,4 +1,4 @@
-"""`/docs`: openapi.yaml as one page of HTML, made once at start, without scripts, fonts or anything from elsewhere.
+"""`/docs`: openapi.yaml as one page of HTML, made once, without scripts, fonts or anything from elsewhere.
 
 Renders what our own description uses, no more: another description would need another renderer.
 """

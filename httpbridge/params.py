@@ -45,11 +45,15 @@ def split_query(query: str, own: Set[str]) -> tuple[dict[str, str], str]:
     rest: list[str] = []
     for piece in query.split("&"):
         name, _, value = piece.partition("=")
-        name = unquote_plus(name)
+        is_plain = "%" not in piece and "+" not in piece
+        if not is_plain:
+            name = unquote_plus(name)
         if name not in own:
             rest.append(piece)
         elif name in found:
             raise BadRequest(f"{name} is given more than once")
+        elif is_plain:
+            found[name] = value
         else:
             try:
                 found[name] = unquote_plus(value, errors="strict")

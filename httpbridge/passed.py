@@ -5,11 +5,11 @@ from contextlib import aclosing
 from time import time
 from typing import Final
 
-from aiohttp import web
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import headers
+from httpbridge.plain import Request
 from httpbridge.reply import Reply, date_line, status_line
 
 #: Of these there is no body, whatever their fields say; nor of the answer to HEAD.
@@ -34,7 +34,7 @@ class Passed(Reply):
             # What the container has promised; if it has not, 0.
             self.length = response.body.size or None
 
-    def _head(self, request: web.BaseRequest, framing: str) -> bytes:
+    def _head(self, request: Request, framing: str) -> bytes:
         lines = [status_line(self._status)]
         named = set()
         for name, value in self._fields:

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
-from aiohttp import web
 from ngpu import wire
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
@@ -24,8 +23,10 @@ from httpbridge.answers import is_cut, ruling
 from httpbridge.app import RUN, Call
 from httpbridge.bodies import BodyReader
 from httpbridge.calls import ControlPlane, TaskEnded
+from httpbridge.envelope import Payload, Stored
 from httpbridge.errors import BadGateway, NotFound, Unauthorized
 from httpbridge.passed import Live, Passed
+from httpbridge.plain import PlainRequest, Request
 from httpbridge.reply import Reply
 from httpbridge.submit import CALLBACK_URL, PRIORITY
 from httpbridge.tunnel import Tunnel
@@ -48,6 +49,15 @@ class Raw:
 
     async def run(self, call: Call) -> Reply:
         """Any method under `/run/`."""
+        plan = call.once(self, self._plan)
+        try:
+            response = await self._control_plane.schedule(plan, await self._body(call.request, plan.workspace_id))
+        except NotFound:
+            raise Unauthorized("There is no workspace with this id") from None
+        return await self._reply(call.request, response.task, response.response, plan.workspace_id)
+
+    def _plan(self, call: Call) -> pb.ScheduleRequest:
+        """All that the head says: the request but for its body."""
         fields = call.request.headers
         workspace_id = credentials.workspace_id(fields)
         if not workspace_id:
@@ -69,21 +79,15 @@ class Raw:
         if passed.method == "GET" and fields.get("Upgrade", "").lower() == _WEBSOCKET:
             passed.headers.add(name="Upgrade", value=_WEBSOCKET.encode())
         origin.fill(request.origin, call, OPERATION, self._trusted_proxies)
-        try:
-            await self._add_body(call.request, request)
-            response = await self._control_plane.schedule(request)
-        except NotFound:
-            raise Unauthorized("There is no workspace with this id") from None
-        return await self._reply(call.request, response.task, response.response, workspace_id)
+        return request
 
-    async def _add_body(self, request: web.BaseRequest, into: pb.ScheduleRequest) -> None:
-        """Put a small body into the message; have a large one, or one of unknown length, stored as it comes."""
-        body = into.request.body
+    async def _body(self, request: Request, workspace_id: str) -> Payload | Stored:
+        """A small body as it is; a large one, or one of unknown length, is stored as it comes."""
+        if isinstance(request, PlainRequest):
+            return Payload(request.take(), "", "")
         content, length = request.content, request.content_length
         if content.is_eof() and content.total_bytes <= wire.INLINE_BYTES:
-            body.inline = content.read_nowait(-1)
-            body.size = len(body.inline)
-            return
+            return Payload(content.read_nowait(-1), "", "")
         async with aclosing(self._reader.pieces(request)) as pieces:
             begun = b""
             if length is None or length <= wire.INLINE_BYTES:
@@ -92,14 +96,12 @@ class Raw:
                     if len(begun) > wire.INLINE_BYTES:
                         break
                 else:
-                    body.inline = begun
-                    body.size = len(begun)
-                    return
-            stored = await self._control_plane.store(begun, pieces, workspace_id=into.workspace_id, size=length or 0)
-            body.upload_id, body.size = stored.upload_id, stored.size
+                    return Payload(begun, "", "")
+            stored = await self._control_plane.store(begun, pieces, workspace_id=workspace_id, size=length or 0)
+            return Stored(stored.upload_id, stored.size, "", "")
 
     async def _reply(
-        self, request: web.BaseRequest, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str
+        self, request: Request, task: pb.Task, response: http_pb2.HttpResponse, workspace_id: str
     ) -> Reply:
         control_plane, task_id, method = self._control_plane, task.task_id, request.method
         if task.state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
@@ -109,6 +111,9 @@ class Raw:
                 raise BadGateway("The container closed the connection at once", task_id=task_id)
             return Passed(response, response.body.inline, method=method, task_id=task_id)
         if response.status == 101:
+            if isinstance(request, PlainRequest):
+                control_plane.batch.call_off(task_id)
+                raise BadGateway("The container changed the protocol unasked", task_id=task_id)
             try:
                 connection = await control_plane.connect(task_id, workspace_id)
             except BaseException:

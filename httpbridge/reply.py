@@ -18,6 +18,7 @@ from aiohttp import HttpVersion10, web
 
 from httpbridge.envelope import JSON, Said, encode
 from httpbridge.errors import BridgeError, SlowClient, TooLarge
+from httpbridge.plain import Request
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,8 @@ class Reply(web.StreamResponse):
     stall_limit_s = 60.0
     #: Of a body that comes in pieces, if it is known.
     length: int | None = None
+    _keep_alive: bool | None = None
+    _request: Request | None = None
 
     def __init__(  # aiohttp's is left out on purpose: see the top of this file
         self,
@@ -51,14 +54,22 @@ class Reply(web.StreamResponse):
         self._type = content_type
         self.task_id = task_id
         self._extra = headers
-        self._keep_alive: bool | None = None
-        self._request: web.BaseRequest | None = None
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Called by aiohttp first; nothing is sent yet."""
+        self.begin(request)
+
+    def begin(self, request: Request) -> None:
+        """Say whose answer it is."""
         self._request = request
         if self._keep_alive is None:
             self._keep_alive = request.keep_alive
+
+    def in_one(self) -> bytes | None:
+        """All that is to be written; None: it comes in pieces, and `write_eof` sends them, in a task."""
+        content, request = self._content, self._request
+        assert request is not None
+        return self._all(request, content) if isinstance(content, bytes) else None
 
     async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002
         """Called by aiohttp next: send everything. Raises ConnectionError if the caller has gone."""
@@ -66,12 +77,26 @@ class Reply(web.StreamResponse):
         assert request is not None
         content = self._content
         if isinstance(content, bytes):
-            head = self._head(request, f"Content-Length: {len(content)}")
-            await self._send(request, head if request.method == "HEAD" else head + content)
+            await self._send(request, self._all(request, content))
         else:
             await self._stream(request, content)
 
-    async def _stream(self, request: web.BaseRequest, pieces: AsyncGenerator[bytes, None]) -> None:
+    def _all(self, request: Request, content: bytes) -> bytes:
+        head = self._head(request, f"Content-Length: {len(content)}")
+        return head if request.method == "HEAD" else head + content
+
+    async def drained(self) -> None:
+        """Wait while the reader is behind. Raises ConnectionResetError if it has gone or stopped reading."""
+        request = self._request
+        assert request is not None
+        try:
+            async with asyncio.timeout(self.stall_limit_s):
+                await request.writer.drain()
+        except TimeoutError:
+            abort(request)
+            raise ConnectionResetError("the caller has stopped reading") from None
+
+    async def _stream(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> None:
         chunked = self.length is None and request.version > HttpVersion10
         if self.length is not None:
             framing = f"Content-Length: {self.length}"
@@ -97,38 +122,31 @@ class Reply(web.StreamResponse):
             if chunked:
                 await self._send(request, b"0\r\n\r\n")
 
-    async def _send(self, request: web.BaseRequest, data: bytes) -> None:
+    async def _send(self, request: Request, data: bytes) -> None:
         """Write, and wait while the reader is behind. Raises ConnectionResetError if it has gone or stopped reading."""
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the caller has gone")
         transport.write(data)
         if request.protocol.writing_paused:
-            try:
-                async with asyncio.timeout(self.stall_limit_s):
-                    await request.writer.drain()
-            except TimeoutError:
-                abort(request)
-                raise ConnectionResetError("the caller has stopped reading") from None
+            await self.drained()
 
-    def _head(self, request: web.BaseRequest, framing: str) -> bytes:
-        lines = [
-            status_line(self._status),
-            f"Content-Type: {self._type}",
-            _ALWAYS,
-            date_line(int(time())),
-            f"X-Request-Id: {self.request_id}",
-        ]
+    def _head(self, request: Request, framing: str) -> bytes:
+        head = (
+            f"{status_line(self._status)}\r\nContent-Type: {self._type}\r\n{_ALWAYS}\r\n{date_line(int(time()))}\r\n"
+            f"X-Request-Id: {self.request_id}\r\n"
+        )
         if framing:
-            lines.append(framing)
+            head += f"{framing}\r\n"
         if self.task_id:
-            lines.append(f"X-NGPU-Task-Id: {self.task_id}")
+            head += f"X-NGPU-Task-Id: {self.task_id}\r\n"
         if self._extra:
-            lines += [f"{name}: {value}" for name, value in self._extra.items()]
-        lines += self._connection(request)
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            head += "".join([f"{name}: {value}\r\n" for name, value in self._extra.items()])
+        for line in self._connection(request):
+            head += f"{line}\r\n"
+        return f"{head}\r\n".encode("latin-1")
 
-    def _connection(self, request: web.BaseRequest) -> list[str]:
+    def _connection(self, request: Request) -> list[str]:
         """What must be said of the connection."""
         if not self._keep_alive:
             return ["Connection: close"]
@@ -149,7 +167,7 @@ def refused(error: BridgeError) -> Reply:
     return reply
 
 
-def abort(request: web.BaseRequest) -> None:
+def abort(request: Request) -> None:
     """Break the caller's connection off."""
     if isinstance(transport := request.transport, asyncio.Transport):
         transport.abort()

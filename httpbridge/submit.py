@@ -3,10 +3,12 @@
 Everything that can be refused is refused before the body is read, and everything else before a task exists.
 """
 
+from collections.abc import Awaitable
 from contextlib import aclosing
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from aiohttp import web
 from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
 
@@ -15,9 +17,10 @@ from httpbridge.answers import ACCEPTED_MSG, Answers
 from httpbridge.app import USER, Call
 from httpbridge.bodies import BodyReader, Budget, Hold
 from httpbridge.calls import ControlPlane
-from httpbridge.envelope import Payload
+from httpbridge.envelope import Payload, Stored
 from httpbridge.errors import BadRequest, NotFound, Unauthorized
 from httpbridge.opening import HEAD_BYTES, WHOLE_BYTES, Opening, Superseded
+from httpbridge.plain import PlainRequest
 from httpbridge.reply import Reply
 
 SCHEDULING_TASK: Final = "schedulingTask"
@@ -51,8 +54,15 @@ class Submission:
         self._sync_wait_ns = int(sync_wait_s * 1e9)
         self._trusted_proxies = trusted_proxies
 
-    async def passthrough(self, call: Call) -> Reply:
+    def passthrough(self, call: Call) -> Awaitable[Reply]:
         """`POST /user/<path>`: to the caller's workspace, or without a header to the published route of that name."""
+        return self._submit(call, call.once(self, self._passthrough))
+
+    def scheduling_task(self, call: Call) -> Awaitable[Reply]:
+        """`POST /user/schedulingTask?paramUrl=&paramPort=&taskMode=`."""
+        return self._submit(call, call.once(self, self._scheduling_task))
+
+    def _passthrough(self, call: Call) -> "_Plan":
         workspace_id = credentials.workspace_id(call.request.headers)
         path, _ = params.container_path(call.path[len(USER) - 1 :], "The path")
         request = pb.ScheduleRequest()
@@ -69,10 +79,9 @@ class Submission:
         else:
             # A published route names its own port and path, which a stranger may not choose.
             request.route = unquote(path[1:])
-        return await self._submit(call, request, unquote(path[1:].partition("/")[0]), sync=sync)
+        return self._plan(call, request, unquote(path[1:].partition("/")[0]), sync=sync)
 
-    async def scheduling_task(self, call: Call) -> Reply:
-        """`POST /user/schedulingTask?paramUrl=&paramPort=&taskMode=`."""
+    def _scheduling_task(self, call: Call) -> "_Plan":
         workspace_id = credentials.workspace_id(call.request.headers)
         if not workspace_id:
             raise Unauthorized
@@ -83,9 +92,9 @@ class Submission:
         request.request.path = path
         request.request.query = f"{own_query}&{query}" if own_query and query else own_query or query
         sync = params.is_sync(own.get("taskMode"), default=False)
-        return await self._submit(call, request, SCHEDULING_TASK, sync=sync)
+        return self._plan(call, request, SCHEDULING_TASK, sync=sync)
 
-    async def _submit(self, call: Call, request: pb.ScheduleRequest, operation: str, *, sync: bool) -> Reply:
+    def _plan(self, call: Call, request: pb.ScheduleRequest, operation: str, *, sync: bool) -> "_Plan":
         fields = call.request.headers
         request.priority = params.priority(fields.get(PRIORITY))
         key = params.idempotency_key(fields.get("Idempotency-Key"))
@@ -104,9 +113,19 @@ class Submission:
             # Who sends a key means to ask again after a broken connection, and then wants his task, not its remains;
             # and who is told of its end need not wait for it.
             request.cancel_on_hangup = not (key or request.callback_url)
+        sent_as = fields.get("Content-Type", ""), fields.get("Content-Encoding", "")
+        return _Plan(request, sent_as, fields.get("BtcAddress", ""), sync)
+
+    async def _submit(self, call: Call, plan: "_Plan") -> Reply:
+        request = plan.request
         try:
-            await self._add_body(call, request)
-            response = await self._control_plane.schedule(request)
+            # The body is in no variable here: many calls may wait for long.
+            response = await self._control_plane.schedule(
+                request,
+                self._opened(call.request, plan)
+                if isinstance(call.request, PlainRequest)
+                else await self._read(call.request, plan),
+            )
         except NotFound:
             raise Unauthorized(
                 f"Nothing is published under {request.route[:64]!r}: send `Authorization: Bearer <workspace id>`"
@@ -114,55 +133,61 @@ class Submission:
                 else "There is no workspace with this id"
             ) from None
         task = response.task
-        if sync:
+        if plan.sync:
             return await self._answers.called(task, response.response, request.workspace_id)
         accepted = envelope.Accepted(self._accepted_result_code, ACCEPTED_MSG, task.task_id, task.task_id, task.task_id)
         return Reply(envelope.encode(accepted), task_id=task.task_id)
 
-    async def _add_body(self, call: Call, request: pb.ScheduleRequest) -> None:
-        """Read the caller's body and put the container's into `request`, or store it where it is large."""
-        with self._budget.hold() as hold:
-            payload = await self._payload(call, request, hold)
-            if payload.btc_address:
-                request.btc_address = payload.btc_address
-            elif "BtcAddress" in call.request.headers:
-                request.btc_address = credentials.btc_address(call.request.headers["BtcAddress"])
-            if payload.content_type:
-                request.request.headers.add(
-                    name="Content-Type", value=payload.content_type.encode("utf-8", "surrogateescape")
-                )
-            body = request.request.body
-            if body.upload_id:
-                return
-            body.size = len(payload.body)
-            if body.size <= wire.INLINE_BYTES:
-                body.inline = bytes(payload.body)
-            else:
-                body.upload_id = await self._control_plane.upload(
-                    payload.body, workspace_id=request.workspace_id, route=request.route
-                )
+    def _opened(self, request: PlainRequest, plan: "_Plan") -> Payload:
+        """The container's body out of the caller's."""
+        body = request.take()
+        self._reader.check(len(body))
+        payload = envelope.open_(body, *plan.sent_as)
+        if plan.btc_address and not payload.btc_address:
+            return payload._replace(btc_address=credentials.btc_address(plan.btc_address))
+        return payload
 
-    async def _payload(self, call: Call, request: pb.ScheduleRequest, hold: Hold) -> Payload:
-        """What the container gets; its body is not in it, but stored, if it could go on as it came."""
-        fields, length = call.request.headers, call.request.content_length
-        sent_as = fields.get("Content-Type", ""), fields.get("Content-Encoding", "")
-        if (length is not None and length <= WHOLE_BYTES) or call.request.content.is_eof():
-            return envelope.open_(await self._reader.read(call.request, hold), *sent_as)
-        async with aclosing(self._reader.limited_pieces(call.request)) as pieces:
-            opening = Opening(pieces, *sent_as)
+    async def _read(self, request: web.BaseRequest, plan: "_Plan") -> Payload | Stored:
+        """The same of a body that may still be coming; what is large is stored."""
+        into = plan.request
+        with self._budget.hold() as hold:
+            payload = await self._payload(request, plan, hold)
+            btc_address = payload.btc_address or credentials.btc_address(plan.btc_address)
+            if isinstance(payload, Stored) or len(payload.body) <= wire.INLINE_BYTES:
+                return payload._replace(btc_address=btc_address)
+            body = payload.body
+            upload_id = await self._control_plane.upload(body, workspace_id=into.workspace_id, route=into.route)
+        return Stored(upload_id, len(body), payload.content_type, btc_address)
+
+    async def _payload(self, request: web.BaseRequest, plan: "_Plan", hold: Hold) -> Payload | Stored:
+        """What the container gets; stored already, if it could go on as it came."""
+        length = request.content_length
+        if (length is not None and length <= WHOLE_BYTES) or request.content.is_eof():
+            return envelope.open_(await self._reader.read(request, hold), *plan.sent_as)
+        async with aclosing(self._reader.limited_pieces(request)) as pieces:
+            opening = Opening(pieces, *plan.sent_as)
             if not await opening.begin(hold, HEAD_BYTES if length else WHOLE_BYTES):
                 hold.grow_to(length or 0)
-                return envelope.open_(await self._reader.hold(opening.begun, pieces, hold), *sent_as)
+                return envelope.open_(await self._reader.hold(opening.begun, pieces, hold), *plan.sent_as)
             try:
-                await self._pass_on(opening, request)
+                stored = await self._pass_on(opening, plan.request)
             except Superseded as other:
                 return other.payload
-            return Payload(b"", opening.content_type, opening.btc_address)
+            return Stored(stored.upload_id, stored.size, opening.content_type, opening.btc_address)
 
-    async def _pass_on(self, opening: Opening, request: pb.ScheduleRequest) -> None:
+    async def _pass_on(self, opening: Opening, request: pb.ScheduleRequest) -> pb.UploadResponse:
         """Store the container's body as it comes."""
         async with aclosing(opening.pieces()) as pieces:
-            stored = await self._control_plane.store(
-                b"", pieces, workspace_id=request.workspace_id, route=request.route
-            )
-        request.request.body.upload_id, request.request.body.size = stored.upload_id, stored.size
+            return await self._control_plane.store(b"", pieces, workspace_id=request.workspace_id, route=request.route)
+
+
+class _Plan(NamedTuple):
+    """All that a call's head says. `request` has no body yet, and is copied, never changed."""
+
+    request: pb.ScheduleRequest
+    #: Content-Type and Content-Encoding.
+    sent_as: tuple[str, str]
+    #: The field; "" without it.
+    btc_address: str
+    #: The caller waits for the container's answer.
+    sync: bool

@@ -57,14 +57,18 @@ class Tasks:
 
     async def query(self, call: Call) -> Reply:
         """`GET /user/queryTask?taskID=[&wait=]`."""
+        request = call.once(self, self._question)
+        response = await self._control_plane.query(request)
+        return await self._answers.queried(response.task, response.response, request.workspace_id, self._clock())
+
+    def _question(self, call: Call) -> pb.QueryRequest:
         workspace_id = self._workspace_id(call)
         own, _ = params.split_query(call.query, _QUERY)
         request = pb.QueryRequest(task_id=params.task_id(own.get("taskID")), workspace_id=workspace_id)
         wait_s = params.wait_s(own.get("wait"), self._wait_limit_s)
         if wait_s:
             request.wait.FromNanoseconds(int(wait_s * 1e9))
-        response = await self._control_plane.query(request)
-        return await self._answers.queried(response.task, response.response, workspace_id, self._clock())
+        return request
 
     async def cancel(self, call: Call) -> Reply:
         """`DELETE /user/task?taskID=`."""

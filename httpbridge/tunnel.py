@@ -16,6 +16,7 @@ from ngpu.v1 import task_pb2 as pb
 
 from httpbridge.calls import Connection
 from httpbridge.passed import Passed
+from httpbridge.plain import Request
 
 #: Bytes of the caller that wait for the control plane; past it he waits.
 BUFFER_BYTES: Final = wire.CHUNK_BYTES
@@ -36,7 +37,7 @@ class Tunnel(Passed):
         # Of a parser it asks for these two methods and no others.
         request.protocol.set_parser(cast("Any", self._incoming))
 
-    def _connection(self, request: web.BaseRequest) -> list[str]:  # noqa: ARG002
+    def _connection(self, request: Request) -> list[str]:  # noqa: ARG002
         return ["Connection: Upgrade", f"Upgrade: {self._protocol}"]
 
     async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002
@@ -52,7 +53,7 @@ class Tunnel(Passed):
             # With this the control plane ends the task.
             self._to_container.cancel()
 
-    async def _carry(self, request: web.BaseRequest, reader: StreamReader, connection: Connection) -> None:
+    async def _carry(self, request: Request, reader: StreamReader, connection: Connection) -> None:
         out = asyncio.create_task(_out(reader, connection), name="tunnel out")
         back = asyncio.create_task(self._back(request, connection), name="tunnel back")
         both = {out, back}
@@ -69,7 +70,7 @@ class Tunnel(Passed):
                 task.cancel()
             await asyncio.wait(both)
 
-    async def _back(self, request: web.BaseRequest, connection: Connection) -> None:
+    async def _back(self, request: Request, connection: Connection) -> None:
         """From the container. That it breaks off, or the caller does, is an end like any other."""
         with contextlib.suppress(grpc.aio.AioRpcError, ConnectionError):
             while (message := await streams.read(connection)) is not grpc.aio.EOF:

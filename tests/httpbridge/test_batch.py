@@ -8,7 +8,7 @@ import pytest
 from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
 
-from httpbridge.batch import Batch
+from httpbridge.batch import Batch, Waiting
 from httpbridge.errors import Unavailable
 from tests.httpbridge.conftest import BEARER, Bridge, StartBridge
 from tests.httpbridge.fake_controlplane import Answer, Exchange, FakeControlPlane
@@ -60,6 +60,13 @@ class Streams:
         return self.opened[-1]
 
 
+def asked(waiting: Waiting) -> "asyncio.Task[pb.Answer]":
+    async def wait() -> pb.Answer:
+        return await waiting
+
+    return asyncio.create_task(wait())
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -84,7 +91,7 @@ async def test_what_waits_shares_a_frame_and_answers_come_in_any_order() -> None
     run = await running(batch)
     [stream] = streams.opened
     stream.writable.clear()
-    calls = [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(1000)]
+    calls = [asked(batch.schedule(REQUEST, limit_s=60)) for _ in range(1000)]
     await settle()
     # The first write holds what was there; the rest waits for it, in frames that are full but for the last.
     stream.writable.set()
@@ -105,7 +112,7 @@ async def test_a_frame_is_full_at_its_bytes_too() -> None:
     run = await running(batch)
     request = pb.ScheduleRequest(workspace_id="1")
     request.request.body.inline = b"x" * wire.INLINE_BYTES
-    calls = [asyncio.create_task(batch.schedule(request, limit_s=60)) for _ in range(9)]
+    calls = [asked(batch.schedule(request, limit_s=60)) for _ in range(9)]
     await settle()
     sizes = [frame.ByteSize() for frame in streams.opened[0].sent]
     assert sum(len(frame.calls) for frame in streams.opened[0].sent) == 9
@@ -119,7 +126,7 @@ async def test_there_is_an_end_to_calls_without_an_answer() -> None:
     streams = Streams()
     batch = Batch(streams.open, outstanding=2)
     run = await running(batch)
-    calls = [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(2)]
+    calls = [asked(batch.schedule(REQUEST, limit_s=60)) for _ in range(2)]
     await settle()
     with pytest.raises(Unavailable, match="Too many calls"):
         await batch.schedule(REQUEST, limit_s=60)
@@ -132,7 +139,7 @@ async def test_who_no_longer_waits_is_reported_once() -> None:
     streams = Streams()
     batch = Batch(streams.open)
     run = await running(batch)
-    call = asyncio.create_task(batch.query(pb.QueryRequest(task_id="t"), limit_s=60))
+    call = asked(batch.query(pb.QueryRequest(task_id="t"), limit_s=60))
     await settle()
     await stopped(call)  # type: ignore[arg-type]
     await settle()
@@ -168,9 +175,9 @@ async def test_who_goes_before_his_call_is_sent_has_never_called() -> None:
     run = await running(batch)
     [stream] = streams.opened
     stream.writable.clear()
-    calls = [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(1)]
+    calls = [asked(batch.schedule(REQUEST, limit_s=60)) for _ in range(1)]
     await settle()
-    calls += [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(600)]
+    calls += [asked(batch.schedule(REQUEST, limit_s=60)) for _ in range(600)]
     await settle()
     for index in (3, 300, 590):
         await stopped(calls[index])  # type: ignore[arg-type]
@@ -204,9 +211,9 @@ async def test_a_broken_stream_ends_its_calls_and_nothing_of_it_reaches_the_next
     run = await running(batch)
     first = streams.opened[0]
     first.writable.clear()
-    calls = [asyncio.create_task(batch.schedule(REQUEST, limit_s=60)) for _ in range(3)]
+    calls = [asked(batch.schedule(REQUEST, limit_s=60)) for _ in range(3)]
     await settle()
-    late = asyncio.create_task(batch.schedule(REQUEST, limit_s=60))
+    late = asked(batch.schedule(REQUEST, limit_s=60))
     await settle()
     first.incoming.put_nowait(end)
     for call in (*calls, late):
@@ -220,7 +227,7 @@ async def test_a_broken_stream_ends_its_calls_and_nothing_of_it_reaches_the_next
         await asyncio.sleep(0.01)
     await settle()
     assert streams.opened[1].sent == []
-    call = asyncio.create_task(batch.schedule(REQUEST, limit_s=60))
+    call = asked(batch.schedule(REQUEST, limit_s=60))
     await settle()
     assert [call.id for frame in streams.opened[1].sent for call in frame.calls] == [5]
     streams.opened[1].answer(5)

@@ -570,6 +570,15 @@ async def test_refusal_leaves_the_connection_http(bridge: Bridge, fake: Streamin
     writer.close()
 
 
+async def test_container_that_changes_the_protocol_unasked(bridge: Bridge, fake: Streaming) -> None:
+    fake.head = head(101, Upgrade="websocket")
+    status, body, headers = await call(bridge, "GET", "/run/x")
+    assert (status, json.loads(body)["result_code"]) == (502, 502)
+    while not fake.cancelled:
+        await asyncio.sleep(0.005)
+    assert fake.cancelled == [headers["X-NGPU-Task-Id"]]
+
+
 async def test_only_websockets_are_asked_for(bridge: Bridge, fake: Streaming) -> None:
     request = UPGRADE.replace("websocket", "h2c").replace("Upgrade\r\n", "Upgrade, close\r\n", 1)
     status, _, _ = parsed(await bridge.raw(request.encode()))

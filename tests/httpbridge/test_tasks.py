@@ -8,9 +8,12 @@ from datetime import UTC, datetime, timedelta
 import aiohttp
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ngpu.v1 import task_pb2 as pb
 from ngpu.v1 import workspace_pb2
 
+from httpbridge.answers import seconds_taken
 from tests.httpbridge.conftest import BEARER, Bridge
 from tests.httpbridge.fake_controlplane import (
     NODE_ADDR,
@@ -241,3 +244,15 @@ async def test_an_address_that_could_not_be_checked(bridge: Bridge, fake: FakeCo
             503, {"result_code": 503, "msg": "no indexer answers"}, "3",
         )  # fmt: skip
     assert json.dumps(answer)
+
+
+@given(st.datetimes(datetime(2020, 1, 1), datetime(2100, 1, 1)), st.integers(-(10**6), 10**13))
+def test_seconds_taken_are_those_between_acceptance_and_end(begun: datetime, taken_us: int) -> None:
+    end = begun + timedelta(microseconds=taken_us)
+    task = pb.Task()
+    task.create_time.FromDatetime(begun)
+    now = end.replace(tzinfo=UTC)
+    expected = max(0.0, (end - begun).total_seconds())
+    assert seconds_taken(task, now) == expected
+    task.end_time.FromDatetime(end)
+    assert seconds_taken(task, now + timedelta(days=1)) == expected
