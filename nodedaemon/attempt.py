@@ -88,12 +88,14 @@ class Attempt:
         self.gpu_entered = 0.0
         self.gpu_held_s = 0.0
         self.interruption: NoAnswer | None = None
+        #: None: it waits for its container's answer without one, and `step_in` gives it one.
+        self.task: asyncio.Task[None] | None = None
+        self.step_in: Callable[[], None] = nothing
         # A task that is cancelled before its first step ends without a word.
         self.stepped = False
         self.given_up = False
         #: To the next daemon: no result follows.
         self.left = False
-        self.task: asyncio.Task[None]
 
     @classmethod
     def waiting(cls, taken: Taken, course: Course, at_once: int, *, now: float) -> "Attempt":
@@ -121,7 +123,9 @@ class Attempt:
         """End it for that reason; the first one stays. Its container's connection is closed at once."""
         if self.interruption is None:
             self.interruption = why
-            if self.stepped:
+            if self.task is None:
+                self.step_in()
+            elif self.stepped:
                 self.task.cancel()
 
     def leave(self) -> None:
@@ -131,7 +135,8 @@ class Attempt:
             return
         if (self.job is not None and self.job.id) or (connection is not None and connection.leave()):
             self.left = True
-            self.task.cancel()
+            if self.task is not None:
+                self.task.cancel()
 
     def leave_gpus(self) -> None:
         """It holds them no more."""
@@ -168,7 +173,7 @@ class Attempt:
 
 async def find_container(attempt: Attempt, container_id: str, places: Places) -> None:
     """Of an attempt that was taken up: end it if its replica has another by now. What ends later, the engine tells."""
-    while not attempt.task.done():
+    while attempt.task is not None and not attempt.task.done():
         now = places.container_id(attempt.replica_id)
         if now == container_id:
             return
@@ -183,6 +188,10 @@ def exited(exit_: Exit) -> NoAnswer:
     """What a container's end means for what it worked on."""
     cause = PLATFORM if exit_.from_outside else CUSTOMER
     return NoAnswer("CONTAINER_EXITED", cause, f"The container {exit_.words} while it worked on the request.")
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 def _us(seconds: float) -> int:

@@ -21,11 +21,14 @@ IDLE_S: Final = 1.0
 #: Body bytes that wait in a connection for their reader; past it the container waits.
 BUFFER_BYTES: Final = wire.CHUNK_BYTES
 
+#: What any connection's socket has, until it is looked at, which is at once. Without it each look would make, and give
+#: back, memory for the most that there could be, which costs as much as all else that is done with a small answer.
+_RECEIVED: Final = memoryview(bytearray(BUFFER_BYTES))
 #: (host, port).
 Address = tuple[str, int]
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection. `begin` an exchange, then `wait` and `take` until it is `over` and nothing is buffered."""
 
     def __init__(
@@ -46,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
+        self._call: Callable[[], None] | None = None
         # The reader wakes once it has this many body bytes, or there will be no more.
         self._wanted = 0
         self._reading = True
@@ -57,6 +61,11 @@ class Connection(asyncio.Protocol):
         self.address = address
         self.response = ResponseParser("GET")
         self.buffered_bytes = 0
+
+    @property
+    def answered(self) -> bool:
+        """The answer is complete; nothing went wrong."""
+        return self.response.complete and self._fault is None
 
     @property
     def over(self) -> bool:
@@ -144,6 +153,11 @@ class Connection(asyncio.Protocol):
         if not self._lost:
             self._transport.write_eof()
 
+    def call_when(self, wanted_bytes: int, call: Callable[[], None] | None) -> None:
+        """As `wait`, for who cannot: call once, as soon as that much is there or the exchange is over. None: do not."""
+        self._wanted = wanted_bytes
+        self._call = call
+
     def fail(self, fault: NoAnswer) -> None:
         """End the exchange for that reason, unless its answer is complete."""
         if not self.over:
@@ -219,8 +233,15 @@ class Connection(asyncio.Protocol):
         # So that `pause_writing` and `resume_writing` say exactly when something is unsent.
         transport.set_write_buffer_limits(high=0)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """Where the next bytes go."""
+        return _RECEIVED
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the answer."""
+        self._receive(bytes(_RECEIVED[:nbytes]))
+
+    def _receive(self, data: bytes) -> None:
         self._received_bytes += len(data)
         course = self._course
         if course is None or self.over:
@@ -279,6 +300,9 @@ class Connection(asyncio.Protocol):
 
     def _wake(self) -> None:
         if self._ready():
+            if self._call is not None:
+                call, self._call = self._call, None
+                call()
             self._wake_reader()
         if self.over:
             self._wake_writer()
@@ -315,4 +339,4 @@ class Connection(asyncio.Protocol):
     def _read_rest(self) -> None:
         with contextlib.suppress(OSError):
             while not self.over and (data := self._sock.recv(BUFFER_BYTES)):
-                self.data_received(data)
+                self._receive(data)

@@ -17,7 +17,7 @@ import structlog
 from ngpu.v1 import http_pb2, node_pb2, task_pb2
 
 from nodedaemon.ahead import Ahead
-from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container
+from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container, nothing
 from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.deadlines import Deadlines
@@ -142,14 +142,20 @@ class Executor:
             attempt.job = Job.of(start, self._clock_ns())
         try:
             exchange = self._exchange(attempt, start)
+            # Most wait for a small answer on a connection that is there: that takes no task.
+            then = functools.partial(self._answered, attempt)
+            begun = attempt.job is None and self._relay.begin_now(exchange, attempt.course, then)
         except NoAnswer as why:
+            attempt.leave_gpus()
             self._end(attempt, node_pb2.Result(attempt_id=attempt.id), why)
             return
-        self._launch(attempt, exchange)
+        self._enter(attempt, exchange)
+        if not begun:
+            self._step_in(attempt)
 
-    def _begin_next(self, replica_id: str) -> None:
+    def _give_slot(self, replica_id: str) -> None:
         """An attempt there is over: what waited for that begins."""
-        while (start := self._ahead.first(replica_id)) is not None and not self._must_wait(start):
+        while self._ahead and (start := self._ahead.first(replica_id)) is not None and not self._must_wait(start):
             self._begin_waiting(start.attempt_id)
 
     def _begin_waiting(self, attempt_id: str) -> None:
@@ -211,9 +217,34 @@ class Executor:
         return Course(functools.partial(self._frames.sent, attempt_id), self._monotonic)
 
     def _launch(self, attempt: Attempt, exchange: Exchange | None) -> None:
+        self._enter(attempt, exchange)
+        self._step_in(attempt)
+
+    def _enter(self, attempt: Attempt, exchange: Exchange | None) -> None:
         attempt.exchange = exchange
+        attempt.step_in = functools.partial(self._step_in, attempt)
         self._running[attempt.id] = attempt
+        left_s = attempt.limit_s - attempt.before_s
+        self._deadlines.set(attempt.id, left_s, functools.partial(self._time_over, attempt))
+
+    def _step_in(self, attempt: Attempt) -> None:
+        """From now on the attempt has a task, if it had none."""
+        exchange = attempt.exchange
+        if exchange is not None:
+            self._relay.step_in(exchange, abort=attempt.interruption is not None)
         attempt.task = self._group.create_task(self._run(attempt, exchange), name=attempt.id)
+
+    def _answered(self, attempt: Attempt) -> None:
+        """Something has come of an attempt that has no task."""
+        exchange = attempt.exchange
+        assert exchange is not None
+        result = node_pb2.Result(attempt_id=attempt.id)
+        if self._relay.end_now(exchange, attempt.course, result.response):
+            self._leave_running(attempt)
+            self._give_slot(attempt.replica_id)
+            self._end(attempt, result, None)
+        else:
+            self._step_in(attempt)
 
     def cancel(self, attempt_id: str) -> None:
         """End an attempt; its result follows. Of one that has ended it changes nothing."""
@@ -264,7 +295,10 @@ class Executor:
 
         `leave`: what can be is left to the next daemon instead.
         """
-        tasks = [attempt.task for attempt in self._running.values()]
+        for attempt in self._running.values():
+            if attempt.task is None:
+                self._step_in(attempt)
+        tasks = [attempt.task for attempt in self._running.values() if attempt.task is not None]
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=within_s)
@@ -361,36 +395,39 @@ class Executor:
 
     async def _run(self, attempt: Attempt, exchange: Exchange | None) -> None:
         """`exchange` is None where an earlier daemon did it."""
+        task = attempt.task
+        assert task is not None
         attempt.stepped = True
         result = node_pb2.Result(attempt_id=attempt.id)
-        left_s = attempt.limit_s - attempt.before_s
-        self._deadlines.set(attempt.id, left_s, functools.partial(self._time_over, attempt))
         why = attempt.interruption
         try:
             if why is None:
                 why = await self._relayed(attempt, exchange, result.response)
         except asyncio.CancelledError:
             if attempt.left:
-                attempt.task.uncancel()
+                task.uncancel()
                 return
             why = attempt.interruption
             if why is None:
                 raise
-            attempt.task.uncancel()
+            task.uncancel()
             if attempt.job is not None:
                 await self._jobs.call_off(attempt.job, why)
         except Exception:
             log.exception("attempt_broken", attempt=attempt.id)
             why = NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")
         finally:
-            self._deadlines.remove(attempt.id)
-            # They know each other, and would wait for the garbage collector.
-            attempt.exchange = None
-            attempt.leave_gpus()
-            del self._running[attempt.id]
-        if self._ahead:
-            self._begin_next(attempt.replica_id)
+            self._leave_running(attempt)
+        self._give_slot(attempt.replica_id)
         self._end(attempt, result, why)
+
+    def _leave_running(self, attempt: Attempt) -> None:
+        self._deadlines.remove(attempt.id)
+        # They know each other, and would wait for the garbage collector.
+        attempt.exchange = None
+        attempt.step_in = nothing
+        attempt.leave_gpus()
+        del self._running[attempt.id]
 
     async def _relayed(
         self, attempt: Attempt, exchange: Exchange | None, response: http_pb2.HttpResponse

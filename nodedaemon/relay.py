@@ -119,7 +119,9 @@ class Relay:
 
         Cancelling it closes the container's connection. `course` is true at every moment.
         """
-        if exchange.taken is None:
+        if exchange.connection is not None:
+            connection = exchange.connection
+        elif exchange.taken is None:
             connection = await self._begin(exchange, course)
         else:
             connection = await self._connections.take_up(exchange.taken, exchange.address, exchange.method, course)
@@ -139,43 +141,84 @@ class Relay:
                 await asyncio.wait([sending])
         self._connections.keep(exchange.container_id, connection)
 
+    def begin_now(self, exchange: Exchange, course: Course, then: Callable[[], None]) -> bool:
+        """Send it on a connection that is kept, if that is all it takes; False: `run` is to begin it. Raises NoAnswer.
+
+        `then` is called once the answer is there, or something else that is to be seen to: see `end_now`.
+        """
+        if exchange.upload is not None or exchange.open_tunnel is not None:
+            return False
+        connection = self._connections.idle(exchange.container_id, exchange.address)
+        if connection is None or not _send_first(connection, exchange, course):
+            return False
+        exchange.connection = connection
+        connection.call_when(_wanted(exchange), then)
+        return True
+
+    def end_now(self, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> bool:
+        """Fill `response` in if all of the answer is there and small; False: `run` is to go on with the exchange."""
+        connection = exchange.connection
+        assert connection is not None
+        size = course.received_bytes
+        if not connection.answered or size > wire.INLINE_BYTES or 0 < exchange.limit_bytes < size:
+            return False
+        _fill_head(response, connection.response)
+        _fill_body(response, connection.take())
+        exchange.connection = None
+        self._connections.keep(exchange.container_id, connection)
+        return True
+
+    def step_in(self, exchange: Exchange, *, abort: bool) -> None:
+        """What `begin_now` began is the caller's of `run` from now on; or is over, if `abort`."""
+        if exchange.connection is not None:
+            exchange.connection.call_when(0, None)
+            if abort:
+                exchange.connection.abort()
+
     def close(self) -> None:
         """Close connections that are kept."""
         self._connections.close()
 
     async def _begin(self, exchange: Exchange, course: Course) -> Connection:
         """A connection on which the first bytes have gone out."""
-        whole = exchange.upload is None
-        switches = exchange.open_tunnel is not None
         # A body that takes its time is not risked on a connection that may be about to close.
-        connection = self._connections.idle(exchange.container_id, exchange.address) if whole else None
-        while True:
-            new = connection is None
-            if connection is None:
-                connection = await self._connections.new(exchange.address)
-            try:
-                exchange.begin()
-                if connection.begin(
-                    exchange.method,
-                    exchange.payload,
-                    course,
-                    whole=whole,
-                    switches=switches,
-                    later_bytes=exchange.upload_bytes,
-                    errand=exchange.errand,
-                ):
-                    # An attempt may run for long: keep no more of it than is needed.
-                    exchange.payload, exchange.errand = b"", None
-                    return connection
-            except BaseException:
-                connection.abort()
-                raise
-            connection.abort()
-            if new:
-                raise NoAnswer(
-                    "CONNECT_FAILED", PLATFORM, "The container closed the connection before a byte was sent."
-                )
-            connection = None
+        if exchange.upload is None:
+            connection = self._connections.idle(exchange.container_id, exchange.address)
+            if connection is not None and _send_first(connection, exchange, course):
+                return connection
+        connection = await self._connections.new(exchange.address)
+        if not _send_first(connection, exchange, course):
+            raise NoAnswer("CONNECT_FAILED", PLATFORM, "The container closed the connection before a byte was sent.")
+        return connection
+
+
+def _send_first(connection: Connection, exchange: Exchange, course: Course) -> bool:
+    """Send the first bytes. False: the connection was gone, and none went out. Raises NoAnswer."""
+    try:
+        exchange.begin()
+        begun = connection.begin(
+            exchange.method,
+            exchange.payload,
+            course,
+            whole=exchange.upload is None,
+            switches=exchange.open_tunnel is not None,
+            later_bytes=exchange.upload_bytes,
+            errand=exchange.errand,
+        )
+    except BaseException:
+        connection.abort()
+        raise
+    if not begun:
+        connection.abort()
+        return False
+    # An attempt may run for long: keep no more of it than is needed.
+    exchange.payload, exchange.errand = b"", None
+    return True
+
+
+def _wanted(exchange: Exchange) -> int:
+    """How much of an answer's body is to be there before anything is done with it."""
+    return 0 if exchange.streamed else wire.INLINE_BYTES + 1
 
 
 async def _send(connection: Connection, upload: AsyncGenerator[bytes, None]) -> None:
@@ -195,7 +238,7 @@ async def _send(connection: Connection, upload: AsyncGenerator[bytes, None]) -> 
 
 
 async def _receive(connection: Connection, exchange: Exchange, course: Course, response: http_pb2.HttpResponse) -> None:
-    await connection.wait(0 if exchange.streamed else wire.INLINE_BYTES + 1)
+    await connection.wait(_wanted(exchange))
     answer = connection.response
     if exchange.open_tunnel is not None and answer.status == 101:
         _fill_head(response, answer)
@@ -206,10 +249,7 @@ async def _receive(connection: Connection, exchange: Exchange, course: Course, r
     _fill_head(response, answer)
     _check_limit(max(answer.length or 0, course.received_bytes), exchange.limit_bytes)
     if connection.over and connection.buffered_bytes <= wire.INLINE_BYTES:
-        data = connection.take()
-        response.body.inline = data
-        response.body.size = len(data)
-        response.body.is_utf8 = is_utf8(data)
+        _fill_body(response, connection.take())
         return
     response.body.size = answer.length or 0
     sink = exchange.open_body(response)
@@ -239,6 +279,13 @@ def _fill_head(response: http_pb2.HttpResponse, answer: ResponseParser) -> None:
     response.status = answer.status
     for name, value in answer.headers:
         response.headers.add(name=name, value=value)
+
+
+def _fill_body(response: http_pb2.HttpResponse, data: bytes) -> None:
+    body = response.body
+    body.inline = data
+    body.size = len(data)
+    body.is_utf8 = is_utf8(data)
 
 
 def _is_events(answer: ResponseParser) -> bool:
