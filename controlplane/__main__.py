@@ -1,5 +1,7 @@
 """The control plane's command: reads the settings, wires the parts in reading order, runs until a signal."""
 
+from ngpu import lean  # isort: skip, before structlog  # noqa: F401
+
 import asyncio
 import io
 import ipaddress
@@ -47,13 +49,13 @@ from controlplane.dispatcher import Dispatcher, Graces
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.fleet import Fleet
 from controlplane.flights import Flights
+from controlplane.late_receivers import LateReceivers
 from controlplane.metrics import Metrics, MetricsServer, Scrape, Standby
 from controlplane.model import Role, Token
 from controlplane.placement import Policy
 from controlplane.postings import Postings, Room
 from controlplane.prices import Prices
 from controlplane.receipts import Tariff
-from controlplane.receivers import HttpReceivers
 from controlplane.retention import Retention
 from controlplane.signatures import Signatures
 from controlplane.slots import Slots
@@ -129,7 +131,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
             clock=_now,
         )
         destinations = destination_rules(settings.webhooks)
-        receivers = HttpReceivers(
+        receivers = LateReceivers(
             destinations,
             time_limit_s=settings.webhooks.time_limit,
             concurrency=settings.webhooks.concurrency,
@@ -203,6 +205,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
                 group.create_task(retention.run(), name="retention"),
                 group.create_task(flights.run(), name="flights"),
                 group.create_task(postings.run(), name="postings"),
+                group.create_task(heap.give_back(), name="heap"),
             ]
             with published(settings.state_dir, address=address, metrics_address=metrics_address):
                 where = {"address": address, "metrics_address": metrics_address}
@@ -317,7 +320,7 @@ def destination_rules(section: config.Webhooks) -> Rules:
     return Rules(section.allow_http, tuple(map(ipaddress.ip_network, section.allow_networks)))
 
 
-def _postings(section: config.Webhooks, store: Store, receivers: HttpReceivers, signatures: Signatures) -> Postings:
+def _postings(section: config.Webhooks, store: Store, receivers: LateReceivers, signatures: Signatures) -> Postings:
     return Postings(
         store,
         receivers,

@@ -17,9 +17,9 @@ import structlog
 
 from controlplane import webhooks
 from controlplane.errors import Unavailable
+from controlplane.late_receivers import Receivers
 from controlplane.model import Told, Webhook
 from controlplane.notice import notice_of
-from controlplane.receivers import Receivers
 from controlplane.signatures import Signatures
 from controlplane.store import Store
 from controlplane.webhooks import Answer, Times

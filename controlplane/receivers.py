@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -36,16 +36,6 @@ NOT_PUBLIC: Final = "The host does not lead to a public address."
 
 class _NotPublic(OSError):
     """A socket to such an address is not made."""
-
-
-class Receivers(Protocol):
-    """Whoever posts."""
-
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """POST `body`. Whatever goes wrong is in the answer."""
-
-    async def close(self) -> None:
-        """No more."""
 
 
 class _Socket(socket.socket):
@@ -142,7 +132,7 @@ class HttpReceivers:
         return made
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """POST `body`; see Receivers."""
+        """POST `body`; see late_receivers."""
         began = time.monotonic()
         status, error, wait_s = 0, "", 0.0
         try:

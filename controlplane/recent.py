@@ -12,11 +12,12 @@ from controlplane.tasks import TaskView
 
 #: How long one is kept.
 RECENT_S: Final = 30.0
-#: How many, and how many bytes with their bodies.
+#: How many, and how many bytes with their headers and bodies.
 VIEWS: Final = 2000
 BYTES: Final = 4 * 1024 * 1024
-#: Counted for a view beside its body.
+#: Counted for a view beside that, and for a header beside its text.
 VIEW_BYTES: Final = 1024
+HEADER_BYTES: Final = 150
 
 
 class Recent:
@@ -24,30 +25,36 @@ class Recent:
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self._views: OrderedDict[str, tuple[TaskView, float]] = OrderedDict()
+        #: With the time until which it is kept, and its bytes.
+        self._views: OrderedDict[str, tuple[TaskView, float, int]] = OrderedDict()
         self._bytes = 0
 
     def keep(self, view: TaskView) -> None:
         """Remember the task as it is on disk: it must have ended."""
         if view.task_id in self._views:
             return
-        self._views[view.task_id] = view, self._monotonic() + RECENT_S
-        self._bytes += _size(view)
+        size = _size(view)
+        self._views[view.task_id] = view, self._monotonic() + RECENT_S, size
+        self._bytes += size
         while self._bytes > BYTES or len(self._views) > VIEWS:
-            self._bytes -= _size(self._views.popitem(last=False)[1][0])
+            self._bytes -= self._views.popitem(last=False)[1][2]
 
     def get(self, task_id: str) -> TaskView | None:
         """The task, if it is known here."""
         known = self._views.get(task_id)
         if known is None:
             return None
-        view, until = known
+        view, until, size = known
         if until > self._monotonic():
             return view
         del self._views[task_id]
-        self._bytes -= _size(view)
+        self._bytes -= size
         return None
 
 
 def _size(view: TaskView) -> int:
-    return VIEW_BYTES + (0 if view.response is None else len(view.response.body))
+    response = view.response
+    if response is None:
+        return VIEW_BYTES
+    headers = sum([HEADER_BYTES + len(name) + len(value) for name, value in response.headers])
+    return VIEW_BYTES + headers + len(response.body)

@@ -1,12 +1,14 @@
 """The node daemon's command: reads the settings, wires the parts in reading order, runs until a signal."""
 
+from ngpu import lean  # isort: skip, before structlog  # noqa: F401
+
 import asyncio
 import json
 import os
 import secrets
 import signal
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import grpc
 import structlog
@@ -19,11 +21,11 @@ from nodedaemon.caches import Caches
 from nodedaemon.command import alone, raise_open_files, settings_of, told
 from nodedaemon.dial import Dialler, LinkLost, stub_of, words_of
 from nodedaemon.engine import EngineDown, EngineError
-from nodedaemon.engine.docker import DockerEngine
 from nodedaemon.engine.process import ProcessEngine
 from nodedaemon.errors import NodeError, NotEnrolled, Revoked
 from nodedaemon.execute import Executor
 from nodedaemon.flight import Recorder
+from nodedaemon.gpu_tests import GpuTests
 from nodedaemon.gpus import Gpus
 from nodedaemon.held import Held
 from nodedaemon.identity import Identity
@@ -36,6 +38,9 @@ from nodedaemon.replicas import Replicas
 from nodedaemon.session import GOODBYE_LIMIT_S, Session, enroll
 from nodedaemon.simulated.command import simulate, simulate_fault
 from nodedaemon.spool import Spool
+
+if TYPE_CHECKING:
+    from nodedaemon.engine.docker import DockerEngine
 
 #: For the control plane to acknowledge the last results when the daemon stops.
 LAST_ACKS_S: Final = 2.0
@@ -59,8 +64,9 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     replicas = Replicas(
         engine,
         may_start=lambda one: machine.refusal(one.image) or gpus.refusal(one.gpu_ids) or caches.refusal(one),
-        blind=engine.blind if isinstance(engine, DockerEngine) else None,
+        blind=None if isinstance(engine, ProcessEngine) else engine.blind,
     )
+    gpu_tests = GpuTests(gpus, held=replicas.holds)
     caches = Caches(
         engine,
         replicas,
@@ -72,8 +78,10 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     # Processes end with the daemon: nothing of theirs could be gone on with.
     held = Held(settings.state_dir) if kind == "docker" else None
     relay = Relay(held=held)
-    spool = Spool(settings.state_dir / "spool", limit_bytes=settings.spool_limit)
-    journal = Journal(settings.state_dir / "journal")
+    spool, journal = (
+        Spool(settings.state_dir / "spool", limit_bytes=settings.spool_limit),
+        Journal(settings.state_dir / "journal"),
+    )
     dialler = Dialler(settings.controlplane, tls=settings.with_tls, tls_ca=settings.tls_ca)
     bulk = Bulk(dialler.channel())
     recorder = Recorder(logs=engine, replicas=replicas, gpus=gpus, tell=bulk.record)
@@ -101,6 +109,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
         gpus=gpus,
         machine=machine,
         caches=caches,
+        gpu_tests=gpu_tests,
     )
     metrics = MetricsServer(NodeCollector(executor, spool, session, replicas, gpus))
     address_file = settings.state_dir / "metrics_address"
@@ -113,12 +122,14 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(gpus.run(), name="gpus"),
+                group.create_task(gpu_tests.run(), name="gpu tests"),
                 group.create_task(machine.run(), name="machine"),
                 group.create_task(replicas.run(), name="replicas"),
                 group.create_task(caches.run(), name="caches"),
                 group.create_task(executor.run(), name="executor"),
                 group.create_task(spool.run(), name="spool"),
                 group.create_task(recorder.run(), name="flights"),
+                group.create_task(heap.give_back(), name="heap"),
             ]
             speaking = group.create_task(_speak(gpus, machine, replicas, session), name="session")
             await stop.wait()
@@ -198,8 +209,11 @@ async def _engine_kind(settings: config.Config, node_addr: str) -> str:
     return "docker"
 
 
-def _engine(settings: config.Config, kind: str, node_addr: str) -> DockerEngine | ProcessEngine:
+def _engine(settings: config.Config, kind: str, node_addr: str) -> "DockerEngine | ProcessEngine":
     if kind == "docker":
+        # Docker's library takes 7 MiB: a node that runs processes needs none of it.
+        from nodedaemon.engine.docker import DockerEngine
+
         return DockerEngine(node_addr, state_dir=settings.state_dir, allow_root=settings.allow_root)
     return ProcessEngine(node_addr, images=settings.images, state_dir=settings.state_dir)
 

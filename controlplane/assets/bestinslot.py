@@ -5,7 +5,8 @@ from decimal import Decimal
 
 import msgspec
 
-from controlplane.assets.indexer import Http, overall
+from controlplane.assets.http import Http
+from controlplane.assets.indexer import overall
 
 
 class _Balance(msgspec.Struct):

@@ -3,30 +3,23 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from decimal import Decimal
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import aiohttp
 import msgspec
 import structlog
 
 from controlplane.assets.address import InvalidAddress, parse_address
-from controlplane.assets.bestinslot import BestInSlot
-from controlplane.assets.indexer import Http, Indexer, IndexerFault
-from controlplane.assets.ledger import Ledger
-from controlplane.assets.maestro import Maestro
-from controlplane.assets.opi import Opi
-from controlplane.assets.settings import LEDGER, Provider, Settings
-from controlplane.assets.unisat import Unisat
-from controlplane.assets.xverse import Xverse
+from controlplane.assets.indexer import Indexer, IndexerFault
+from controlplane.assets.settings import Settings
 from controlplane.errors import AssetUnknown, InvalidArgument
+
+if TYPE_CHECKING:
+    from controlplane.assets.adapters import Adapters
 
 #: Addresses being looked up at once; past it callers are told to try again.
 LOOKUPS: Final = 512
-#: Connections to all indexers together.
-CONNECTIONS: Final = 64
 #: An indexer that has failed is asked last for so long.
 REST_S: Final = 15.0
 #: What a caller is told to wait when nobody answers.
@@ -55,8 +48,7 @@ class Assets:
         self._settings = settings
         self._monotonic = monotonic
         self._keys = [provider.key() for provider in settings.providers]
-        self._session: aiohttp.ClientSession | None = None
-        self._indexers: Sequence[Indexer] = ()
+        self._adapters: Adapters | None = None
         self._rest_until: dict[Indexer, float] = {}
         self._not_before: dict[Indexer, float] = {}
         self._remembered: OrderedDict[str, tuple[float, Holdings]] = OrderedDict()
@@ -98,8 +90,8 @@ class Assets:
         for lookup in lookups:
             lookup.cancel()
         await asyncio.gather(*lookups, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        if self._adapters is not None:
+            await self._adapters.close()
 
     def _looked_up(self, address: str, lookup: asyncio.Task[Holdings]) -> None:
         del self._lookups[address]
@@ -122,7 +114,12 @@ class Assets:
             self._remembered.popitem(last=False)
 
     async def _look_up(self, address: str) -> Holdings:
-        for indexer in self._in_order():
+        if self._adapters is None:
+            # aiohttp takes 8 MiB, and most check nothing. It takes 0.2 s, in which calls go on.
+            make = await asyncio.to_thread(_load)
+            # Here and not in the constructor: its session belongs to a running event loop.
+            self._adapters = self._adapters or make(self._settings, self._keys)
+        for indexer in self._in_order(self._adapters.indexers):
             try:
                 async with asyncio.timeout(self._settings.timeout_s):
                     balances = await indexer.balances(address, self._settings.tickers)
@@ -138,15 +135,13 @@ class Assets:
                 return held
         raise AssetUnknown(retry_after_s=RETRY_AFTER_S)
 
-    def _in_order(self) -> list[Indexer]:
+    def _in_order(self, indexers: list[Indexer]) -> list[Indexer]:
         """By preference, those that have just failed last: a dead one costs its time limit once, not at every check.
 
         Who told us for how long to stay away is not asked at all until then.
         """
-        if not self._indexers:
-            self._connect()
         now = self._monotonic()
-        willing = (indexer for indexer in self._indexers if self._not_before.get(indexer, 0.0) <= now)
+        willing = (indexer for indexer in indexers if self._not_before.get(indexer, 0.0) <= now)
         return sorted(willing, key=lambda indexer: self._rest_until.get(indexer, 0.0) > now)
 
     def _let_rest(self, indexer: Indexer, reason: str, seconds: float) -> None:
@@ -155,31 +150,8 @@ class Assets:
         self._rest_until[indexer] = now + REST_S
         self._not_before[indexer] = now + seconds
 
-    def _connect(self) -> None:
-        # Here and not in the constructor: a session belongs to a running event loop.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # Our own time limit is around all requests of one indexer.
-            timeout=aiohttp.ClientTimeout(total=None),
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "ngpu"},
-        )
-        http = Http(self._session)
-        self._indexers = [
-            _indexer(provider, key, http, self._settings.network)
-            for provider, key in zip(self._settings.providers, self._keys, strict=True)
-        ]
 
+def _load() -> "type[Adapters]":
+    from controlplane.assets.adapters import Adapters
 
-def _indexer(provider: Provider, key: str, http: Http, network: str) -> Indexer:
-    if provider.kind == LEDGER:
-        return Ledger(Path(provider.path), network)
-    if provider.kind == "opi":
-        return Opi(http, provider.url())
-    keyed: Mapping[str, Callable[[Http, str, str], Indexer]] = {
-        "unisat": Unisat,
-        "bestinslot": BestInSlot,
-        "xverse": Xverse,
-        "maestro": Maestro,
-    }
-    return keyed[provider.kind](http, provider.url(), key)
+    return Adapters

@@ -5,7 +5,8 @@ from decimal import Decimal
 
 import msgspec
 
-from controlplane.assets.indexer import PAGES, Http, IndexerFault, overall
+from controlplane.assets.http import Http
+from controlplane.assets.indexer import PAGES, IndexerFault, overall
 
 
 class _Balance(msgspec.Struct):

@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from controlplane.assets.indexer import Http, IndexerFault, overall
+from controlplane.assets.http import Http
+from controlplane.assets.indexer import IndexerFault, overall
 
 #: Balances are integers of this fraction of a token.
 _UNIT: Final = Decimal(10) ** -18

@@ -6,7 +6,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from controlplane.assets.indexer import Http, IndexerFault, overall
+from controlplane.assets.http import Http
+from controlplane.assets.indexer import IndexerFault, overall
 
 
 class _Balance(msgspec.Struct, rename="camel"):

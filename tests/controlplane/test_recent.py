@@ -7,7 +7,7 @@ import pytest
 from controlplane import recent
 from controlplane.model import State
 from controlplane.recent import RECENT_S, VIEW_BYTES, Recent
-from controlplane.slots import Response
+from controlplane.slots import Headers, Response
 from controlplane.tasks import TaskView
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -21,8 +21,9 @@ class Clock:
         return self.now
 
 
-def view(task_id: str, body: bytes = b"") -> TaskView:
-    return TaskView(task_id, "w-1", State.COMPLETED, 1, NOW, response=Response(200, body=body, size=len(body)))
+def view(task_id: str, body: bytes = b"", headers: Headers = ()) -> TaskView:
+    response = Response(200, headers, body, len(body))
+    return TaskView(task_id, "w-1", State.COMPLETED, 1, NOW, response=response)
 
 
 def test_it_is_known_for_a_while() -> None:
@@ -58,3 +59,12 @@ def test_bodies_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.get("b") is known.get("c") is None
     known.keep(view("d", b"x" * 2 * VIEW_BYTES))
     assert known.get("d") is not None
+
+
+def test_headers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Recent(Clock())
+    monkeypatch.setattr(recent, "BYTES", 3 * VIEW_BYTES)
+    known.keep(view("a", headers=(("x-long", b"x" * VIEW_BYTES),)))
+    known.keep(view("b"))
+    assert known.get("a") is None
+    assert known.get("b") is not None

@@ -1,0 +1,40 @@
+"""What the three programs keep in memory: no library that they do not need, nothing for long that is free."""
+
+import subprocess
+import sys
+
+import pytest
+from ngpu import heap
+
+LOADED = "import sys, {program}.__main__; print(*{{name.partition('.')[0] for name in sys.modules}})"
+
+
+@pytest.mark.parametrize(
+    ("program", "unneeded"),
+    [
+        ("controlplane", {"rich", "pygments", "aiohttp", "alembic", "docker"}),
+        ("nodedaemon", {"rich", "pygments", "aiohttp", "docker", "requests", "sqlalchemy"}),
+        ("httpbridge", {"rich", "pygments", "yaml", "docker", "sqlalchemy"}),
+    ],
+)
+def test_a_program_starts_without_what_it_may_never_need(program: str, unneeded: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(program=program)], capture_output=True, text=True, check=True
+    )
+    assert not unneeded & set(done.stdout.split())
+
+
+def test_the_command_line_has_its_colours_all_the_same() -> None:
+    code = "from ngpu import lean; import structlog, rich.console; print(structlog.dev.rich)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+
+
+def test_what_is_free_is_given_back_when_work_ends_and_now_and_then_while_it_lasts() -> None:
+    work, used, given = heap.Work(now=0.0, used=0.0), 0.0, []
+    for now in range(2, 61, 2):
+        # Half a core from the 11th second to the 36th, else next to nothing.
+        used += 1.0 if 10 < now <= 36 else 0.001
+        if work.is_due(float(now), used):
+            given.append(now)
+    assert given == [12, 22, 32, 38]
