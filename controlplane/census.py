@@ -167,6 +167,11 @@ class Node(msgspec.Struct, frozen=True):
         """It was cut off for good."""
         return self.revoke_time is not None
 
+    @property
+    def gpu_tests(self) -> dict[str, int]:
+        """The tests that it is asked for: their numbers by GPU id."""
+        return {gpu_id: memory.tests.number for gpu_id, memory in self.memories.items() if memory.tests.number}
+
 
 class Past(msgspec.Struct, frozen=True, omit_defaults=True):
     """What of a node's past is on disk, its times as seconds since 1970."""

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
 import msgspec
@@ -43,6 +43,8 @@ STALL_S: Final = 2.0
 #: long the last plan took, so that planning never takes more than a tenth of the loop it shares with the dispatcher.
 PAUSE_S: Final = 0.05
 PAUSE_PER_PLAN: Final = 9.0
+#: How long a node that says nothing new is seen as it was: its time of service is worth more as it grows.
+VIEW: Final = timedelta(minutes=1)
 #: After a failed write.
 RETRY_S: Final = 1.0
 
@@ -119,8 +121,8 @@ class Deployer:
         #: The nodes as placement sees them, kept for its life: a plan looks at those that changed. The demand is learnt
         #: anew after a start, from what is wanted then.
         self._sites = Sites(policy)
-        #: By node: its view, and what it was made of.
-        self._views: dict[str, tuple[Node, Sequence[Replica], bool, NodeView]] = {}
+        #: By node: its view, and what it was made of, and when.
+        self._views: dict[str, tuple[Node, Sequence[Replica], bool, datetime, NodeView]] = {}
         #: Workspaces as they were when their requests were last counted.
         self._counted: dict[str, Workspace] = {}
         #: How long the last plan took to make.
@@ -288,20 +290,24 @@ class Deployer:
 
     def _survey(self, lost: frozenset[str]) -> None:
         """The nodes as they are now."""
-        nodes = self._fleet.nodes()
+        nodes, time = self._fleet.nodes(), self._clock()
         for addr in self._sites.addrs - {node.addr for node in nodes}:
             self._sites.remove(addr)
             self._views.pop(addr, None)
         for node in nodes:
-            self._sites.put(self._view(node, lost=node.addr in lost))
+            self._sites.put(self._view(node, time, lost=node.addr in lost))
 
-    def _view(self, node: Node, *, lost: bool) -> NodeView:
+    def _view(self, node: Node, time: datetime, *, lost: bool) -> NodeView:
         replicas = self._fleet.replicas_on(node.addr)
-        seen = self._views.get(node.addr)
-        if seen is None or seen[0] is not node or seen[1] is not replicas or seen[2] is not lost:
-            view = room.view_of(node, replicas, self._spec_of, time=self._clock(), lost=lost)
-            seen = self._views[node.addr] = node, replicas, lost, view
-        return seen[3]
+        known = self._views.get(node.addr)
+        if known is not None:
+            seen, beside, was_lost, when, view = known
+            as_it_was = room.looks_alike(seen, node) and beside is replicas and was_lost is lost
+            if as_it_was and abs(time - when) < VIEW:
+                return view
+        view = room.view_of(node, replicas, self._spec_of, time=time, lost=lost)
+        self._views[node.addr] = node, replicas, lost, time, view
+        return view
 
     async def _apply(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -381,7 +387,8 @@ class Deployer:
         before, after = self._fleet.described(spec)
         replicas = () if before is None else self._fleet.replicas_of(before.uid)
         lost = self._lost()
-        views = {node.addr: self._view(node, lost=node.addr in lost) for node in self._fleet.nodes()}
+        time = self._clock()
+        views = {node.addr: self._view(node, time, lost=node.addr in lost) for node in self._fleet.nodes()}
         # Values all, and on a large fleet many: not in the loop that dispatches.
         return await asyncio.to_thread(
             rehearsal.rehearse,
@@ -390,7 +397,7 @@ class Deployer:
             replicas,
             views,
             image_bytes=self._fleet.image_bytes,
-            time=self._clock(),
+            time=time,
             policy=self._policy,
             demand=self._sites.fragmentation,
         )

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from controlplane import admission, census, generations, health, ids, model
 from controlplane.census import Deployment, Move, Node, Replica, Route, Workspace
-from controlplane.errors import Conflict, NodeRevoked, NotFound, Unauthenticated, Unavailable
+from controlplane.errors import Conflict, InvalidArgument, NodeRevoked, NotFound, Unauthenticated, Unavailable
 from controlplane.explain import Decision
 from controlplane.model import Availability
 from controlplane.picture import Picture
@@ -278,6 +278,30 @@ class Fleet(Picture):
         def change(now: Node) -> Node:
             tested = _tested(now) if availability is Availability.OPEN else now.memories
             return replace(now, availability=availability, memories=tested)
+
+        if change(node) != node:
+            await self._write_node(node.addr, change)
+        return self._nodes[node.addr]
+
+    @_change
+    async def test_gpus(self, key: str, gpu_ids: Sequence[str]) -> Node:
+        """Have GPUs in quarantine after an Xid tested without a wait; all such if none are named.
+
+        Raises NodeUnknown; InvalidArgument for a GPU that is not there, or that a test would do nothing for.
+        """
+        node = self.node(key)
+        for gpu_id in gpu_ids:
+            if gpu_id not in node.memories:
+                raise InvalidArgument(f"gpu_ids: node {node.name} has no GPU {gpu_id[:80]!r}.")
+            if not node.memories[gpu_id].xids:
+                raise InvalidArgument(f"gpu_ids: GPU {gpu_id} is not in quarantine after an Xid: no test is needed.")
+        named = gpu_ids or [gpu_id for gpu_id, memory in node.memories.items() if memory.xids]
+        if not named:
+            raise InvalidArgument(f"No GPU of {node.name} is in quarantine after an Xid: no test is needed.")
+
+        def change(now: Node) -> Node:
+            hurried = {gpu_id: health.without_wait(now.memories[gpu_id]) for gpu_id in named}
+            return replace(now, memories={**now.memories, **hurried})
 
         if change(node) != node:
             await self._write_node(node.addr, change)

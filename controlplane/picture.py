@@ -7,9 +7,10 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
+import structlog
 from msgspec.structs import replace
 from ngpu.image import comparable, directory
 
@@ -19,6 +20,8 @@ from controlplane.changes import Changes
 from controlplane.errors import NodeRevoked, NodeUnknown, NotFound
 from controlplane.report import Inventory, ReplicaReport, ReplicaState, Report
 from controlplane.trail import Trail
+
+_log = structlog.get_logger(__name__)
 
 #: Images whose size is remembered, over all nodes.
 IMAGES_KEPT: Final = 10_000
@@ -168,33 +171,73 @@ class Picture:
     def report(self, addr: str, report: Report) -> None:
         """All that is on the node: one message."""
         before = self._nodes[addr]
-        memories = health.judge_all(before.memories, report.inventory.gpus, report.readings, self._monotonic())
+        testable = self._testable(before)
+        memories = health.judge_all(
+            before.memories,
+            report.inventory.gpus,
+            report.readings,
+            self._monotonic(),
+            tests=report.gpu_tests,
+            # A time, so that none that was given out before a restart is given out again.
+            number=int(self._clock().timestamp() * 1000) if testable else 0,
+            testable=testable,
+        )
         doomed = self._doomed(before, report)
         same_images = before.report is not None and before.report.images == report.images
-        same_build = before.report is not None and _built(before.inventory) == _built(report.inventory)
+        same_build = before.report is not None and _same_build(before.inventory, report.inventory)
+        same_replicas = before.report is not None and before.report.replicas is report.replicas
+        same_memories = memories == before.memories and [*memories] == [*before.memories]
         node = replace(
             self._heard(before),
             inventory=report.inventory,
             report=report,
             reports=before.reports + 1,
-            said={said.replica_id: said for said in report.replicas},
+            # What is as it was stays the same object: who has looked at it sees that.
+            said=before.said if same_replicas else {said.replica_id: said for said in report.replicas},
             images=before.images if same_images else self._sizes(report),
-            health={gpu_id: memory.health for gpu_id, memory in memories.items()},
-            memories=memories,
+            health=before.health if same_memories else {gpu_id: memory.health for gpu_id, memory in memories.items()},
+            memories=before.memories if same_memories else memories,
             doomed=doomed,
         )
         self._nodes[addr] = node
         remembers = before.doomed != doomed or any(
-            health.is_news(before.memories.get(gpu_id), memory) for gpu_id, memory in memories.items()
+            health.is_news(before.memories.get(gpu_id), memory)
+            for gpu_id, memory in ({} if same_memories else memories).items()
         )
         if remembers or not same_build:
             self._unsaved.add(addr)
+        if remembers:
+            self._follow_tests(before, node)
         for replica in self.replicas_on(addr):
             self._follow(replica, node)
             if before.said.get(replica.id) != node.said.get(replica.id):
                 self.workspace_changes.touch(replica.workspace_uid)
         if remembers or not (same_images and same_build and before.said == node.said and before.health == node.health):
             self.news.set()
+
+    def _testable(self, node: Node) -> set[str]:
+        """GPUs in quarantine after an Xid that no replica holds."""
+        waiting = {gpu_id for gpu_id, memory in node.memories.items() if memory.xids}
+        if waiting:
+            waiting.difference_update(*(replica.gpu_ids for replica in self.replicas_on(node.addr)))
+        return waiting
+
+    def _follow_tests(self, before: Node, node: Node) -> None:
+        if before.gpu_tests != node.gpu_tests:
+            self.node_changes.touch(node.addr)
+        for gpu_id, memory in node.memories.items():
+            tests, known = memory.tests, before.memories.get(gpu_id)
+            if known is None or known.tests == tests:
+                continue
+            if tests.number and tests.number != known.tests.number:
+                _log.info("gpu_test_asked", node=node.addr, name=node.name, gpu=gpu_id)
+            elif tests.last and not tests.number and known.tests.number:
+                state = tests.last.name
+                _log.info("gpu_test_ended", node=node.addr, name=node.name, gpu=gpu_id, state=state, words=tests.words)
+
+    def time_of(self, monotonic_s: float) -> datetime:
+        """The time of day at that reading of the monotonic clock, to the second: two clocks are never alike."""
+        return (self._clock() + timedelta(seconds=monotonic_s - self._monotonic() + 0.5)).replace(microsecond=0)
 
     def _follow(self, replica: Replica, node: Node) -> None:
         said = node.said.get(replica.id)
@@ -279,6 +322,6 @@ def _put(index: dict[str, tuple[Replica, ...]], key: str, replica: Replica) -> N
     index[key] = tuple(there.values())
 
 
-def _built(inventory: Inventory) -> Inventory:
-    """Without what changes all the time."""
-    return replace(inventory, disk_free_bytes=0)
+def _same_build(one: Inventory, other: Inventory) -> bool:
+    """But for what changes all the time."""
+    return one is other or one == replace(other, disk_free_bytes=one.disk_free_bytes)

@@ -33,6 +33,25 @@ class GpuReading(msgspec.Struct, frozen=True):
     foreign_memory_bytes: int | None = None
 
 
+class GpuTestState(enum.IntEnum):
+    """Where the test of a GPU is. The numbers are the wire's (node.proto) and the database's."""
+
+    WAITING = 1
+    RUNNING = 2
+    PASSED = 3
+    FAILED = 4
+    UNABLE = 5
+
+
+class GpuTest(msgspec.Struct, frozen=True):
+    """How the test of a GPU stands that was asked for under that number."""
+
+    gpu_id: str
+    number: int
+    state: GpuTestState
+    words: str = ""
+
+
 class Inventory(msgspec.Struct, frozen=True):
     """What the machine has."""
 
@@ -101,3 +120,4 @@ class Report(msgspec.Struct, frozen=True):
     attempt_ids: tuple[str, ...] = ()
     goodbye: bool = False
     volumes: tuple[KeptVolume, ...] = ()
+    gpu_tests: tuple[GpuTest, ...] = ()

@@ -93,6 +93,23 @@ def _unknown(_image: str) -> int | None:
     return None
 
 
+def looks_alike(one: Node, other: Node) -> bool:
+    """Does `view_of` see no difference? What a node says again is the same object again."""
+    return (
+        one.inventory is other.inventory
+        and one.health is other.health
+        and one.images is other.images
+        and one.said is other.said
+        and (one.name, one.availability, one.connected) == (other.name, other.availability, other.connected)
+        and (one.failures, _tasks(one)) == (other.failures, _tasks(other))
+    )
+
+
+def _tasks(node: Node) -> int | None:
+    """How many it holds; None: it has not reported."""
+    return None if node.report is None else len(node.report.attempt_ids)
+
+
 def view_of(
     node: Node, replicas: Sequence[Replica], spec_of: Callable[[Replica], Spec], time: datetime, *, lost: bool = False
 ) -> NodeView:
@@ -110,7 +127,7 @@ def view_of(
             held.update(replica.gpu_ids)
     rows = {replica.id for replica in replicas}
     slots = sum(said.capacity for said in node.said.values())
-    tasks = len(node.report.attempt_ids) if node.report else 0
+    tasks = _tasks(node) or 0
     return NodeView(
         addr=node.addr,
         name=node.name,

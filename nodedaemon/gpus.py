@@ -110,6 +110,9 @@ class Gpus:
         #: The ends awaited of children that SIGKILL did not end.
         self._stuck: list[asyncio.Future[int]] = []
         self._read = asyncio.Event()
+        self._next_read = asyncio.Event()
+        #: GPUs that are being tested, by id, and the process that does so; 0: it is about to start.
+        self.tested: dict[str, int] = {}
 
     def inventory(self) -> GpuInventory:
         """GPUs seen since the daemon started; one that has vanished since stays, with an error in its reading."""
@@ -135,6 +138,8 @@ class Gpus:
         if gpu_ids and not self._read.is_set():
             return "the GPUs have not been read yet"
         for gpu_id in gpu_ids:
+            if gpu_id in self.tested:
+                return f"GPU {gpu_id} is being tested"
             if gpu_id not in self._known:
                 return f"there is no GPU {gpu_id} in this machine; {self._inventory.message}".removesuffix("; ")
             reading = self._readings.get(gpu_id, GpuReading(gpu_id, error="it has not been read yet"))
@@ -148,6 +153,12 @@ class Gpus:
     async def read(self) -> None:
         """Returns once there is a first inventory, or the words why not: send no report before."""
         await self._read.wait()
+
+    async def read_again(self) -> None:
+        """Returns once a reading of the GPUs that is begun from now on has ended."""
+        for _ in range(2):
+            # The first may have begun before.
+            await self._next_read.wait()
 
     async def run(self) -> None:
         """Until cancelled; never raises for what a driver does."""
@@ -251,9 +262,12 @@ class Gpus:
             kept.extend(reading.pop("xids"))
             foreign = None
             if processes is not None:
-                foreign = sum(used or 0 for pid, used in processes if self._owns(pid) is False)
+                tests = self.tested.values()
+                foreign = sum(used or 0 for pid, used in processes if pid not in tests and self._owns(pid) is False)
             self._readings[gpu_id] = GpuReading(**reading, foreign_memory_bytes=foreign)
         self._read.set()
+        self._next_read.set()
+        self._next_read = asyncio.Event()
 
     def _all_out(self, why: str) -> None:
         self._inventory = dataclasses.replace(self._inventory, message=why)

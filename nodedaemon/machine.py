@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -19,6 +20,8 @@ log = structlog.get_logger()
 
 #: How often engine and images are asked for.
 SURVEY_S: Final = 15.0
+#: A change of the disk's free space by less is none: it never stands still, and each change is told.
+DISK_STEP_BYTES: Final = 64 * 1024**2
 #: Most images told of.
 IMAGES: Final = 500
 
@@ -54,7 +57,10 @@ class Machine:
     async def survey(self) -> None:
         """Ask the engine. What it said last stays, should it not answer: the replicas' reports say that it is down."""
         try:
-            self.engine = await self._engine.info()
+            now = await self._engine.info()
+            if self.engine.name and abs(now.disk_free_bytes - self.engine.disk_free_bytes) < DISK_STEP_BYTES:
+                now = replace(now, disk_free_bytes=self.engine.disk_free_bytes)
+            self.engine = now
             self.images = (await self._engine.images())[:IMAGES]
         except EngineError as fault:
             log.debug("survey_failed", reason=str(fault))

@@ -174,6 +174,10 @@ class Replicas:
         replica = self._kept.get(replica_id)
         return replica.assignment.gpu_ids if replica else ()
 
+    def holds(self, gpu_id: str) -> bool:
+        """Does a replica that is or should be here have that GPU?"""
+        return any(gpu_id in one.gpu_ids for one in self.assignments() or ())
+
     def kept(self, replica_id: str) -> Replica | None:
         """The replica, if it is looked after here."""
         return self._kept.get(replica_id)

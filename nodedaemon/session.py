@@ -35,6 +35,7 @@ from nodedaemon.dial import (
 from nodedaemon.engine import Assignment, Volume
 from nodedaemon.errors import EnrolRefused, NotEnrolled, Revoked, Superseded
 from nodedaemon.execute import Executor
+from nodedaemon.gpu_tests import GpuTest
 from nodedaemon.gpus import GpuInventory, GpuReading
 from nodedaemon.identity import Identity
 from nodedaemon.machine import Machine
@@ -90,6 +91,19 @@ class Gpus(Protocol):
         """The control plane has these."""
 
 
+class GpuTests(Protocol):
+    """What a session needs of the tests of GPUs."""
+
+    def on_change(self, tell: Callable[[], None]) -> None:
+        """Who hears of every change of what is reported."""
+
+    def apply(self, orders: Iterable[tuple[str, int]]) -> None:
+        """All that are asked for: GPU ids and numbers."""
+
+    def reports(self) -> tuple[GpuTest, ...]:
+        """As they stand."""
+
+
 class Caches(Protocol):
     """What a session needs of the volumes of this node."""
 
@@ -142,6 +156,7 @@ class Session:
         gpus: Gpus,
         machine: Machine,
         caches: Caches | None = None,
+        gpu_tests: GpuTests | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         answer_limit_s: float = ANSWER_LIMIT_S,
@@ -158,15 +173,20 @@ class Session:
         self._gpus = gpus
         self._machine = machine
         self._caches = caches
+        self._gpu_tests = gpu_tests
         self._monotonic = monotonic
         self._backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S, chance=chance)
         self._answer_limit_s = answer_limit_s
         self._report_after_s = REPORT_AFTER_S
         # Reports that were not answered: sequence, when sent, readings in it.
         self._unanswered: deque[tuple[int, float, tuple[GpuReading, ...]]] = deque()
+        # What the last report of this stream said, but for its readings; empty: there was none.
+        self._said = node_pb2.HeartbeatRequest()
         # Something is to be reported before its time.
         self._news = asyncio.Event()
         self._leaving = asyncio.Event()
+        if gpu_tests:
+            gpu_tests.on_change(self.report_soon)
         self.up = False
         self.sessions = 0
 
@@ -255,6 +275,7 @@ class Session:
     async def _heartbeat(self, call: HeartbeatCall) -> None:
         self._report_after_s = REPORT_AFTER_S
         self._unanswered.clear()
+        self._said = node_pb2.HeartbeatRequest()
         self._news.set()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear(call), name="heartbeat: hear")
@@ -293,21 +314,33 @@ class Session:
                 self._gpus.acknowledge(self._unanswered.popleft()[2])
             if self._caches and answer.sequence:
                 self._caches.bury(answer.dead_workspaces)
+            if self._gpu_tests:
+                self._gpu_tests.apply((order.gpu_id, order.number) for order in answer.gpu_tests)
             if not self._leaving.is_set():
                 self._replicas.apply([statement.assignment(message) for message in answer.assignments])
 
     def _report(self, sequence: int, readings: tuple[GpuReading, ...]) -> node_pb2.HeartbeatRequest:
-        """All that is."""
+        """All that is; but for readings, what is as it was said in the report before is not said again."""
+        report = node_pb2.HeartbeatRequest(sequence=sequence, readings=map(statement.reading, readings))
+        standing = self._standing()
+        if standing == self._said:
+            report.same = True
+        else:
+            report.MergeFrom(standing)
+            self._said = standing
+        return report
+
+    def _standing(self) -> node_pb2.HeartbeatRequest:
+        """What is for longer: all but readings."""
         taking = self._executor.taking
         limit = self._caches.volume_limit_bytes if self._caches else 0
         return node_pb2.HeartbeatRequest(
-            sequence=sequence,
             inventory=statement.inventory(self._machine, self._gpus.inventory(), volume_limit_bytes=limit),
-            readings=map(statement.reading, readings),
             replicas=[statement.replica(report, taking=taking) for report in self._replicas.reports()],
             images=statement.images(self._machine.images),
             attempt_ids=self._executor.held(),
             volumes=statement.volumes(self._caches.volumes() if self._caches else ()),
+            gpu_tests=map(statement.gpu_test, self._gpu_tests.reports() if self._gpu_tests else ()),
         )
 
 

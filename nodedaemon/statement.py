@@ -6,6 +6,7 @@ from typing import Final
 from ngpu.v1 import node_pb2, workspace_pb2
 
 from nodedaemon.engine import Assignment, CachedImage, Credentials, Mount, Readiness, Volume
+from nodedaemon.gpu_tests import GpuTest
 from nodedaemon.gpus import GpuInventory, GpuReading
 from nodedaemon.machine import Machine
 from nodedaemon.replicas import ReplicaReport
@@ -58,6 +59,12 @@ def reading(now: GpuReading) -> node_pb2.GpuReading:
         error=now.error,
         foreign_memory_bytes=now.foreign_memory_bytes,
     )
+
+
+def gpu_test(test: GpuTest) -> node_pb2.GpuTest:
+    """A test that is asked for, as it stands."""
+    state = node_pb2.GpuTestState.ValueType(test.state)
+    return node_pb2.GpuTest(gpu_id=test.gpu_id, number=test.number, state=state, words=test.words)
 
 
 def replica(report: ReplicaReport, *, taking: bool) -> node_pb2.ReplicaReport:

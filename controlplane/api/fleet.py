@@ -15,7 +15,9 @@ from controlplane.deployer import Deployer
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NodeRevoked, NotFound
 from controlplane.fleet import Fleet, Node
+from controlplane.health import GpuTests, Memory, next_test_s
 from controlplane.model import Attempt, Availability, Role, State, Task, Token
+from controlplane.report import GpuTestState
 from controlplane.store import Store
 
 #: How long a node's token is good if nothing else is said.
@@ -74,6 +76,12 @@ class FleetApi:
         _log.info("node_revoked", node=node.addr, name=node.name, by=caller.principal.id)
         return pb.RevokeNodeResponse()
 
+    async def test_gpus(self, request: pb.TestGpusRequest, caller: Caller) -> pb.TestGpusResponse:
+        """See fleet.proto."""
+        node = await self._fleet.test_gpus(self._find(request.node).addr, request.gpu_ids)
+        _log.info("gpu_tests_called_for", node=node.addr, gpus=list(request.gpu_ids), by=caller.principal.id)
+        return pb.TestGpusResponse(node=self._node(node))
+
     def _find(self, key: str) -> Node:
         try:
             return self._fleet.node(key)
@@ -93,7 +101,12 @@ class FleetApi:
             last_seen_time=translate.timestamp(node.last_seen_time),
             inventory=translate.inventory(node.inventory),
             gpu_health=[
-                pb.GpuHealth(gpu_id=gpu_id, grade=int(health.grade), reason=health.reason)  # type: ignore[arg-type]
+                pb.GpuHealth(
+                    gpu_id=gpu_id,
+                    grade=int(health.grade),  # type: ignore[arg-type]
+                    reason=health.reason,
+                    test=self._test(node.memories[gpu_id]),
+                )
                 for gpu_id, health in node.health.items()
             ],
             replicas=len(replicas),
@@ -101,6 +114,22 @@ class FleetApi:
             ip=node.ip,
             # Replicas with shares may hold the same one.
             gpu_ids_in_use=dict.fromkeys(gpu_id for replica in replicas for gpu_id in replica.gpu_ids),
+        )
+
+    def _test(self, memory: Memory) -> pb.GpuTestStanding | None:
+        tests = memory.tests
+        if tests == GpuTests():
+            return None
+        asked = 0
+        if tests.number:
+            asked = GpuTestState.RUNNING if tests.running else GpuTestState.WAITING
+        waits = memory.xids and tests.count and not tests.number
+        return pb.GpuTestStanding(
+            asked=int(asked),  # type: ignore[arg-type]
+            last=int(tests.last or 0),  # type: ignore[arg-type]
+            words=tests.words,
+            last_end_time=translate.timestamp(self._fleet.time_of(tests.ended_s)) if tests.last else None,
+            next_time=translate.timestamp(self._fleet.time_of(next_test_s(tests))) if waits else None,
         )
 
     # Tokens.

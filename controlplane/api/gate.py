@@ -76,6 +76,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.FleetService.GetNode": _FRONT,
     "ngpu.v1.FleetService.SetNodeAvailability": _OPERATOR,
     "ngpu.v1.FleetService.RevokeNode": _OPERATOR,
+    "ngpu.v1.FleetService.TestGpus": _OPERATOR,
     "ngpu.v1.FleetService.CreateToken": _OPERATOR,
     "ngpu.v1.FleetService.ListTokens": _OPERATOR,
     "ngpu.v1.FleetService.RevokeToken": _OPERATOR,

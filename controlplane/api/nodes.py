@@ -17,6 +17,7 @@ from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NodeRevoked, NodeUnknown, NotFound, Unauthenticated, Unavailable
 from controlplane.fleet import Fleet, Node
 from controlplane.flights import Flights
+from controlplane.report import Report
 
 #: Changes of what a node should run are told after this long, so that a plan's many changes go in one message.
 DEBOUNCE_S: Final = 0.05
@@ -126,12 +127,8 @@ class Nodes:
                 self._deployer.session_down(addr, heart.goodbye, number)
                 _log.info("node_heartbeat_ended", node=addr, goodbye=heart.goodbye)
 
-    def hear(self, addr: str, message: pb.HeartbeatRequest) -> None:
-        """Take a report in. Raises InvalidArgument."""
-        try:
-            report = translate.report_of(message)
-        except ValueError as error:
-            raise InvalidArgument(f"The report has a value that this version does not know: {error}.") from error
+    def hear(self, addr: str, report: Report) -> None:
+        """Take a report in."""
         self._deployer.report(addr, report)
         self._flights.hear(addr, report.readings)
         self._dispatcher.held(addr, report.attempt_ids)
@@ -141,11 +138,15 @@ class Nodes:
         return pb.HeartbeatResponse(
             assignments=[translate.assignment(one) for one in self._deployer.desired(addr)],
             report_after_ms=self._report_after_ms,
+            gpu_tests=[
+                pb.GpuTestOrder(gpu_id=gpu_id, number=number)
+                for gpu_id, number in self._fleet.node(addr).gpu_tests.items()
+            ],
         )
 
-    def dead(self, message: pb.HeartbeatRequest) -> list[str]:
+    def dead(self, report: Report) -> list[str]:
         """Of the workspaces whose volumes a report names, those that are deleted or not known."""
-        uids = dict.fromkeys(one.workspace_uid for one in message.volumes[:VOLUMES])
+        uids = dict.fromkeys(one.workspace_uid for one in report.volumes[:VOLUMES])
         return [uid for uid in uids if not self._lives(uid)]
 
     def _lives(self, workspace_uid: str) -> bool:
@@ -191,6 +192,8 @@ class _Heart:
         self._addr = session.node_addr
         self._stream = stream
         self._heard = nodes.now()
+        #: The last one.
+        self._report: Report | None = None
         self._due = asyncio.Event()
         self._sequence = 0
         self._dead: list[str] = []
@@ -200,11 +203,12 @@ class _Heart:
         """Take reports in until there are no more."""
         while (message := await self._stream.read()) is not None:
             self._heard = self._nodes.now()
-            self._nodes.hear(self._addr, message)
-            if message.goodbye:
+            report = self._report = _report_of(message, self._report)
+            self._nodes.hear(self._addr, report)
+            if report.goodbye:
                 self.goodbye = True
                 return
-            self._sequence, self._dead = message.sequence, self._nodes.dead(message)
+            self._sequence, self._dead = message.sequence, self._nodes.dead(report)
             self._due.set()
 
     async def answer_all(self) -> None:
@@ -243,6 +247,15 @@ def session_of(caller: Caller) -> Session:
     session = caller.principal.session
     assert session is not None, "the gate lets only nodes with a session in"
     return session
+
+
+def _report_of(message: pb.HeartbeatRequest, before: Report | None) -> Report:
+    if message.same and before is None:
+        raise InvalidArgument("same: the first report of a stream must say all.")
+    try:
+        return translate.report_of(message, before)
+    except ValueError as error:
+        raise InvalidArgument(f"The report has a value that this version does not know: {error}.") from error
 
 
 def _addr_of(text: str) -> str:

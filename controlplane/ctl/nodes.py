@@ -1,18 +1,19 @@
 """`ngpu node`: the machines that take part, and what they may take."""
 
 from collections import Counter
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from ngpu.v1 import fleet_pb2 as pb
+from ngpu.v1 import node_pb2
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from controlplane.ctl.command import connected
 from controlplane.ctl.output import cell, counted, facts, short, table
 from controlplane.ctl.session import Session
-from controlplane.ctl.units import age_text, size_text, time_text
+from controlplane.ctl.units import age_text, duration_text, size_text, time_text
 from controlplane.ctl.workspaces import confirm
 
 app = typer.Typer(no_args_is_help=True, help="Nodes: the machines that take part.")
@@ -120,12 +121,50 @@ def _shown(node: pb.Node, now: datetime) -> RenderableType:
                 size_text(gpu.memory_bytes),
                 use,
                 cell(grade, _GRADES.get(one.grade, "dim")),
-                one.reason,
+                why(one, now),
                 gpu.id,
             )
         )
     columns = ("GPU", "MODEL", "MEMORY", "USE", "HEALTH", "WHY", "ID")
     return Group(head, "", table(*columns, rows=rows, right=("GPU",)))
+
+
+def why(health: pb.GpuHealth, now: datetime) -> str:
+    """Why a GPU is as it is, and how it stands with its tests."""
+    test = health.test
+    words = [health.reason] if health.reason else []
+    if test.last == node_pb2.GPU_TEST_STATE_PASSED and not words:
+        words.append(f"passed its test {age_text(test.last_end_time, now)} ({test.words})")
+    if test.HasField("next_time"):
+        left = (test.next_time.ToDatetime(UTC) - now).total_seconds()
+        words.append(f"next test in {duration_text(left)}" if left > 0 else "its next test is due")
+    return "; ".join(words)
+
+
+@app.command("test")
+@connected
+def have_tested(
+    session: Session,
+    node: Which,
+    gpu: Annotated[str, typer.Argument(metavar="GPU", help="Its number or id; else all in quarantine.")] = "",
+) -> None:
+    """Have GPUs that are in quarantine after an Xid tested now, without the wait that follows an earlier test.
+
+    The node writes most of the GPU's memory full and reads it back, and has it compute. A GPU that passes takes
+    replicas again by itself. It is tested once nothing runs on it; `ngpu node show NODE` tells how it stands.
+
+    \b
+    Examples:
+      ngpu node test node-7
+      ngpu node test node-7 0
+    """
+    request = pb.TestGpusRequest(node=node)
+    if gpu:
+        there = session.call(session.fleet.GetNode, pb.GetNodeRequest(node=node)).node
+        request.gpu_ids.append(next((one.id for one in there.inventory.gpus if str(one.index) == gpu), gpu))
+    answer = session.call(session.fleet.TestGpus, request)
+    name = answer.node.name or answer.node.addr
+    session.out.answer(answer, lambda: cell(f"{name} is asked: ngpu node show {name}"))
 
 
 @app.command()
@@ -150,7 +189,10 @@ def cordon(session: Session, node: Which) -> None:
 @app.command()
 @connected
 def uncordon(session: Session, node: Which) -> None:
-    """Let a node take everything again, after `cordon` or `drain`."""
+    """Let a node take everything again, after `cordon` or `drain`.
+
+    It is also your word that its GPUs were tested: those in quarantine after an Xid take replicas again.
+    """
     _set(session, node, pb.AVAILABILITY_OPEN, "takes replicas again")
 
 

@@ -45,10 +45,11 @@ KINDS: Final = {
     "slow": Kind(("TIMES",), True, "requests, pulls and starts take so many times as long (4x)"),
     "gpu-xid": Kind(("GPU", "XID"), False, "the driver reports that Xid error of its GPU of that index"),
     "gpu-lost": Kind(("GPU",), True, "the driver no longer reaches that GPU"),
+    "gpu-bad": Kind(("GPU",), True, "that GPU fails the test that follows an Xid"),
     "container-exit": Kind(("CODE",), False, "one of its containers, by chance, ends with that code"),
     "pull-fail": Kind((), True, "no registry answers: pulls fail"),
     "disk-full": Kind((), True, "no room for images: pulls fail"),
-    "heal": Kind((), False, "ends silence, slow, gpu-lost, pull-fail and disk-full"),
+    "heal": Kind((), False, "ends silence, slow, gpu-lost, gpu-bad, pull-fail and disk-full"),
 }
 
 #: What `--chaos` does: how often each comes, against the others; and between how many seconds it lasts.
@@ -63,7 +64,7 @@ CHAOS: Final = {
     "pull-fail": (1, (5.0, 30.0)),
     "disk-full": (1, (5.0, 30.0)),
 }
-#: The application's, one that a restart mends, and two of the GPU itself: those stay until its operator has tested it.
+#: The application's, one that a restart mends, and two of the GPU itself: those stay until it has passed a test.
 XIDS: Final = (13, 31, 94, 48, 79)
 #: How a container ends: by its own fault, and killed.
 CODES: Final = (1, 137)

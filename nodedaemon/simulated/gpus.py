@@ -1,4 +1,4 @@
-"""The GPUs of a simulated node: the real `Gpus`, fed with what a driver would say."""
+"""The GPUs of a simulated node, and their tests: the real `Gpus` and `GpuTests`, fed with what a driver would say."""
 
 import asyncio
 import hashlib
@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from nodedaemon.engine import GIB
+from nodedaemon.gpu_tests import GpuTests, Outcome, State
 from nodedaemon.gpus import Gpus
 
 #: Memory of a GPU whose model does not say it.
 USUAL_GIB: Final = 24
+#: How long a test takes.
+TEST_S: Final = 1.0
 #: NVML's words.
 LOST: Final = "GPU is lost"
 #: Xids of one GPU that wait for the next reading.
@@ -63,6 +66,10 @@ class SimulatedGpus(Gpus):
             self._pending[index].append(code)
         self._due.set()
 
+    def id_of(self, index: int) -> str:
+        """The id of the GPU of that index."""
+        return str(self._built_in[index]["id"])
+
     def look(self) -> None:
         """Read again: something has happened."""
         self._due.set()
@@ -87,6 +94,20 @@ class SimulatedGpus(Gpus):
             "recovery_action": 0,
             "processes": [],
         }
+
+
+class SimulatedGpuTests(GpuTests):
+    """`bad`: ids of GPUs that fail."""
+
+    def __init__(self, gpus: SimulatedGpus, held: Callable[[str], bool], bad: Callable[[str], bool]) -> None:
+        super().__init__(gpus, held)
+        self._bad = bad
+
+    async def _examine(self, gpu_id: str) -> Outcome:
+        await asyncio.sleep(TEST_S)
+        if self._bad(gpu_id):
+            return State.FAILED, "its memory does not keep what is written (simulated)"
+        return State.PASSED, "as a simulated GPU is"
 
 
 def _id_of(node_addr: str, index: int) -> str:

@@ -27,7 +27,7 @@ from nodedaemon.session import GOODBYE_LIMIT_S, Session
 from nodedaemon.simulated.containers import Pace
 from nodedaemon.simulated.engine import WHOLE, SimulatedEngine
 from nodedaemon.simulated.faults import Fault, words_of
-from nodedaemon.simulated.gpus import SimulatedGpus
+from nodedaemon.simulated.gpus import SimulatedGpus, SimulatedGpuTests
 from nodedaemon.simulated.line import LineDialler
 from nodedaemon.spool import Spool
 
@@ -66,6 +66,7 @@ class SimulatedNode:
         self._engine = SimulatedEngine(name, pace, chance)
         self._gpus: SimulatedGpus | None = None
         self._lost_gpus: set[int] = set()
+        self._bad_gpus: set[int] = set()
         self._session: Session | None = None
         self._token = ""
         self._wanted = asyncio.Event()
@@ -124,6 +125,9 @@ class SimulatedNode:
         machine.cpus = float(CPUS_PER_GPU * max(1, self.hardware.gpus))
         machine.memory_bytes = MEMORY_PER_GPU * max(1, self.hardware.gpus)
         replicas = Replicas(engine, may_start=lambda assignment: gpus.refusal(assignment.gpu_ids))
+        gpu_tests = SimulatedGpuTests(
+            gpus, replicas.holds, lambda gpu_id: gpu_id in [gpus.id_of(index) for index in self._bad_gpus]
+        )
         relay = Relay()
         spool = Spool(self._home / "spool", limit_bytes=SPOOL_BYTES)
         journal = Journal(self._home / "journal")
@@ -142,12 +146,14 @@ class SimulatedNode:
             replicas=replicas,
             gpus=gpus,
             machine=machine,
+            gpu_tests=gpu_tests,
         )
         self._gpus, self._session = gpus, session
         try:
             async with asyncio.TaskGroup() as group:
                 loops = [
                     group.create_task(gpus.run(), name="gpus"),
+                    group.create_task(gpu_tests.run(), name="gpu tests"),
                     group.create_task(machine.run(), name="machine"),
                     group.create_task(replicas.run(), name="replicas"),
                     group.create_task(executor.run(), name="executor"),
@@ -216,6 +222,8 @@ class SimulatedNode:
                 self._gpus.xid(fault.gpu, fault.number)
             case "gpu-lost":
                 self._lost_gpus.add(fault.gpu)
+            case "gpu-bad":
+                self._bad_gpus.add(fault.gpu)
             case "pull-fail" | "disk-full":
                 self._engine.pull_fault = fault.kind
             case "heal":
@@ -232,6 +240,8 @@ class SimulatedNode:
                 self._pace.slow = 1.0
             case "gpu-lost":
                 self._lost_gpus.discard(fault.gpu)
+            case "gpu-bad":
+                self._bad_gpus.discard(fault.gpu)
             case "pull-fail" | "disk-full":
                 self._engine.pull_fault = ""
         self._news()
@@ -240,6 +250,7 @@ class SimulatedNode:
         self.line.mend()
         self._pace.slow = 1.0
         self._lost_gpus.clear()
+        self._bad_gpus.clear()
         self._engine.pull_fault = ""
 
     def _news(self) -> None:
@@ -279,6 +290,7 @@ class SimulatedNode:
             "silence": self.line.cut_off,
             f"slow {self._pace.slow:g}x": self._pace.slow != 1.0,
             **{f"gpu-lost {index}": True for index in sorted(self._lost_gpus)},
+            **{f"gpu-bad {index}": True for index in sorted(self._bad_gpus)},
             self._engine.pull_fault: bool(self._engine.pull_fault),
         }
 

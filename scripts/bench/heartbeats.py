@@ -1,7 +1,8 @@
 """What idle nodes cost the control plane: simulated daemons, each on a connection of its own, reporting every 5 s.
 
-Each enrols with a one-time token, logs in with its key, and keeps both streams of a real daemon; its reports say 8 GPUs
-with their readings and 10 images. CPU is the control plane's, user and system; `idle` is without nodes.
+Each enrols with a one-time token, logs in with its key, and keeps both streams of a real daemon; its first report says
+8 GPUs and 10 images, and all others, as a real daemon's, how the GPUs are and that the rest is as before. CPU is the
+control plane's, user and system; `idle` is without nodes.
 """
 
 import argparse

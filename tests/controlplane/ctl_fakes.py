@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 import grpc
@@ -30,7 +30,7 @@ NODE = "0xCac10F51814E8e425a6877951fecb7746161c669"
 
 def at(second: int = 0) -> Timestamp:
     stamp = Timestamp()
-    stamp.FromDatetime(datetime(2026, 1, 31, 14, 0, second, tzinfo=UTC))
+    stamp.FromDatetime(datetime(2026, 1, 31, 14, 0, tzinfo=UTC) + timedelta(seconds=second))
     return stamp
 
 

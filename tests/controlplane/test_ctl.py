@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ngpu.v1 import fleet_pb2 as fleet
 from ngpu.v1 import node_pb2 as node
 from ngpu.v1 import workspace_pb2 as workspace
 
+from controlplane.ctl.nodes import why
 from tests.controlplane.ctl_fakes import (
     ID,
     NODE,
@@ -370,6 +372,42 @@ def test_node_availability(plane: FakeControlPlane, ngpu: Ngpu, command: str, av
     assert plane.last().availability == fleet.Availability.Value(f"AVAILABILITY_{availability}")
 
 
+@pytest.mark.parametrize(
+    ("reason", "test", "said"),
+    [
+        ("Xid 79", fleet.GpuTestStanding(asked=node.GPU_TEST_STATE_RUNNING), "Xid 79"),
+        (
+            "",
+            fleet.GpuTestStanding(last=node.GPU_TEST_STATE_PASSED, words="20 GiB", last_end_time=at()),
+            "passed its test 1h ago (20 GiB)",
+        ),
+        ("Xid 79", fleet.GpuTestStanding(last=node.GPU_TEST_STATE_PASSED, words="20 GiB"), "Xid 79"),
+        (
+            "Xid 79",
+            fleet.GpuTestStanding(last=node.GPU_TEST_STATE_FAILED, next_time=at(3700)),
+            "Xid 79; next test in 1m 40s",
+        ),
+        (
+            "Xid 79",
+            fleet.GpuTestStanding(last=node.GPU_TEST_STATE_UNABLE, next_time=at()),
+            "Xid 79; its next test is due",
+        ),
+    ],
+)
+def test_node_show_tells_how_it_stands_with_tests(reason: str, test: fleet.GpuTestStanding, said: str) -> None:
+    assert why(fleet.GpuHealth(reason=reason, test=test), datetime(2026, 1, 31, 15, 0, tzinfo=UTC)) == said
+
+
+def test_node_test(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    plane.answers["TestGpus"] = fleet.TestGpusResponse(node=a_gpu_node())
+    plane.answers["GetNode"] = fleet.GetNodeResponse(node=a_gpu_node())
+    assert ngpu("node", "test", "node-1").stdout == "node-1 is asked: ngpu node show node-1\n"
+    assert plane.last() == fleet.TestGpusRequest(node="node-1")
+    for given, asked in (("1", "GPU-1"), ("GPU-1", "GPU-1"), ("9", "9")):
+        ngpu("node", "test", "node-1", given)
+        assert plane.last() == fleet.TestGpusRequest(node="node-1", gpu_ids=[asked])
+
+
 def test_node_revoke(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["RevokeNode"] = fleet.RevokeNodeResponse()
     assert "node-1 is revoked" in ngpu("node", "revoke", "node-1", "--yes").stdout
@@ -586,6 +624,7 @@ def test_version(ngpu: Ngpu) -> None:
         "plan",
         *("route publish", "route list", "route delete", "explain task", "explain workspace"),
         *("node list", "node show", "node drain", "node cordon", "node uncordon", "node revoke"),
+        "node test",
         *("token create", "token list", "token revoke", "asset check"),
         *("task submit", "task result", "task show", "task list", "task cancel", "version"),
     ],

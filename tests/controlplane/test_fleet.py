@@ -16,7 +16,18 @@ from controlplane.generations import VERSIONS
 from controlplane.health import Grade
 from controlplane.migrations import migrate
 from controlplane.model import Availability, Role, Token
-from controlplane.report import CachedImage, Gpu, GpuReading, Inventory, ReplicaReport, ReplicaState, Report
+from controlplane.report import (
+    CachedImage,
+    Gpu,
+    GpuReading,
+    GpuTest,
+    GpuTestState,
+    Inventory,
+    ReplicaReport,
+    ReplicaState,
+    Report,
+)
+from controlplane.room import looks_alike
 from controlplane.spec import GIB, Spec
 from controlplane.store import Store
 from tests.controlplane.fake_rows import FakeRows
@@ -359,6 +370,19 @@ async def test_only_what_plans_are_made_of_is_news(fleet: Fleet, changes: dict[s
     assert fleet.news.is_set() is news
 
 
+async def test_a_node_that_only_reads_its_gpus_anew_looks_as_it_did(fleet: Fleet) -> None:
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    fleet.session_up(ADDR, "")
+    fleet.report(ADDR, REPORT)
+    before = fleet.node("a")
+    fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", temperature_c=70, utilization=90),)))
+    after = fleet.node("a")
+    assert looks_alike(before, after)
+    assert (after.reports, after.memories) == (before.reports + 1, before.memories)
+    fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", error="lost"),)))
+    assert not looks_alike(after, fleet.node("a"))
+
+
 async def test_what_a_node_says_of_itself_is_kept_but_not_at_every_heartbeat(
     fleet: Fleet, rows: FakeRows, time: Time
 ) -> None:
@@ -477,6 +501,9 @@ async def test_what_is_known_of_a_gpus_past_survives_kill_9(fleet: Fleet, rows: 
     fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", xids=(79,)),)))
     fleet.count_failure(ADDR)
     await fleet.save_seen()
+    time.pass_s(1)
+    fleet.report(ADDR, REPORT)
+    await fleet.save_seen()
     writes = len(rows.writes)
     time.pass_s(1)
     fleet.report(ADDR, REPORT)
@@ -503,6 +530,75 @@ async def test_what_is_known_of_a_gpus_past_survives_kill_9(fleet: Fleet, rows: 
     third.session_up(ADDR, "")
     third.report(ADDR, REPORT)
     assert third.node("a").health["GPU-1"].grade is Grade.OK, "the word that it was tested is on disk"
+
+
+async def test_tests_of_gpus_survive_kill_9(fleet: Fleet, rows: FakeRows, time: Time) -> None:
+    def says(fleet: Fleet, *xids: int, state: GpuTestState | None = None, words: str = "") -> None:
+        time.pass_s(1)
+        number = fleet.node("a").gpu_tests.get("GPU-1", 0)
+        tests = (GpuTest("GPU-1", number, state, words),) if state else ()
+        fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", xids=xids),), gpu_tests=tests))
+
+    async def after_kill_9(fleet: Fleet) -> Fleet:
+        await fleet.save_seen()
+        time.now_s = 7.0
+        again = opened(rows, time)
+        await again.load()
+        again.session_up(ADDR, "")
+        return again
+
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    with pytest.raises(InvalidArgument, match="No GPU of a is in quarantine after an Xid"):
+        await fleet.test_gpus("a", [])
+    fleet.session_up(ADDR, "")
+    says(fleet, 79)
+    seen = fleet.node_changes.version(ADDR)
+    says(fleet)
+    (number,) = fleet.node("a").gpu_tests.values()
+    assert fleet.node_changes.version(ADDR) != seen, "the node is told at once"
+
+    # The same test goes on.
+    fleet = await after_kill_9(fleet)
+    assert fleet.node("a").gpu_tests == {"GPU-1": number}
+    says(fleet, state=GpuTestState.RUNNING)
+    fleet = await after_kill_9(fleet)
+    seen = fleet.node_changes.version(ADDR)
+    says(fleet, state=GpuTestState.FAILED, words="bad memory")
+    assert fleet.node("a").gpu_tests == {}
+    assert fleet.node_changes.version(ADDR) != seen
+
+    # What it found and how long to wait are not forgotten, nor that an operator does not want to.
+    fleet = await after_kill_9(fleet)
+    says(fleet)
+    assert "it failed its test: bad memory" in fleet.node("a").health["GPU-1"].reason
+    assert fleet.node("a").gpu_tests == {}
+    await fleet.test_gpus(ADDR, ["GPU-1"])
+    fleet = await after_kill_9(fleet)
+    says(fleet)
+    assert fleet.node("a").gpu_tests["GPU-1"] > number, "a test that is new has a number that is"
+    says(fleet, state=GpuTestState.PASSED)
+    fleet = await after_kill_9(fleet)
+    says(fleet)
+    assert fleet.node("a").health["GPU-1"].grade is Grade.OK
+
+
+async def test_a_gpu_is_tested_only_once_no_replica_holds_it(fleet: Fleet, time: Time) -> None:
+    await fleet.enroll_node(ADDR, "a", token_id="t-1")
+    fleet.session_up(ADDR, "")
+    one = replica(await fleet.create_workspace(SPEC))
+    await fleet.add_replicas([one])
+    fleet.report(ADDR, replace(REPORT, readings=(GpuReading("GPU-1", xids=(79,)),)))
+    for stopped in (one, replace(one, drain_time=time.now), replace(one, stop_time=time.now)):
+        await fleet.update_replicas([stopped])
+        fleet.report(ADDR, REPORT)
+        assert fleet.node("a").gpu_tests == {}
+    await fleet.update_replicas([replace(one, stop_time=time.now, gone_time=time.now)])
+    fleet.report(ADDR, REPORT)
+    assert list(fleet.node("a").gpu_tests) == ["GPU-1"]
+    # To open the node is the operator's word: what was asked for is not any more.
+    await fleet.set_availability("a", Availability.CORDONED)
+    await fleet.set_availability("a", Availability.OPEN)
+    assert fleet.node("a").gpu_tests == {}
 
 
 async def test_a_write_that_fails_is_made_later(fleet: Fleet, rows: FakeRows) -> None:

@@ -3,15 +3,21 @@
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.health import (
     APPLICATION_XIDS,
     EVACUATE_AFTER_S,
+    FIRST_WAIT_S,
     FOREIGN_MEMORY_BYTES,
     QUARANTINE_XIDS,
     RECOVER_AFTER_S,
     RESTART_XIDS,
+    WAIT_CAP_S,
+    WELL_S,
+    WORDS_KEPT,
     XIDS_KEPT,
+    GpuTests,
     Grade,
     Health,
     Memory,
@@ -20,12 +26,15 @@ from controlplane.health import (
     judge,
     judge_all,
     moved,
+    next_test_s,
     restarts,
+    without_wait,
 )
-from controlplane.report import Gpu, GpuReading
+from controlplane.report import Gpu, GpuReading, GpuTest, GpuTestState
 
 OK = GpuReading("GPU-1", utilization=10, temperature_c=60, clocks_event_reasons=0, recovery_action=0)
 GIB = 1024**3
+WAITING, RUNNING, PASSED, FAILED, UNABLE = GpuTestState
 
 
 def reading(**values: object) -> GpuReading:
@@ -39,10 +48,41 @@ class Card:
     memory: Memory = field(default_factory=Memory)
     now_s: float = 1000.0
 
+    #: Of the test that is asked for next.
+    number: int = 100
+
     def reads(self, sign: GpuReading | None, *, after_s: float = 5.0) -> Health:
+        """A report while a replica holds the GPU."""
         self.now_s += after_s
         self.memory = judge(self.memory, sign, self.now_s)
         return self.memory.health
+
+    def is_free(
+        self,
+        sign: GpuReading | None = None,
+        state: GpuTestState | None = None,
+        words: str = "",
+        *,
+        number: int = 0,
+        after_s: float = 5.0,
+    ) -> Health:
+        """A report while no replica does, with what it says of the test that was asked for, or of another."""
+        self.now_s += after_s
+        self.number += 1
+        number = number or self.memory.tests.number
+        test = GpuTest("GPU-1", number, state, words) if state else None
+        self.memory = judge(self.memory, sign or OK, self.now_s, test=test, number=self.number)
+        return self.memory.health
+
+    @property
+    def asked(self) -> int:
+        return self.memory.tests.number
+
+    def ends(self, state: GpuTestState, words: str = "") -> Health:
+        """The test that is asked for runs and ends."""
+        assert self.asked
+        self.is_free(state=RUNNING)
+        return self.is_free(state=state, words=words)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +113,16 @@ def test_each_sign_has_its_grade_and_words(sign: GpuReading | None, grade: Grade
     assert bool(health.reason) is (grade is not Grade.OK)
 
 
+def test_a_well_gpu_that_says_nothing_stays_as_it_is() -> None:
+    memory = judge(Memory(), OK, 1000.0)
+    assert judge(memory, replace(OK, utilization=99, temperature_c=80, memory_used_bytes=GIB), 2000.0) is memory
+
+
 def test_all_reasons_are_told() -> None:
     health = Card().reads(reading(error="Timeout", xids=(48,)))
     assert health.reason == (
-        "cannot be read: Timeout; Xid 48 (double-bit memory error): reset and test the GPU, then open the node again"
+        "cannot be read: Timeout; Xid 48 (double-bit memory error): "
+        "it is tested once no replica holds it and no other grave sign is left"
     )
 
 
@@ -125,6 +171,166 @@ def test_a_test_does_not_take_back_a_level() -> None:
     card.reads(reading(row_remap_failed=True))
     card.memory = after_test(card.memory)
     assert card.reads(reading(row_remap_failed=True)).grade is Grade.QUARANTINED
+
+
+def test_a_gpu_that_has_passed_its_test_is_well_again() -> None:
+    card = Card()
+    assert not card.reads(reading(xids=(79,))).evacuate
+    assert card.reads(OK, after_s=EVACUATE_AFTER_S).evacuate
+    assert not card.asked
+    assert card.is_free().reason == "Xid 79 (GPU has fallen off the bus): its node is asked to test it"
+    number = card.asked
+    assert card.is_free(state=WAITING).grade is Grade.QUARANTINED
+    assert card.is_free(state=RUNNING).reason == "Xid 79 (GPU has fallen off the bus): it is being tested"
+    assert card.asked == number
+    assert card.is_free(state=PASSED, words="20 GiB") == Health()
+    assert (card.asked, card.memory.tests.last, card.memory.tests.words) == (0, PASSED, "20 GiB")
+    assert card.is_free() == Health()
+
+
+def test_a_gpu_that_was_never_used_is_tested_at_once() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    assert card.asked
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        reading(error="GPU is lost"),
+        reading(row_remap_pending=True),
+        reading(row_remap_failed=True),
+        reading(recovery_action=1),
+        reading(foreign_memory_bytes=8 * GIB),
+    ],
+)
+def test_what_a_test_cannot_lift_is_not_tested_and_stays(sign: GpuReading) -> None:
+    card = Card()
+    card.reads(reading(xids=(63,)))
+    for _ in range(10):
+        assert card.is_free(sign).grade is Grade.QUARANTINED
+        assert not card.asked
+    # Once it has ended, the Xid is what is left. If it comes back meanwhile, a test that is passed does not lift it.
+    card.is_free()
+    assert card.asked
+    card.is_free(state=RUNNING)
+    after = card.is_free(sign, PASSED)
+    assert after.grade is Grade.QUARANTINED
+    assert "Xid" not in after.reason
+
+
+def test_without_an_xid_nothing_is_tested() -> None:
+    card = Card()
+    for sign in (OK, reading(error="Timeout"), reading(row_remap_pending=True), OK, reading(xids=(13, 94))):
+        card.is_free(sign)
+        assert not card.asked
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (FAILED, "it failed its test: bad; reset or replace it, it is tested again"),
+        (UNABLE, "the test cannot be run: bad; mend that, or reset and test it yourself and uncordon the node"),
+    ],
+)
+def test_a_test_that_is_not_passed_is_repeated_after_growing_waits(state: GpuTestState, reason: str) -> None:
+    card = Card()
+    card.reads(reading(xids=(48,)))
+    card.is_free()
+    waits = []
+    for _ in range(10):
+        assert card.ends(state, "bad").reason == f"Xid 48 (double-bit memory error): {reason}"
+        assert not card.asked
+        waits.append(next_test_s(card.memory.tests) - card.now_s)
+        card.is_free(after_s=waits[-1] - 1)
+        assert not card.asked
+        card.is_free(after_s=1)
+    assert waits == [min(FIRST_WAIT_S * 2**n, WAIT_CAP_S) for n in range(10)]
+    # Unless somebody says that it is to be now: then they begin anew.
+    card.ends(state)
+    card.memory = without_wait(card.memory)
+    card.is_free()
+    card.ends(state)
+    assert next_test_s(card.memory.tests) - card.now_s == FIRST_WAIT_S
+
+
+def test_a_test_that_was_passed_before_the_xid_counts_for_nothing() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    first = card.asked
+    # Another comes before the test has begun: what was asked for is void, and its outcome too.
+    card.is_free(reading(xids=(48,)))
+    assert card.asked not in (0, first)
+    assert card.is_free(state=PASSED, number=first).grade is Grade.QUARANTINED
+    assert card.ends(PASSED) == Health()
+
+
+@pytest.mark.parametrize("state", [RUNNING, PASSED])
+def test_an_xid_during_a_test_fails_it(state: GpuTestState) -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    card.is_free(state=RUNNING)
+    number = card.asked
+    health = card.is_free(reading(xids=(95,)), state)
+    assert "it failed its test: Xid 95 (uncontained memory error) came meanwhile" in health.reason
+    assert card.is_free(state=PASSED, number=number).grade is Grade.QUARANTINED
+    assert not card.asked
+    card.is_free(after_s=FIRST_WAIT_S)
+    assert card.asked
+
+
+def test_an_application_s_xid_does_not() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    card.is_free(state=RUNNING)
+    assert card.is_free(reading(xids=(13, 94)), PASSED) == Health()
+
+
+def test_a_test_that_takes_its_machine_down_is_not_repeated_at_once() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    # It may take a while until the node has heard of it.
+    card.is_free()
+    assert card.asked
+    card.is_free(state=RUNNING)
+    assert "the test cannot be run: the node or its daemon went down meanwhile" in card.is_free().reason
+    assert not card.asked
+
+
+def test_a_gpu_that_passes_and_fails_again_waits_longer_unless_it_was_well_for_long() -> None:
+    card = Card()
+    for n in range(4):
+        card.reads(reading(xids=(79,)), after_s=60.0)
+        card.is_free(after_s=FIRST_WAIT_S * 2 ** (n - 1) - 66 if n else 5)
+        assert bool(card.asked) is (n == 0)
+        card.is_free()
+        card.is_free()
+        assert card.ends(PASSED) == Health()
+    card.reads(reading(xids=(79,)), after_s=WELL_S)
+    card.is_free()
+    assert card.asked
+
+
+def test_an_operators_word_ends_a_test_and_forgets_earlier_ones() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    card.ends(FAILED)
+    card.memory = after_test(card.memory)
+    assert (card.is_free(), card.memory.tests) == (Health(), GpuTests())
+
+
+def test_what_a_node_says_of_a_test_is_bounded() -> None:
+    card = Card()
+    card.reads(reading(xids=(79,)))
+    card.is_free()
+    card.ends(FAILED, "x" * 10_000)
+    assert len(card.memory.tests.words) == WORDS_KEPT
 
 
 def test_xids_remembered_are_bounded_and_told_once() -> None:
@@ -189,11 +395,14 @@ def test_only_a_contained_error_restarts_the_container() -> None:
 def test_a_past_can_be_moved_to_another_clock(by_s: float) -> None:
     card = Card()
     card.reads(reading(xids=(79,), clocks_event_reasons=0x08))
+    card.is_free()
+    card.ends(FAILED)
     moved_on = Card(moved(card.memory, by_s), card.now_s + by_s)
     for after_s in (1.0, 14.0, 70.0):
         there, here = moved_on.reads(OK, after_s=after_s), card.reads(OK, after_s=after_s)
         assert there == here
     assert moved(moved(card.memory, by_s), -by_s) == card.memory
+    assert next_test_s(moved(card.memory, by_s).tests) == pytest.approx(next_test_s(card.memory.tests) + by_s)
 
 
 def test_what_of_a_gpus_past_is_worth_keeping() -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from controlplane.census import Node, Replica, Workspace
 from controlplane.errors import Unavailable
-from controlplane.grade import Health
+from controlplane.grade import Grade, Health
+from controlplane.model import Availability
 from controlplane.placement import Need
 from controlplane.report import Gpu, Inventory, ReplicaReport, ReplicaState, Report
-from controlplane.room import Room, newly_wanted, view_of
+from controlplane.room import Room, looks_alike, newly_wanted, view_of
 from controlplane.sites import Sites
 from controlplane.spec import GIB, GpuNeed, Scale, Spec
 from tests.controlplane.test_deployer import SPEC, Plant
@@ -41,6 +43,34 @@ async def plant() -> AsyncIterator[Plant]:
 
 def replica(number: int, *gpu_ids: str, generation: int = 1) -> Replica:
     return Replica(f"r-{number}", "w-1", "0xa", generation, gpu_ids, NOW)
+
+
+def test_a_node_that_says_nothing_new_looks_as_it_did() -> None:
+    quiet = replace(NODE, heard_s=9.0, last_seen_time=NOW, reports=7, report=Report(INVENTORY, images=()))
+    assert looks_alike(NODE, quiet)
+    assert view_of(NODE, (), lambda _: SPEC, NOW) == view_of(quiet, (), lambda _: SPEC, NOW)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "b"},
+        {"connected": False},
+        {"availability": Availability.DRAINING},
+        {"inventory": replace(INVENTORY, disk_free_bytes=1)},
+        {"health": {card.id: Health(Grade.QUARANTINED, "broken") for card in CARDS}},
+        {"images": {"demo:1": 5}},
+        {"failures": 1},
+        {"report": None},
+        {"report": Report(INVENTORY, attempt_ids=("t.1",))},
+        {"said": {}},
+    ],
+)
+def test_a_node_that_changes_does_not_look_alike(change: dict[str, Any]) -> None:
+    loaded = replace(NODE, said={"r-2": ReplicaReport("r-2", ReplicaState.READY, capacity=4)})
+    changed = replace(loaded, **change)
+    assert view_of(loaded, (), lambda _: SPEC, NOW) != view_of(changed, (), lambda _: SPEC, NOW)
+    assert not looks_alike(loaded, changed)
 
 
 def test_a_view_is_the_node_less_what_its_replicas_hold() -> None:

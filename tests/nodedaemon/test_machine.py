@@ -1,4 +1,4 @@
-"""What the machine's operator allows, and that the control plane is told of it."""
+"""What is told of the machine, and what its operator allows."""
 
 import pytest
 
@@ -6,13 +6,24 @@ from nodedaemon import statement
 from nodedaemon.config import load
 from nodedaemon.errors import ConfigFault
 from nodedaemon.gpus import GpuInventory
-from nodedaemon.machine import Machine
+from nodedaemon.machine import DISK_STEP_BYTES, Machine
 from tests.nodedaemon.fake_engine import FakeEngine
 
 
 def machine(patterns: str) -> Machine:
     settings = load(None, {"allowed_images": patterns})
     return Machine(FakeEngine(), allowed_images=settings.image_patterns)
+
+
+async def test_free_disk_that_hardly_changes_is_told_as_it_was() -> None:
+    engine = FakeEngine()
+    node = Machine(engine)
+    told = []
+    for free in (1, DISK_STEP_BYTES, DISK_STEP_BYTES + 1, 2 * DISK_STEP_BYTES, 1):
+        engine.disk_free_bytes = free
+        await node.survey()
+        told.append(node.engine.disk_free_bytes)
+    assert told == [1, 1, DISK_STEP_BYTES + 1, DISK_STEP_BYTES + 1, 1]
 
 
 def test_images_that_are_not_allowed_are_refused_with_what_is() -> None:

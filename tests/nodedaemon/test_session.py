@@ -262,6 +262,30 @@ async def test_change_is_reported_at_once(boot: Boot, plane: FakeControlPlane) -
     assert (await plane.report()).replicas[0].replica_id == "r-1"
 
 
+async def test_what_is_as_before_is_said_once_a_stream(boot: Boot, plane: FakeControlPlane) -> None:
+    plane.report_after_ms = 300
+    node = boot()
+    node.gpus.now = (GpuReading("GPU-1", utilization=1),)
+    assert (await plane.report()).HasField("inventory")
+    node.gpus.now = (GpuReading("GPU-1", utilization=2),)
+    second = await plane.report()
+    assert second.same
+    assert {field.name for field, _ in second.ListFields()} == {"sequence", "readings", "same"}
+    # Readings are never left out.
+    assert second.readings[0].utilization == 2
+    plane.desired = [desired()]
+    while (changed := await plane.report()).same:
+        pass
+    assert changed.HasField("inventory")
+    assert changed.replicas[0].replica_id == "r-1"
+    plane.session = "forgotten"
+    plane.end_heartbeat(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+    while (anew := await plane.report()).sequence != 1:
+        pass
+    assert anew.HasField("inventory")
+    assert anew.replicas[0].replica_id == "r-1"
+
+
 async def test_pace_is_the_control_planes(boot: Boot, plane: FakeControlPlane) -> None:
     plane.report_after_ms = 300
     boot()

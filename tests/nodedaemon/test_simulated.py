@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 
 from nodedaemon.__main__ import app
 from nodedaemon.engine import Assignment, DiskFull, Readiness, RegistryUnreachable
+from nodedaemon.gpu_tests import State
 from nodedaemon.readiness import probe
 from nodedaemon.simulated import door, faults
+from nodedaemon.simulated import gpus as simulated_gpus
 from nodedaemon.simulated.containers import Pace
 from nodedaemon.simulated.engine import SimulatedEngine
 from nodedaemon.simulated.faults import BadFault, Fault
 from nodedaemon.simulated.fleet import Fleet, Plan
-from nodedaemon.simulated.gpus import SimulatedGpus, memory_gib
+from nodedaemon.simulated.gpus import SimulatedGpus, SimulatedGpuTests, memory_gib
 from nodedaemon.simulated.line import Line, LineChannel, LineDialler
 from nodedaemon.simulated.node import Hardware
 from tests.nodedaemon.fake_engine import FakeTime, settle
@@ -57,6 +59,7 @@ def engine(time: FakeTime | None = None, pace: Pace = FAST) -> SimulatedEngine:
         ("slow sim-001 2.5 10", Fault("slow", "sim-001", times=2.5, lasts_s=10)),
         ("gpu-xid sim-001 0 79", Fault("gpu-xid", "sim-001", gpu=0, number=79)),
         ("gpu-lost sim-001 3 500ms", Fault("gpu-lost", "sim-001", gpu=3, lasts_s=0.5)),
+        ("gpu-bad sim-001 3", Fault("gpu-bad", "sim-001", gpu=3)),
         ("container-exit sim-001 137", Fault("container-exit", "sim-001", number=137)),
         ("heal sim-001", Fault("heal", "sim-001")),
     ],
@@ -305,7 +308,8 @@ async def test_what_lasts_ends_unless_it_was_said_anew(tmp_path: Path) -> None:
     await fleet.suffer(Fault("silence", "sim-001", lasts_s=10))
     await fleet.suffer(Fault("slow", "any", times=4))
     await fleet.suffer(Fault("gpu-lost", "sim-001", gpu=2, lasts_s=10))
-    assert node.status()["faults"] == ["silence", "slow 4x", "gpu-lost 2"]
+    await fleet.suffer(Fault("gpu-bad", "sim-001", gpu=1, lasts_s=10))
+    assert node.status()["faults"] == ["silence", "slow 4x", "gpu-lost 2", "gpu-bad 1"]
     await time.advance(5)
     await fleet.suffer(Fault("silence", "sim-001", lasts_s=10))
     await time.advance(6)
@@ -314,6 +318,22 @@ async def test_what_lasts_ends_unless_it_was_said_anew(tmp_path: Path) -> None:
     assert node.status()["faults"] == ["slow 4x"]
     await fleet.suffer(Fault("heal", "sim-001"))
     assert node.status()["faults"] == []
+
+
+async def test_a_gpu_of_a_simulated_node_passes_its_test_unless_it_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_gpus, "TEST_S", 0.0)
+    gpus, bad = SimulatedGpus("0xA", "NVIDIA L4", 2, dict), set[str]()
+    tests = SimulatedGpuTests(gpus, lambda _: False, bad.__contains__)
+    loops = [asyncio.create_task(each.run()) for each in (gpus, tests)]
+    await gpus.read()
+    bad.add(gpus.id_of(1))
+    tests.apply([(gpus.id_of(0), 7), (gpus.id_of(1), 7)])
+    await settle()
+    assert [(one.number, one.state) for one in tests.reports()] == [(7, State.PASSED), (7, State.FAILED)]
+    for loop in loops:
+        loop.cancel()
 
 
 async def test_a_node_that_was_killed_returns_when_told_or_in_time(tmp_path: Path) -> None:

@@ -172,6 +172,34 @@ async def test_reports_are_answered_by_their_number(there: House) -> None:
     call.cancel()
 
 
+async def test_report_may_leave_out_what_is_as_before(there: House) -> None:
+    node = Node(there, gpus=2)
+    await node.join()
+    await node.login()
+    call: Any = node.client.nodes.Heartbeat(metadata=node.client.auth, timeout=DEADLINE_S)
+    await call.write(node.report(1))
+    await call.read()
+    # What it says is heeded at once, the rest is as it was.
+    brief = node_pb2.HeartbeatRequest(sequence=2, readings=node.report(2).readings, same=True)
+    brief.readings[0].xids.append(79)
+    await call.write(brief)
+    assert (await call.read()).sequence == 2
+    known = await seen(there, "node-1")
+    assert [gpu.model for gpu in known.inventory.gpus] == ["NVIDIA A100"] * 2
+    assert [health.grade for health in known.gpu_health] == [fleet_pb2.GRADE_QUARANTINED, fleet_pb2.GRADE_OK]
+    call.cancel()
+
+
+async def test_first_report_of_a_stream_must_say_all(there: House) -> None:
+    node = Node(there)
+    await node.join()
+    await node.login()
+    call: Any = node.client.nodes.Heartbeat(metadata=node.client.auth, timeout=DEADLINE_S)
+    with refused(*INVALID, "first report"):
+        await call.write(node_pb2.HeartbeatRequest(sequence=1, same=True))
+        await call.read()
+
+
 async def test_node_is_told_whose_volumes_are_to_go(there: House) -> None:
     node = Node(there)
     await node.join()

@@ -213,24 +213,70 @@ class GpuHealth(_message.Message):
     GPU_ID_FIELD_NUMBER: _builtins.int
     GRADE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    TEST_FIELD_NUMBER: _builtins.int
     gpu_id: _builtins.str
     grade: Global___Grade.ValueType
     reason: _builtins.str
     """In words; empty when OK."""
+    @_builtins.property
+    def test(self) -> Global___GpuTestStanding:
+        """The test that an Xid calls for; unset: none was called for since it was last known to be well."""
+
     def __init__(
         self,
         *,
         gpu_id: _builtins.str = ...,
         grade: Global___Grade.ValueType = ...,
         reason: _builtins.str = ...,
+        test: Global___GpuTestStanding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["test", b"test"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_id", b"gpu_id", "grade", b"grade", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_id", b"gpu_id", "grade", b"grade", "reason", b"reason", "test", b"test"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GpuHealth: _TypeAlias = GpuHealth  # noqa: Y015
+
+@_typing.final
+class GpuTestStanding(_message.Message):
+    """The test of a GPU after an Xid, as the control plane sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASKED_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    LAST_END_TIME_FIELD_NUMBER: _builtins.int
+    NEXT_TIME_FIELD_NUMBER: _builtins.int
+    asked: _node_pb2.GpuTestState.ValueType
+    """The one that is asked for; UNSPECIFIED: none is."""
+    last: _node_pb2.GpuTestState.ValueType
+    """How the last one ended: PASSED, FAILED or UNABLE; UNSPECIFIED: none has."""
+    words: _builtins.str
+    """What the last one tested, found, or why it could not be run."""
+    @_builtins.property
+    def last_end_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def next_time(self) -> _timestamp_pb2.Timestamp:
+        """When the next one is due, if the last did not pass; it may have to wait longer, as the reason says."""
+
+    def __init__(
+        self,
+        *,
+        asked: _node_pb2.GpuTestState.ValueType = ...,
+        last: _node_pb2.GpuTestState.ValueType = ...,
+        words: _builtins.str = ...,
+        last_end_time: _timestamp_pb2.Timestamp | None = ...,
+        next_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_end_time", b"last_end_time", "next_time", b"next_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "last", b"last", "last_end_time", b"last_end_time", "next_time", b"next_time", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuTestStanding: _TypeAlias = GpuTestStanding  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):
@@ -405,6 +451,56 @@ class RevokeNodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeNodeResponse: _TypeAlias = RevokeNodeResponse  # noqa: Y015
+
+@_typing.final
+class TestGpusRequest(_message.Message):
+    """Which GPUs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_IDS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Address or name."""
+    @_builtins.property
+    def gpu_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Empty: all that are in quarantine after an Xid."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        gpu_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_ids", b"gpu_ids", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestGpusRequest: _TypeAlias = TestGpusRequest  # noqa: Y015
+
+@_typing.final
+class TestGpusResponse(_message.Message):
+    """The node as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node(self) -> Global___Node: ...
+    def __init__(
+        self,
+        *,
+        node: Global___Node | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestGpusResponse: _TypeAlias = TestGpusResponse  # noqa: Y015
 
 @_typing.final
 class Token(_message.Message):

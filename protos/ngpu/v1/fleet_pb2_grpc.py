@@ -56,6 +56,11 @@ class FleetServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_fleet__pb2.RevokeNodeRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_fleet__pb2.RevokeNodeResponse.FromString,
                 _registered_method=True)
+        self.TestGpus = channel.unary_unary(
+                '/ngpu.v1.FleetService/TestGpus',
+                request_serializer=ngpu_dot_v1_dot_fleet__pb2.TestGpusRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_fleet__pb2.TestGpusResponse.FromString,
+                _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/ngpu.v1.FleetService/CreateToken',
                 request_serializer=ngpu_dot_v1_dot_fleet__pb2.CreateTokenRequest.SerializeToString,
@@ -112,6 +117,15 @@ class FleetServiceServicer(object):
 
     def RevokeNode(self, request, context):
         """Cut a node off for good: its key is refused, its sessions end, its work moves. Idempotent. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TestGpus(self, request, context):
+        """Have GPUs of a node that are in quarantine after an Xid tested as soon as may be, without the wait that follows an earlier test. A GPU is
+        tested once no replica holds it and no other grave sign is left; if it passes it is open again. Idempotent.
+        Errors: NOT_FOUND (node), INVALID_ARGUMENT (no such GPU on it, or not in quarantine after an Xid: a test would change nothing).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,6 +191,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.RevokeNode,
                     request_deserializer=ngpu_dot_v1_dot_fleet__pb2.RevokeNodeRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_fleet__pb2.RevokeNodeResponse.SerializeToString,
+            ),
+            'TestGpus': grpc.unary_unary_rpc_method_handler(
+                    servicer.TestGpus,
+                    request_deserializer=ngpu_dot_v1_dot_fleet__pb2.TestGpusRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_fleet__pb2.TestGpusResponse.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
@@ -314,6 +333,33 @@ class FleetService(object):
             '/ngpu.v1.FleetService/RevokeNode',
             ngpu_dot_v1_dot_fleet__pb2.RevokeNodeRequest.SerializeToString,
             ngpu_dot_v1_dot_fleet__pb2.RevokeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TestGpus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.FleetService/TestGpus',
+            ngpu_dot_v1_dot_fleet__pb2.TestGpusRequest.SerializeToString,
+            ngpu_dot_v1_dot_fleet__pb2.TestGpusResponse.FromString,
             options,
             channel_credentials,
             insecure,

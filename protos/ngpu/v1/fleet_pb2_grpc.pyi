@@ -45,6 +45,11 @@ class FleetServiceStub:
     """
     RevokeNode: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RevokeNodeRequest, _fleet_pb2.RevokeNodeResponse]
     """Cut a node off for good: its key is refused, its sessions end, its work moves. Idempotent. Errors: NOT_FOUND."""
+    TestGpus: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.TestGpusRequest, _fleet_pb2.TestGpusResponse]
+    """Have GPUs of a node that are in quarantine after an Xid tested as soon as may be, without the wait that follows an earlier test. A GPU is
+    tested once no replica holds it and no other grave sign is left; if it passes it is open again. Idempotent.
+    Errors: NOT_FOUND (node), INVALID_ARGUMENT (no such GPU on it, or not in quarantine after an Xid: a test would change nothing).
+    """
     CreateToken: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.CreateTokenRequest, _fleet_pb2.CreateTokenResponse]
     """Make a token. Its secret is in the answer and nowhere else: only a hash is kept. Errors: INVALID_ARGUMENT."""
     ListTokens: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListTokensRequest, _fleet_pb2.ListTokensResponse]
@@ -78,6 +83,11 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """
     RevokeNode: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RevokeNodeRequest, _fleet_pb2.RevokeNodeResponse]  # type: ignore[assignment]
     """Cut a node off for good: its key is refused, its sessions end, its work moves. Idempotent. Errors: NOT_FOUND."""
+    TestGpus: _aio.UnaryUnaryMultiCallable[_fleet_pb2.TestGpusRequest, _fleet_pb2.TestGpusResponse]  # type: ignore[assignment]
+    """Have GPUs of a node that are in quarantine after an Xid tested as soon as may be, without the wait that follows an earlier test. A GPU is
+    tested once no replica holds it and no other grave sign is left; if it passes it is open again. Idempotent.
+    Errors: NOT_FOUND (node), INVALID_ARGUMENT (no such GPU on it, or not in quarantine after an Xid: a test would change nothing).
+    """
     CreateToken: _aio.UnaryUnaryMultiCallable[_fleet_pb2.CreateTokenRequest, _fleet_pb2.CreateTokenResponse]  # type: ignore[assignment]
     """Make a token. Its secret is in the answer and nowhere else: only a hash is kept. Errors: INVALID_ARGUMENT."""
     ListTokens: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListTokensRequest, _fleet_pb2.ListTokensResponse]  # type: ignore[assignment]
@@ -132,6 +142,17 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.RevokeNodeResponse, _abc.Awaitable[_fleet_pb2.RevokeNodeResponse]]:
         """Cut a node off for good: its key is refused, its sessions end, its work moves. Idempotent. Errors: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def TestGpus(
+        self,
+        request: _fleet_pb2.TestGpusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.TestGpusResponse, _abc.Awaitable[_fleet_pb2.TestGpusResponse]]:
+        """Have GPUs of a node that are in quarantine after an Xid tested as soon as may be, without the wait that follows an earlier test. A GPU is
+        tested once no replica holds it and no other grave sign is left; if it passes it is open again. Idempotent.
+        Errors: NOT_FOUND (node), INVALID_ARGUMENT (no such GPU on it, or not in quarantine after an Xid: a test would change nothing).
+        """
 
     @_abc_1.abstractmethod
     def CreateToken(

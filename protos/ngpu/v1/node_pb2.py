@@ -29,13 +29,15 @@ from ngpu.v1 import task_pb2 as ngpu_dot_v1_dot_task__pb2
 from ngpu.v1 import workspace_pb2 as ngpu_dot_v1_dot_workspace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ngpu/v1/node.proto\x12\x07ngpu.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14ngpu/v1/flight.proto\x1a\x12ngpu/v1/http.proto\x1a\x12ngpu/v1/task.proto\x1a\x17ngpu/v1/workspace.proto\"%\n\x10\x43hallengeRequest\x12\x11\n\tnode_addr\x18\x01 \x01(\t\"\"\n\x11\x43hallengeResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"?\n\x08KeyProof\x12\x11\n\tnode_addr\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"N\n\rEnrollRequest\x12 \n\x05proof\x18\x01 \x01(\x0b\x32\x11.ngpu.v1.KeyProof\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x1e\n\x0e\x45nrollResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x0cLoginRequest\x12 \n\x05proof\x18\x01 \x01(\x0b\x32\x11.ngpu.v1.KeyProof\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"4\n\rLoginResponse\x12\x15\n\rsession_token\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x8e\x02\n\x10HeartbeatRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12%\n\tinventory\x18\x02 \x01(\x0b\x32\x12.ngpu.v1.Inventory\x12%\n\x08readings\x18\x03 \x03(\x0b\x32\x13.ngpu.v1.GpuReading\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.ngpu.v1.ReplicaReport\x12$\n\x06images\x18\x05 \x03(\x0b\x32\x14.ngpu.v1.CachedImage\x12\x13\n\x0b\x61ttempt_ids\x18\x06 \x03(\t\x12\x0f\n\x07goodbye\x18\x07 \x01(\x08\x12$\n\x07volumes\x18\x08 \x03(\x0b\x32\x13.ngpu.v1.KeptVolume\"E\n\nKeptVolume\x12\x15\n\rworkspace_uid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xa7\x02\n\tInventory\x12\x1a\n\x04gpus\x18\x01 \x03(\x0b\x32\x0c.ngpu.v1.Gpu\x12\x0c\n\x04\x63pus\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x06 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x07 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x08 \x01(\t\x12\n\n\x02os\x18\t \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_version\x18\n \x01(\t\x12\x13\n\x0bgpu_message\x18\x0b \x01(\t\x12\x1a\n\x12volume_limit_bytes\x18\x0c \x01(\x04\x12\x16\n\x0e\x61llowed_images\x18\r \x03(\t\"Y\n\x03Gpu\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x12\n\npci_bus_id\x18\x05 \x01(\t\"\xaf\x04\n\nGpuReading\x12\x0e\n\x06gpu_id\x18\x01 \x01(\t\x12\x1e\n\x11memory_used_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0butilization\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rtemperature_c\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07power_w\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12!\n\x14\x63locks_event_reasons\x18\x06 \x01(\x04H\x04\x88\x01\x01\x12\x1c\n\x0f\x65\x63\x63_uncorrected\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x1e\n\x11row_remap_pending\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x1d\n\x10row_remap_failed\x18\t \x01(\x08H\x07\x88\x01\x01\x12\x1c\n\x0frecovery_action\x18\n \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04xids\x18\x0b \x03(\r\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12!\n\x14\x66oreign_memory_bytes\x18\r \x01(\x04H\t\x88\x01\x01\x42\x14\n\x12_memory_used_bytesB\x0e\n\x0c_utilizationB\x10\n\x0e_temperature_cB\n\n\x08_power_wB\x17\n\x15_clocks_event_reasonsB\x12\n\x10_ecc_uncorrectedB\x14\n\x12_row_remap_pendingB\x13\n\x11_row_remap_failedB\x12\n\x10_recovery_actionB\x17\n\x15_foreign_memory_bytes\"\xb9\x01\n\rReplicaReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ngpu.v1.ReplicaState\x12\x10\n\x08progress\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x11\n\tspec_hash\x18\x07 \x01(\t\x12\x14\n\x0cimage_digest\x18\x08 \x01(\t\"4\n\x0b\x43\x61\x63hedImage\x12\x11\n\treference\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x81\x01\n\x11HeartbeatResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x13.ngpu.v1.Assignment\x12\x17\n\x0freport_after_ms\x18\x03 \x01(\r\x12\x17\n\x0f\x64\x65\x61\x64_workspaces\x18\x04 \x03(\t\"\xbf\x01\n\nAssignment\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eworkspace_name\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12$\n\x04spec\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.WorkspaceSpec\x12\x0f\n\x07gpu_ids\x18\x05 \x03(\t\x12\x11\n\tspec_hash\x18\x06 \x01(\t\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x15\n\rworkspace_uid\x18\x08 \x01(\t\"}\n\x0e\x45xecuteRequest\x12\x1f\n\x06resume\x18\x01 \x01(\x0b\x32\x0f.ngpu.v1.Resume\x12 \n\x07results\x18\x02 \x03(\x0b\x32\x0f.ngpu.v1.Result\x12\x0c\n\x04sent\x18\x03 \x03(\t\x12\x1a\n\x04jobs\x18\x04 \x03(\x0b\x32\x0c.ngpu.v1.Job\")\n\x03Job\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\"(\n\x06Resume\x12\x0f\n\x07running\x18\x01 \x03(\t\x12\r\n\x05\x65nded\x18\x02 \x03(\t\"P\n\x0f\x45xecuteResponse\x12\x1e\n\x06starts\x18\x01 \x03(\x0b\x32\x0e.ngpu.v1.Start\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\t\x12\x0c\n\x04\x61\x63ks\x18\x03 \x03(\t\"\x98\x02\n\x05Start\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\x12%\n\x07request\x18\x04 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\x19\n\x11run_time_limit_ms\x18\x05 \x01(\r\x12!\n\x19response_body_limit_bytes\x18\x06 \x01(\x04\x12\x10\n\x08streamed\x18\x07 \x01(\x08\x12\x1d\n\x03job\x18\x08 \x01(\x0b\x32\x10.ngpu.v1.JobRule\x12\x17\n\x0frecord_after_ms\x18\t \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\n \x01(\r\x12\x15\n\rwait_limit_ms\x18\x0b \x01(\r\"\xbe\x02\n\x06Result\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x08\x64\x65livery\x18\x02 \x01(\x0e\x32\x11.ngpu.v1.Delivery\x12\'\n\x08response\x18\x03 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12!\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x15\n\rsent_after_us\x18\x05 \x01(\x04\x12\x1b\n\x13\x66irst_byte_after_us\x18\x06 \x01(\x04\x12\x1a\n\x12last_byte_after_us\x18\x07 \x01(\x04\x12\x0e\n\x06gpu_us\x18\x08 \x01(\x04\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06job_id\x18\n \x01(\t\x12\x11\n\twaited_us\x18\x0b \x01(\x04\"2\n\x0c\x46\x65tchRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"u\n\x0e\x44\x65liverRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\"9\n\x0f\x44\x65liverResponse\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\rRecordRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x06\x66light\x18\x02 \x01(\x0b\x32\x13.ngpu.v1.NodeFlight\"\x10\n\x0eRecordResponse\"V\n\rTunnelRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1e\n\x0eTunnelResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xc4\x04\n\x0bNodeService\x12\x42\n\tChallenge\x12\x19.ngpu.v1.ChallengeRequest\x1a\x1a.ngpu.v1.ChallengeResponse\x12\x39\n\x06\x45nroll\x12\x16.ngpu.v1.EnrollRequest\x1a\x17.ngpu.v1.EnrollResponse\x12\x36\n\x05Login\x12\x15.ngpu.v1.LoginRequest\x1a\x16.ngpu.v1.LoginResponse\x12\x46\n\tHeartbeat\x12\x19.ngpu.v1.HeartbeatRequest\x1a\x1a.ngpu.v1.HeartbeatResponse(\x01\x30\x01\x12@\n\x07\x45xecute\x12\x17.ngpu.v1.ExecuteRequest\x1a\x18.ngpu.v1.ExecuteResponse(\x01\x30\x01\x12\x38\n\x05\x46\x65tch\x12\x15.ngpu.v1.FetchRequest\x1a\x16.ngpu.v1.FetchResponse0\x01\x12@\n\x07\x44\x65liver\x12\x17.ngpu.v1.DeliverRequest\x1a\x18.ngpu.v1.DeliverResponse(\x01\x30\x01\x12=\n\x06Tunnel\x12\x16.ngpu.v1.TunnelRequest\x1a\x17.ngpu.v1.TunnelResponse(\x01\x30\x01\x12\x39\n\x06Record\x12\x16.ngpu.v1.RecordRequest\x1a\x17.ngpu.v1.RecordResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ngpu/v1/node.proto\x12\x07ngpu.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14ngpu/v1/flight.proto\x1a\x12ngpu/v1/http.proto\x1a\x12ngpu/v1/task.proto\x1a\x17ngpu/v1/workspace.proto\"%\n\x10\x43hallengeRequest\x12\x11\n\tnode_addr\x18\x01 \x01(\t\"\"\n\x11\x43hallengeResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"?\n\x08KeyProof\x12\x11\n\tnode_addr\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"N\n\rEnrollRequest\x12 \n\x05proof\x18\x01 \x01(\x0b\x32\x11.ngpu.v1.KeyProof\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x1e\n\x0e\x45nrollResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x0cLoginRequest\x12 \n\x05proof\x18\x01 \x01(\x0b\x32\x11.ngpu.v1.KeyProof\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"4\n\rLoginResponse\x12\x15\n\rsession_token\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xc1\x02\n\x10HeartbeatRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12%\n\tinventory\x18\x02 \x01(\x0b\x32\x12.ngpu.v1.Inventory\x12%\n\x08readings\x18\x03 \x03(\x0b\x32\x13.ngpu.v1.GpuReading\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.ngpu.v1.ReplicaReport\x12$\n\x06images\x18\x05 \x03(\x0b\x32\x14.ngpu.v1.CachedImage\x12\x13\n\x0b\x61ttempt_ids\x18\x06 \x03(\t\x12\x0f\n\x07goodbye\x18\x07 \x01(\x08\x12$\n\x07volumes\x18\x08 \x03(\x0b\x32\x13.ngpu.v1.KeptVolume\x12#\n\tgpu_tests\x18\t \x03(\x0b\x32\x10.ngpu.v1.GpuTest\x12\x0c\n\x04same\x18\n \x01(\x08\"^\n\x07GpuTest\x12\x0e\n\x06gpu_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.ngpu.v1.GpuTestState\x12\r\n\x05words\x18\x04 \x01(\t\"E\n\nKeptVolume\x12\x15\n\rworkspace_uid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xa7\x02\n\tInventory\x12\x1a\n\x04gpus\x18\x01 \x03(\x0b\x32\x0c.ngpu.v1.Gpu\x12\x0c\n\x04\x63pus\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x06 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x07 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x08 \x01(\t\x12\n\n\x02os\x18\t \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_version\x18\n \x01(\t\x12\x13\n\x0bgpu_message\x18\x0b \x01(\t\x12\x1a\n\x12volume_limit_bytes\x18\x0c \x01(\x04\x12\x16\n\x0e\x61llowed_images\x18\r \x03(\t\"Y\n\x03Gpu\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x12\n\npci_bus_id\x18\x05 \x01(\t\"\xaf\x04\n\nGpuReading\x12\x0e\n\x06gpu_id\x18\x01 \x01(\t\x12\x1e\n\x11memory_used_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0butilization\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rtemperature_c\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07power_w\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12!\n\x14\x63locks_event_reasons\x18\x06 \x01(\x04H\x04\x88\x01\x01\x12\x1c\n\x0f\x65\x63\x63_uncorrected\x18\x07 \x01(\x04H\x05\x88\x01\x01\x12\x1e\n\x11row_remap_pending\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x1d\n\x10row_remap_failed\x18\t \x01(\x08H\x07\x88\x01\x01\x12\x1c\n\x0frecovery_action\x18\n \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04xids\x18\x0b \x03(\r\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12!\n\x14\x66oreign_memory_bytes\x18\r \x01(\x04H\t\x88\x01\x01\x42\x14\n\x12_memory_used_bytesB\x0e\n\x0c_utilizationB\x10\n\x0e_temperature_cB\n\n\x08_power_wB\x17\n\x15_clocks_event_reasonsB\x12\n\x10_ecc_uncorrectedB\x14\n\x12_row_remap_pendingB\x13\n\x11_row_remap_failedB\x12\n\x10_recovery_actionB\x17\n\x15_foreign_memory_bytes\"\xb9\x01\n\rReplicaReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ngpu.v1.ReplicaState\x12\x10\n\x08progress\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x11\n\tspec_hash\x18\x07 \x01(\t\x12\x14\n\x0cimage_digest\x18\x08 \x01(\t\"4\n\x0b\x43\x61\x63hedImage\x12\x11\n\treference\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xab\x01\n\x11HeartbeatResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x13.ngpu.v1.Assignment\x12\x17\n\x0freport_after_ms\x18\x03 \x01(\r\x12\x17\n\x0f\x64\x65\x61\x64_workspaces\x18\x04 \x03(\t\x12(\n\tgpu_tests\x18\x05 \x03(\x0b\x32\x15.ngpu.v1.GpuTestOrder\".\n\x0cGpuTestOrder\x12\x0e\n\x06gpu_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\"\xbf\x01\n\nAssignment\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eworkspace_name\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12$\n\x04spec\x18\x04 \x01(\x0b\x32\x16.ngpu.v1.WorkspaceSpec\x12\x0f\n\x07gpu_ids\x18\x05 \x03(\t\x12\x11\n\tspec_hash\x18\x06 \x01(\t\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x15\n\rworkspace_uid\x18\x08 \x01(\t\"}\n\x0e\x45xecuteRequest\x12\x1f\n\x06resume\x18\x01 \x01(\x0b\x32\x0f.ngpu.v1.Resume\x12 \n\x07results\x18\x02 \x03(\x0b\x32\x0f.ngpu.v1.Result\x12\x0c\n\x04sent\x18\x03 \x03(\t\x12\x1a\n\x04jobs\x18\x04 \x03(\x0b\x32\x0c.ngpu.v1.Job\")\n\x03Job\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\"(\n\x06Resume\x12\x0f\n\x07running\x18\x01 \x03(\t\x12\r\n\x05\x65nded\x18\x02 \x03(\t\"P\n\x0f\x45xecuteResponse\x12\x1e\n\x06starts\x18\x01 \x03(\x0b\x32\x0e.ngpu.v1.Start\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\t\x12\x0c\n\x04\x61\x63ks\x18\x03 \x03(\t\"\x98\x02\n\x05Start\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\x12%\n\x07request\x18\x04 \x01(\x0b\x32\x14.ngpu.v1.HttpRequest\x12\x19\n\x11run_time_limit_ms\x18\x05 \x01(\r\x12!\n\x19response_body_limit_bytes\x18\x06 \x01(\x04\x12\x10\n\x08streamed\x18\x07 \x01(\x08\x12\x1d\n\x03job\x18\x08 \x01(\x0b\x32\x10.ngpu.v1.JobRule\x12\x17\n\x0frecord_after_ms\x18\t \x01(\r\x12\x13\n\x0b\x63oncurrency\x18\n \x01(\r\x12\x15\n\rwait_limit_ms\x18\x0b \x01(\r\"\xbe\x02\n\x06Result\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x08\x64\x65livery\x18\x02 \x01(\x0e\x32\x11.ngpu.v1.Delivery\x12\'\n\x08response\x18\x03 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12!\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x10.ngpu.v1.Failure\x12\x15\n\rsent_after_us\x18\x05 \x01(\x04\x12\x1b\n\x13\x66irst_byte_after_us\x18\x06 \x01(\x04\x12\x1a\n\x12last_byte_after_us\x18\x07 \x01(\x04\x12\x0e\n\x06gpu_us\x18\x08 \x01(\x04\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06job_id\x18\n \x01(\t\x12\x11\n\twaited_us\x18\x0b \x01(\x04\"2\n\x0c\x46\x65tchRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"u\n\x0e\x44\x65liverRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\"9\n\x0f\x44\x65liverResponse\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\rRecordRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x06\x66light\x18\x02 \x01(\x0b\x32\x13.ngpu.v1.NodeFlight\"\x10\n\x0eRecordResponse\"V\n\rTunnelRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.ngpu.v1.HttpResponse\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1e\n\x0eTunnelResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\xb7\x01\n\x0cGpuTestState\x12\x1e\n\x1aGPU_TEST_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16GPU_TEST_STATE_WAITING\x10\x01\x12\x1a\n\x16GPU_TEST_STATE_RUNNING\x10\x02\x12\x19\n\x15GPU_TEST_STATE_PASSED\x10\x03\x12\x19\n\x15GPU_TEST_STATE_FAILED\x10\x04\x12\x19\n\x15GPU_TEST_STATE_UNABLE\x10\x05\x32\xc4\x04\n\x0bNodeService\x12\x42\n\tChallenge\x12\x19.ngpu.v1.ChallengeRequest\x1a\x1a.ngpu.v1.ChallengeResponse\x12\x39\n\x06\x45nroll\x12\x16.ngpu.v1.EnrollRequest\x1a\x17.ngpu.v1.EnrollResponse\x12\x36\n\x05Login\x12\x15.ngpu.v1.LoginRequest\x1a\x16.ngpu.v1.LoginResponse\x12\x46\n\tHeartbeat\x12\x19.ngpu.v1.HeartbeatRequest\x1a\x1a.ngpu.v1.HeartbeatResponse(\x01\x30\x01\x12@\n\x07\x45xecute\x12\x17.ngpu.v1.ExecuteRequest\x1a\x18.ngpu.v1.ExecuteResponse(\x01\x30\x01\x12\x38\n\x05\x46\x65tch\x12\x15.ngpu.v1.FetchRequest\x1a\x16.ngpu.v1.FetchResponse0\x01\x12@\n\x07\x44\x65liver\x12\x17.ngpu.v1.DeliverRequest\x1a\x18.ngpu.v1.DeliverResponse(\x01\x30\x01\x12=\n\x06Tunnel\x12\x16.ngpu.v1.TunnelRequest\x1a\x17.ngpu.v1.TunnelResponse(\x01\x30\x01\x12\x39\n\x06Record\x12\x16.ngpu.v1.RecordRequest\x1a\x17.ngpu.v1.RecordResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ngpu.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GPUTESTSTATE']._serialized_start=4013
+  _globals['_GPUTESTSTATE']._serialized_end=4196
   _globals['_CHALLENGEREQUEST']._serialized_start=151
   _globals['_CHALLENGEREQUEST']._serialized_end=188
   _globals['_CHALLENGERESPONSE']._serialized_start=190
@@ -51,51 +53,55 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGINRESPONSE']._serialized_start=487
   _globals['_LOGINRESPONSE']._serialized_end=539
   _globals['_HEARTBEATREQUEST']._serialized_start=542
-  _globals['_HEARTBEATREQUEST']._serialized_end=812
-  _globals['_KEPTVOLUME']._serialized_start=814
-  _globals['_KEPTVOLUME']._serialized_end=883
-  _globals['_INVENTORY']._serialized_start=886
-  _globals['_INVENTORY']._serialized_end=1181
-  _globals['_GPU']._serialized_start=1183
-  _globals['_GPU']._serialized_end=1272
-  _globals['_GPUREADING']._serialized_start=1275
-  _globals['_GPUREADING']._serialized_end=1834
-  _globals['_REPLICAREPORT']._serialized_start=1837
-  _globals['_REPLICAREPORT']._serialized_end=2022
-  _globals['_CACHEDIMAGE']._serialized_start=2024
-  _globals['_CACHEDIMAGE']._serialized_end=2076
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2079
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2208
-  _globals['_ASSIGNMENT']._serialized_start=2211
-  _globals['_ASSIGNMENT']._serialized_end=2402
-  _globals['_EXECUTEREQUEST']._serialized_start=2404
-  _globals['_EXECUTEREQUEST']._serialized_end=2529
-  _globals['_JOB']._serialized_start=2531
-  _globals['_JOB']._serialized_end=2572
-  _globals['_RESUME']._serialized_start=2574
-  _globals['_RESUME']._serialized_end=2614
-  _globals['_EXECUTERESPONSE']._serialized_start=2616
-  _globals['_EXECUTERESPONSE']._serialized_end=2696
-  _globals['_START']._serialized_start=2699
-  _globals['_START']._serialized_end=2979
-  _globals['_RESULT']._serialized_start=2982
-  _globals['_RESULT']._serialized_end=3300
-  _globals['_FETCHREQUEST']._serialized_start=3302
-  _globals['_FETCHREQUEST']._serialized_end=3352
-  _globals['_FETCHRESPONSE']._serialized_start=3354
-  _globals['_FETCHRESPONSE']._serialized_end=3383
-  _globals['_DELIVERREQUEST']._serialized_start=3385
-  _globals['_DELIVERREQUEST']._serialized_end=3502
-  _globals['_DELIVERRESPONSE']._serialized_start=3504
-  _globals['_DELIVERRESPONSE']._serialized_end=3561
-  _globals['_RECORDREQUEST']._serialized_start=3563
-  _globals['_RECORDREQUEST']._serialized_end=3635
-  _globals['_RECORDRESPONSE']._serialized_start=3637
-  _globals['_RECORDRESPONSE']._serialized_end=3653
-  _globals['_TUNNELREQUEST']._serialized_start=3655
-  _globals['_TUNNELREQUEST']._serialized_end=3741
-  _globals['_TUNNELRESPONSE']._serialized_start=3743
-  _globals['_TUNNELRESPONSE']._serialized_end=3773
-  _globals['_NODESERVICE']._serialized_start=3776
-  _globals['_NODESERVICE']._serialized_end=4356
+  _globals['_HEARTBEATREQUEST']._serialized_end=863
+  _globals['_GPUTEST']._serialized_start=865
+  _globals['_GPUTEST']._serialized_end=959
+  _globals['_KEPTVOLUME']._serialized_start=961
+  _globals['_KEPTVOLUME']._serialized_end=1030
+  _globals['_INVENTORY']._serialized_start=1033
+  _globals['_INVENTORY']._serialized_end=1328
+  _globals['_GPU']._serialized_start=1330
+  _globals['_GPU']._serialized_end=1419
+  _globals['_GPUREADING']._serialized_start=1422
+  _globals['_GPUREADING']._serialized_end=1981
+  _globals['_REPLICAREPORT']._serialized_start=1984
+  _globals['_REPLICAREPORT']._serialized_end=2169
+  _globals['_CACHEDIMAGE']._serialized_start=2171
+  _globals['_CACHEDIMAGE']._serialized_end=2223
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2226
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2397
+  _globals['_GPUTESTORDER']._serialized_start=2399
+  _globals['_GPUTESTORDER']._serialized_end=2445
+  _globals['_ASSIGNMENT']._serialized_start=2448
+  _globals['_ASSIGNMENT']._serialized_end=2639
+  _globals['_EXECUTEREQUEST']._serialized_start=2641
+  _globals['_EXECUTEREQUEST']._serialized_end=2766
+  _globals['_JOB']._serialized_start=2768
+  _globals['_JOB']._serialized_end=2809
+  _globals['_RESUME']._serialized_start=2811
+  _globals['_RESUME']._serialized_end=2851
+  _globals['_EXECUTERESPONSE']._serialized_start=2853
+  _globals['_EXECUTERESPONSE']._serialized_end=2933
+  _globals['_START']._serialized_start=2936
+  _globals['_START']._serialized_end=3216
+  _globals['_RESULT']._serialized_start=3219
+  _globals['_RESULT']._serialized_end=3537
+  _globals['_FETCHREQUEST']._serialized_start=3539
+  _globals['_FETCHREQUEST']._serialized_end=3589
+  _globals['_FETCHRESPONSE']._serialized_start=3591
+  _globals['_FETCHRESPONSE']._serialized_end=3620
+  _globals['_DELIVERREQUEST']._serialized_start=3622
+  _globals['_DELIVERREQUEST']._serialized_end=3739
+  _globals['_DELIVERRESPONSE']._serialized_start=3741
+  _globals['_DELIVERRESPONSE']._serialized_end=3798
+  _globals['_RECORDREQUEST']._serialized_start=3800
+  _globals['_RECORDREQUEST']._serialized_end=3872
+  _globals['_RECORDRESPONSE']._serialized_start=3874
+  _globals['_RECORDRESPONSE']._serialized_end=3890
+  _globals['_TUNNELREQUEST']._serialized_start=3892
+  _globals['_TUNNELREQUEST']._serialized_end=3978
+  _globals['_TUNNELRESPONSE']._serialized_start=3980
+  _globals['_TUNNELRESPONSE']._serialized_end=4010
+  _globals['_NODESERVICE']._serialized_start=4199
+  _globals['_NODESERVICE']._serialized_end=4779
 # @@protoc_insertion_point(module_scope)

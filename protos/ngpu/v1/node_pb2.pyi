@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from ngpu.v1 import flight_pb2 as _flight_pb2
 from ngpu.v1 import http_pb2 as _http_pb2
 from ngpu.v1 import task_pb2 as _task_pb2
@@ -22,6 +23,36 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _GpuTestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GpuTestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuTestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GPU_TEST_STATE_UNSPECIFIED: _GpuTestState.ValueType  # 0
+    GPU_TEST_STATE_WAITING: _GpuTestState.ValueType  # 1
+    """Others of this node come first, one at a time."""
+    GPU_TEST_STATE_RUNNING: _GpuTestState.ValueType  # 2
+    GPU_TEST_STATE_PASSED: _GpuTestState.ValueType  # 3
+    """Said only after the GPU was read once more: an error that the test brought about is told before, or in the same report."""
+    GPU_TEST_STATE_FAILED: _GpuTestState.ValueType  # 4
+    GPU_TEST_STATE_UNABLE: _GpuTestState.ValueType  # 5
+    """It cannot be run, which says nothing of the GPU."""
+
+class GpuTestState(_GpuTestState, metaclass=_GpuTestStateEnumTypeWrapper):
+    """Where a test is."""
+
+GPU_TEST_STATE_UNSPECIFIED: GpuTestState.ValueType  # 0
+GPU_TEST_STATE_WAITING: GpuTestState.ValueType  # 1
+"""Others of this node come first, one at a time."""
+GPU_TEST_STATE_RUNNING: GpuTestState.ValueType  # 2
+GPU_TEST_STATE_PASSED: GpuTestState.ValueType  # 3
+"""Said only after the GPU was read once more: an error that the test brought about is told before, or in the same report."""
+GPU_TEST_STATE_FAILED: GpuTestState.ValueType  # 4
+GPU_TEST_STATE_UNABLE: GpuTestState.ValueType  # 5
+"""It cannot be run, which says nothing of the GPU."""
+Global___GpuTestState: _TypeAlias = GpuTestState  # noqa: Y015
 
 @_typing.final
 class ChallengeRequest(_message.Message):
@@ -214,10 +245,16 @@ class HeartbeatRequest(_message.Message):
     ATTEMPT_IDS_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     VOLUMES_FIELD_NUMBER: _builtins.int
+    GPU_TESTS_FIELD_NUMBER: _builtins.int
+    SAME_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts up within the stream."""
     goodbye: _builtins.bool
     """The daemon stops in an orderly way; the last message. Containers keep running unless told otherwise."""
+    same: _builtins.bool
+    """All but `sequence`, `readings` and `goodbye` is as in the stream's report before, and is left out. A stream loses nothing, so neither does
+    this; the first report of a stream says all: INVALID_ARGUMENT otherwise.
+    """
     @_builtins.property
     def inventory(self) -> Global___Inventory: ...
     @_builtins.property
@@ -236,6 +273,10 @@ class HeartbeatRequest(_message.Message):
     def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptVolume]:
         """Volumes kept here, at most 1,000."""
 
+    @_builtins.property
+    def gpu_tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuTest]:
+        """How the tests stand that the last answer asked for, each until it is no longer asked for; none: it asked for none."""
+
     def __init__(
         self,
         *,
@@ -247,14 +288,48 @@ class HeartbeatRequest(_message.Message):
         attempt_ids: _abc.Iterable[_builtins.str] | None = ...,
         goodbye: _builtins.bool = ...,
         volumes: _abc.Iterable[Global___KeptVolume] | None = ...,
+        gpu_tests: _abc.Iterable[Global___GpuTest] | None = ...,
+        same: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ids", b"attempt_ids", "goodbye", b"goodbye", "images", b"images", "inventory", b"inventory", "readings", b"readings", "replicas", b"replicas", "sequence", b"sequence", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ids", b"attempt_ids", "goodbye", b"goodbye", "gpu_tests", b"gpu_tests", "images", b"images", "inventory", b"inventory", "readings", b"readings", "replicas", b"replicas", "same", b"same", "sequence", b"sequence", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class GpuTest(_message.Message):
+    """How the test of a GPU stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    gpu_id: _builtins.str
+    number: _builtins.int
+    """As in GpuTestOrder."""
+    state: Global___GpuTestState.ValueType
+    words: _builtins.str
+    """PASSED: what was tested. FAILED: what is wrong. UNABLE: why. Else empty."""
+    def __init__(
+        self,
+        *,
+        gpu_id: _builtins.str = ...,
+        number: _builtins.int = ...,
+        state: Global___GpuTestState.ValueType = ...,
+        words: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_id", b"gpu_id", "number", b"number", "state", b"state", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuTest: _TypeAlias = GpuTest  # noqa: Y015
 
 @_typing.final
 class KeptVolume(_message.Message):
@@ -572,6 +647,7 @@ class HeartbeatResponse(_message.Message):
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     REPORT_AFTER_MS_FIELD_NUMBER: _builtins.int
     DEAD_WORKSPACES_FIELD_NUMBER: _builtins.int
+    GPU_TESTS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The sequence of the report answered; 0: on the control plane's own account."""
     report_after_ms: _builtins.int
@@ -586,6 +662,10 @@ class HeartbeatResponse(_message.Message):
         answer to each report; a workspace that is not listed keeps its volumes.
         """
 
+    @_builtins.property
+    def gpu_tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuTestOrder]:
+        """Every GPU that this node should test. A test that is not listed any more is to end at once, and its outcome may be forgotten."""
+
     def __init__(
         self,
         *,
@@ -593,14 +673,40 @@ class HeartbeatResponse(_message.Message):
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         report_after_ms: _builtins.int = ...,
         dead_workspaces: _abc.Iterable[_builtins.str] | None = ...,
+        gpu_tests: _abc.Iterable[Global___GpuTestOrder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "dead_workspaces", b"dead_workspaces", "report_after_ms", b"report_after_ms", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "dead_workspaces", b"dead_workspaces", "gpu_tests", b"gpu_tests", "report_after_ms", b"report_after_ms", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class GpuTestOrder(_message.Message):
+    """A GPU to be tested. Nothing may be started on it meanwhile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    gpu_id: _builtins.str
+    number: _builtins.int
+    """The same number is the same test, whose outcome stands; another one is a new test."""
+    def __init__(
+        self,
+        *,
+        gpu_id: _builtins.str = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_id", b"gpu_id", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuTestOrder: _TypeAlias = GpuTestOrder  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):

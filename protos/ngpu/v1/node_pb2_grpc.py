@@ -115,8 +115,8 @@ class NodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request_iterator, context):
-        """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
-        a message loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
+        """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
+        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
         when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
         Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
         """

@@ -48,8 +48,8 @@ class NodeServiceStub:
     reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
     """
     Heartbeat: _grpc.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]
-    """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
-    a message loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
+    """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
+    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
     when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
     Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
     """
@@ -109,8 +109,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     reason NODE_REVOKED, UNAVAILABLE (the control plane is stopping: try again).
     """
     Heartbeat: _aio.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]  # type: ignore[assignment]
-    """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
-    a message loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
+    """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
+    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
     when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
     Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
     """
@@ -191,8 +191,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_pb2.HeartbeatRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.HeartbeatResponse], _abc.AsyncIterator[_node_pb2.HeartbeatResponse]]:
-        """One for the daemon's life. Level-triggered both ways: each report says all that is, each answer all that should be, so that losing
-        a message loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
+        """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
+        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
         when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
         Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
         """

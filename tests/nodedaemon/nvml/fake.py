@@ -1,13 +1,16 @@
-"""Builds the fake driver library and puts it where the loader looks first; what it says is a file that a test edits."""
+"""Builds the fake driver libraries, where the loader looks first; what they say is a file that a test edits."""
 
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).with_name("fake_nvml.c")
+NVML = Path(__file__).with_name("fake_nvml.c")
+CUDA = Path(__file__).with_name("fake_cuda.c")
 
 #: A healthy card, as most tests want it.
 HEALTHY = {
@@ -30,15 +33,24 @@ class FakeDriver:
     """What the fake library says. `set` and `drop` take effect at its next call."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, *, gpus: int = 1) -> None:
+        self._directory = directory
         self._file = directory / "nvml.txt"
         self._said = {"driver": "550.54.15", "cuda": "12040", "count": str(gpus)}
         for n in range(gpus):
             self._said.update({f"{n}.{key}": value.format(n=n) for key, value in HEALTHY.items()})
         self._lists: list[str] = []
         self._write()
-        build(directory / "libnvidia-ml.so.1")
+        build(NVML, directory / "libnvidia-ml.so.1")
         monkeypatch.setenv("LD_LIBRARY_PATH", str(directory), prepend=os.pathsep)
         monkeypatch.setenv("FAKE_NVML", str(self._file))
+
+    def with_cuda(self) -> None:
+        """CUDA is there too."""
+        build(CUDA, self._directory / "libcuda.so.1")
+
+    def without_cuda(self) -> None:
+        """Whatever this machine has."""
+        (self._directory / "libcuda.so.1").write_bytes(b"")
 
     def set(self, **values: str) -> None:
         """`gpu0_temperature="50"` sets 0.temperature, `count="2"` the count."""
@@ -69,13 +81,24 @@ class FakeDriver:
         part.replace(self._file)
 
 
-def build(library: Path) -> None:
-    """Compile the fake library, or skip the test where there is no compiler."""
+def build(source: Path, library: Path) -> None:
+    """Put a fake library there, or skip the test where there is no compiler."""
+    library.write_bytes(_compiled(source))
+
+
+@functools.cache
+def _compiled(source: Path) -> bytes:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         pytest.skip("needs a C compiler to build the fake NVIDIA driver library")
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", library, SOURCE], check=True)
+    flags = ["-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    with tempfile.TemporaryDirectory() as directory:
+        made = Path(directory) / "made.so"
+        subprocess.run([compiler, *flags, "-o", made, source, "-lm"], check=True)
+        return made.read_bytes()
 
 
 def _key(name: str) -> str:
+    if name.startswith("cu"):
+        return f"cuda.{name}" if name != "cuda" else name
     return name.removeprefix("gpu").replace("_", ".", 1) if name.startswith("gpu") else name
