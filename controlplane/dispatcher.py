@@ -72,6 +72,12 @@ class NoMetrics:
     def retry_held(self, workspace: str) -> None:
         """See Metrics."""
 
+    def sent_ahead(self, workspace: str) -> None:
+        """See Metrics."""
+
+    def hedged(self, workspace: str, outcome: str) -> None:
+        """See Metrics."""
+
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """See Metrics."""
 

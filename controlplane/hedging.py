@@ -66,6 +66,7 @@ class Hedges:
         fill: Callable[[str], None],
         place: Callable[[OpenTask, Replica, str, int], OpenAttempt],
         receipt: Receipt,
+        begun: Callable[[OpenTask], None],
     ) -> None:
         self._store = store
         self._slots = slots
@@ -75,6 +76,7 @@ class Hedges:
         self._fill = fill
         self._place = place
         self._receipt = receipt
+        self._begun = begun
         #: By the second attempt's id.
         self.tasks: dict[str, OpenTask] = {}
 
@@ -140,6 +142,7 @@ class Hedges:
         hedge.given_at = now
         hedge.sent = True
         self._slots.take(hedge.id, replica, now, task.work)
+        self._begun(task)
         link.start(
             Start(
                 attempt_id=hedge.id,

@@ -92,6 +92,12 @@ class Metrics(Protocol):
     def retry_held(self, workspace: str) -> None:
         """An attempt that is to run again is held back: its workspace has run too much again lately."""
 
+    def sent_ahead(self, workspace: str) -> None:
+        """A task was sent to its node ahead of its slot."""
+
+    def hedged(self, workspace: str, outcome: str) -> None:
+        """Of a task's second attempt: `begun`, or `won`, if its answer was taken."""
+
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
 
@@ -153,6 +159,7 @@ class Lifecycle:
             fill=self.fill,
             place=self._attempt,
             receipt=self._row,
+            begun=lambda task: metrics.hedged(task.workspace_name, "begun"),
         )
         self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
         self._timers: Timers[OpenTask | Queue] = Timers()
@@ -328,6 +335,8 @@ class Lifecycle:
                     wait_limit_s=attempt.wait_limit_s,
                 )
             )
+            if attempt.wait_limit_s:
+                self._metrics.sent_ahead(task.workspace_name)
             if attempt.number == 1:
                 self.queues.of(task.workspace_uid).budget.begin(now)
                 self._metrics.task_started(task.workspace_name, now - task.accepted_at)
@@ -513,6 +522,7 @@ class Lifecycle:
                 link.ack(hedge.id)
             return
         task.winner = self.hedges.take(task)
+        self._metrics.hedged(task.workspace_name, "won")
         task.response = response
         task.move(Phase.ENDING)
         first = self._receipt(task, task.current.delivery, None, OVERTAKEN)

@@ -68,6 +68,8 @@ class Metrics:
         self.ended: Counter[tuple[str, State, str]] = Counter()
         self.attempts_failed: Counter[str] = Counter()
         self.retries_held: Counter[str] = Counter()
+        self.ahead: Counter[str] = Counter()
+        self.hedges: Counter[tuple[str, str]] = Counter()
         self.waited = Histogram()
         self.took = Histogram()
 
@@ -86,6 +88,14 @@ class Metrics:
     def retry_held(self, workspace: str) -> None:
         """An attempt that is to run again is held back: its workspace has run too much again lately."""
         self.retries_held[self._shown(workspace)] += 1
+
+    def sent_ahead(self, workspace: str) -> None:
+        """A task was sent to its node ahead of its slot."""
+        self.ahead[self._shown(workspace)] += 1
+
+    def hedged(self, workspace: str, outcome: str) -> None:
+        """Of a task's second attempt: `begun`, or `won`, if its answer was taken."""
+        self.hedges[self._shown(workspace), outcome] += 1
 
     def task_ended(self, workspace: str, state: State, reason: str, seconds: float) -> None:
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
@@ -167,6 +177,10 @@ class Scrape(Collector):
         yield _counter("ngpu_attempts_failed", "Attempts without an answer of the container.", ("reason",), failed)
         held = {(name,): count for name, count in counted.retries_held.items()}
         yield _counter("ngpu_retries_held", "Attempts held back by the retry budget.", ("workspace",), held)
+        ahead = {(name,): count for name, count in counted.ahead.items()}
+        yield _counter("ngpu_tasks_sent_ahead", "Tasks sent to a node ahead of their slot.", ("workspace",), ahead)
+        hedges = dict(counted.hedges)
+        yield _counter("ngpu_hedges", "Second attempts of slow tasks.", ("workspace", "outcome"), hedges)
         yield counted.waited.family("ngpu_task_wait_seconds", "From a task's acceptance to an attempt's start.")
         yield counted.took.family("ngpu_task_seconds", "From a task's acceptance to its end.")
         yield GaugeMetricFamily("ngpu_store_writes_waiting", "Writes not on disk yet.", value=self._store.waiting)

@@ -35,6 +35,8 @@ from httpbridge.tasks import Tasks
 
 #: Files open besides connections.
 SPARE_FILES = 256
+#: Whoever calls first is to find the bridge connected, if the control plane can be reached within this time.
+START_S = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +49,7 @@ async def serve(config: Config) -> None:
         batch = asyncio.create_task(control_plane.run(), name="batch")
         giving_back = asyncio.create_task(heap.give_back(), name="heap")
         try:
-            await _listen(config, app, about, batch)
+            await _listen(config, app, about, batch, control_plane.batch.tried)
         finally:
             batch.cancel()
             giving_back.cancel()
@@ -85,13 +87,17 @@ def assemble(config: Config, control_plane: ControlPlane) -> tuple[App, About]:
     return App(table, passthrough(submission), raw(pass_through), metrics, limits), about
 
 
-async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[None]") -> None:
+async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[None]", tried: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     # Without its stream to the control plane the bridge is nothing: should that task ever die, so does the bridge.
     batch.add_done_callback(lambda _: stop.set())
+    begun = {asyncio.create_task(event.wait(), name="start") for event in (tried, stop)}
+    await asyncio.wait(begun, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in begun:
+        waiting.cancel()
     host, port = configuration.split_address(config.listen)
     connections = app.server()
     server = await loop.create_server(

@@ -113,6 +113,8 @@ class Batch:
         self._last_id = 0
         self._last_taken_id = 0
         self.is_up = False
+        #: Set once the stream is up, or could not be opened.
+        self.tried = asyncio.Event()
         #: What was sent, for the metrics.
         self.frames_sent = 0
         self.calls_sent = 0
@@ -209,6 +211,7 @@ class Batch:
                 reason = await self._use(stream)
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            self.tried.set()
             failures = 1 if self.loop.time() - began > GOOD_STREAM_S else failures + 1
             # Half of it by chance, so that bridges which lost one control plane do not come back as one.
             pause_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)) * (0.5 + self._chance() / 2)
@@ -218,6 +221,7 @@ class Batch:
     async def _use(self, stream: Stream) -> str:
         """Read until the stream ends. Returns why it did."""
         self.is_up = True
+        self.tried.set()
         log.info("batch_stream_up")
         patience = asyncio.create_task(self._give_up(), name="batch-patience")
         writer = asyncio.create_task(self._write(stream), name="batch-writer")

@@ -15,6 +15,7 @@ from typing import Any, cast
 from controlplane.census import Node, Replica, Workspace
 from controlplane.dispatcher import Dispatcher, NewTask, TaskView
 from controlplane.errors import NotFound, Unavailable
+from controlplane.metrics import Metrics
 from controlplane.migrations import migrate
 from controlplane.model import Attempt, Cause, Delivery, State
 from controlplane.receipts import Terms, TermsOf, free_of_charge
@@ -288,6 +289,7 @@ class World:
         #: On which terms attempts run, for their receipts.
         self.terms: TermsOf = free_of_charge
         self.recorder = FakeRecorder()
+        self.metrics = Metrics()
         self.store: Store
         self.flaky: FlakyStore
         self.dispatcher: Dispatcher
@@ -306,6 +308,7 @@ class World:
             terms=self._terms,
             held_bytes=self.held_bytes,
             recorder=self.recorder,
+            metrics=self.metrics,
             account_queue_length=10,
         )
         await self.dispatcher.start()

@@ -57,6 +57,7 @@ async def test_second_attempt_begins_elsewhere_and_its_answer_wins(world: World)
     row = await world.store.task("t2")
     assert row is not None
     assert row.gpu_us == quick.gpu_us > 0
+    assert world.metrics.hedges == {(f"name-of-{WS}", "begun"): 1, (f"name-of-{WS}", "won"): 1}
     first.heed_cancels()
     await world.settle()
     assert world.dispatcher.running_on("r1") == 0

@@ -161,6 +161,7 @@ async def test_where_the_way_is_long_each_slot_holds_one_task_ahead(world: World
     assert list(node.running) == ["t7.1"]
     await world.settle()
     assert list(node.ahead) == ["t8.1"]
+    assert world.metrics.ahead == {f"name-of-{WS}": 2}
 
 
 async def test_where_the_way_is_short_no_slot_holds_a_task_ahead(world: World) -> None:
