@@ -134,14 +134,14 @@ async def test_sizes_are_learnt_from_requests_where_tasks_take_long(world: World
     assert sizes.work(features) > 1.3
 
 
-async def far(world: World, **replicas: int) -> FakeNode:
-    """A node whose tasks run for 2 s, 1 s of which is the way there and back."""
+async def far(world: World, *, ran_us: int = 1_000_000, **replicas: int) -> FakeNode:
+    """A node whose tasks take 2 s, of which so much is their own; the rest is the way there and back."""
     node = world.node("far", **replicas)
     for _ in range(5):
         future = world.submit()
         await world.settle()
         await world.advance(2.0)
-        node.answer(next(iter(node.running)), ran_us=1_000_000)
+        node.answer(next(iter(node.running)), ran_us=ran_us)
         await future
         await world.settle()
     return node
@@ -165,13 +165,7 @@ async def test_where_the_way_is_long_each_slot_holds_one_task_ahead(world: World
 
 
 async def test_where_the_way_is_short_no_slot_holds_a_task_ahead(world: World) -> None:
-    node = world.node("near", r1=1)
-    for _ in range(5):
-        future = world.submit()
-        await world.settle()
-        await world.advance(2.0)
-        node.answer(next(iter(node.running)), ran_us=1_900_000)
-        await future
+    node = await far(world, ran_us=1_900_000, r1=1)
     world.submit()
     world.submit()
     await world.settle()
