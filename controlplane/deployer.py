@@ -264,7 +264,7 @@ class Deployer:
             if not workspace.deleted or fleet.replicas_of(workspace.uid)
         ]
         self._count(workspaces)
-        lost = rollout.lost_nodes(fleet.nodes(), self._monotonic(), self._lost_after_s, self._cut_off_s)
+        lost = self._lost()
         self._survey(lost)
         return World(
             time=self._clock(),

@@ -298,10 +298,10 @@ class Lifecycle:
         link = self._slots.link(attempt.node_addr)
         replica = self._slots.replica(attempt.replica_id)
         if task.wanted is not None:
-            self._slots.release(attempt.id, attempt.node_addr, self._monotonic())
+            self._slots.release(attempt.id, attempt.node_addr, now)
             self._finish(task, Delivery.NOT_SENT, task.wanted)
         elif link is None or replica is None or request is None:
-            self._slots.release(attempt.id, attempt.node_addr, self._monotonic())
+            self._slots.release(attempt.id, attempt.node_addr, now)
             self.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
         else:
             task.move(Phase.RUNNING)

@@ -11,7 +11,7 @@ from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.engine import Exit
 from nodedaemon.held import Taken
 from nodedaemon.jobs import ADOPT_LOOK_S, Job
-from nodedaemon.relay import Exchange
+from nodedaemon.relay import Exchange, nothing
 
 #: How long an attempt may run if its Start does not say.
 RUN_TIME_LIMIT_MS: Final = 3_600_000
@@ -188,10 +188,6 @@ def exited(exit_: Exit) -> NoAnswer:
     """What a container's end means for what it worked on."""
     cause = PLATFORM if exit_.from_outside else CUSTOMER
     return NoAnswer("CONTAINER_EXITED", cause, f"The container {exit_.words} while it worked on the request.")
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 def _us(seconds: float) -> int:

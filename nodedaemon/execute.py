@@ -17,7 +17,7 @@ import structlog
 from ngpu.v1 import http_pb2, node_pb2, task_pb2
 
 from nodedaemon.ahead import Ahead
-from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container, nothing
+from nodedaemon.attempt import Attempt, GpuClock, Places, exited, find_container
 from nodedaemon.bulk import Bulk, GivenUp
 from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.deadlines import Deadlines
@@ -29,7 +29,7 @@ from nodedaemon.held import Taken
 from nodedaemon.http1 import BadRequest, request_head
 from nodedaemon.jobs import Job, Jobs
 from nodedaemon.journal import Journal
-from nodedaemon.relay import Exchange, Relay, rest_of
+from nodedaemon.relay import Exchange, Relay, nothing, rest_of
 from nodedaemon.spool import Body, Spool
 
 log = structlog.get_logger()
@@ -239,7 +239,12 @@ class Executor:
         exchange = attempt.exchange
         assert exchange is not None
         result = node_pb2.Result(attempt_id=attempt.id)
-        if self._relay.end_now(exchange, attempt.course, result.response):
+        try:
+            is_over = self._relay.end_now(exchange, attempt.course, result.response)
+        except Exception:
+            attempt.interrupt(_broken(attempt))
+            return
+        if is_over:
             self._leave_running(attempt)
             self._give_slot(attempt.replica_id)
             self._end(attempt, result, None)
@@ -414,8 +419,7 @@ class Executor:
             if attempt.job is not None:
                 await self._jobs.call_off(attempt.job, why)
         except Exception:
-            log.exception("attempt_broken", attempt=attempt.id)
-            why = NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")
+            why = _broken(attempt)
         finally:
             self._leave_running(attempt)
         self._give_slot(attempt.replica_id)
@@ -589,3 +593,9 @@ class Executor:
     def _check_quiet(self) -> None:
         if self._closed and not self._running and not len(self._spool):
             self._quiet.set()
+
+
+def _broken(attempt: Attempt) -> NoAnswer:
+    """For an error that nobody foresaw; to be called where it is caught."""
+    log.exception("attempt_broken", attempt=attempt.id)
+    return NoAnswer("INTERNAL", PLATFORM, "The node failed while it passed the request on; its log says why.")

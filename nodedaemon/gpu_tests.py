@@ -5,8 +5,8 @@ is told with every report, so that none is lost.
 """
 
 import asyncio
-import contextlib
 import enum
+import functools
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import structlog
 
-from nodedaemon.gpus import KILL_S, LINE_BYTES, Gpus
+from nodedaemon.gpus import LINE_BYTES, Gpus, end
 
 #: How long the memory and the arithmetic of a GPU are tested; and a test as a whole, its start included.
 MEMORY_S: Final = 70.0
@@ -134,7 +134,7 @@ class GpuTests:
             self._tell()
 
     async def _outcome(self, gpu_id: str) -> Outcome:
-        self._stuck = {stuck: end for stuck, end in self._stuck.items() if not end.done()}
+        self._stuck = {stuck: ending for stuck, ending in self._stuck.items() if not ending.done()}
         if gpu_id in self._stuck or len(self._stuck) >= STUCK_LIMIT:
             return State.UNABLE, f"{len(self._stuck)} earlier tests hang in the driver; restart the machine"
         if self._held(gpu_id):
@@ -177,7 +177,7 @@ class GpuTests:
         try:
             outcome = await self._listen(child)
         finally:
-            await self._end(gpu_id, child)
+            await end(child, functools.partial(self._stuck.__setitem__, gpu_id))
         try:
             async with asyncio.timeout(READ_AGAIN_S):
                 await self._gpus.read_again()
@@ -201,17 +201,3 @@ class GpuTests:
         if code < 0:
             return State.FAILED, f"the driver's library crashed (signal {-code}) in the test of {at}"
         return State.UNABLE, f"the test broke off with status {code} in {at}: see the daemon's log"
-
-    async def _end(self, gpu_id: str, child: asyncio.subprocess.Process) -> None:
-        """Kill it, if it has not ended."""
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        end = asyncio.ensure_future(child.wait())
-        try:
-            await asyncio.wait({end}, timeout=KILL_S)
-        except asyncio.CancelledError:
-            await asyncio.wait({end}, timeout=KILL_S)
-            raise
-        finally:
-            if not end.done():
-                self._stuck[gpu_id] = end

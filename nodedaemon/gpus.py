@@ -173,13 +173,13 @@ class Gpus:
                 try:
                     pause_s = await self._listen(child)
                 finally:
-                    await self._end(child)
+                    await end(child, self._stuck.append)
             await asyncio.sleep(pause_s)
 
     # The child.
 
     async def _start(self) -> asyncio.subprocess.Process:
-        self._stuck = [end for end in self._stuck if not end.done()]
+        self._stuck = [ending for ending in self._stuck if not ending.done()]
         if len(self._stuck) >= STUCK_LIMIT:
             raise OSError(0, f"{STUCK_LIMIT} probes hang in the driver; restart the machine")
         for index in self._forgiven():
@@ -222,18 +222,6 @@ class Gpus:
                 return RETRY_S
             self._left_out[answers.at] = (time.monotonic() + LEAVE_OUT_S, str(fault))
         return 0.0
-
-    async def _end(self, child: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        end = asyncio.ensure_future(child.wait())
-        try:
-            await asyncio.wait({end}, timeout=KILL_S)
-        except asyncio.CancelledError:
-            await asyncio.wait({end}, timeout=KILL_S)
-            raise
-        if not end.done():
-            self._stuck.append(end)
 
     def _take_inventory(self, said: dict[str, Any]) -> None:
         listed = [Gpu(**gpu) for gpu in said["gpus"]]
@@ -299,3 +287,18 @@ class _Answers:
             self.at = said.get("at")
             if key in said:
                 return said[key]
+
+
+async def end(child: asyncio.subprocess.Process, stuck: Callable[[asyncio.Future[int]], None]) -> None:
+    """Kill a process that may hang in the driver; one that does not end by that is `stuck`: its end, still awaited."""
+    with contextlib.suppress(ProcessLookupError):
+        child.kill()
+    ending = asyncio.ensure_future(child.wait())
+    try:
+        await asyncio.wait({ending}, timeout=KILL_S)
+    except asyncio.CancelledError:
+        await asyncio.wait({ending}, timeout=KILL_S)
+        raise
+    finally:
+        if not ending.done():
+            stuck(ending)

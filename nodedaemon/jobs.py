@@ -25,7 +25,7 @@ from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.http1 import BadRequest, request_head
 from nodedaemon.job_rules import Finding, Stand, first, later, output_of, target
 from nodedaemon.journal import Journal
-from nodedaemon.relay import Exchange, Relay, Sink, is_utf8
+from nodedaemon.relay import Exchange, Relay, Sink, is_utf8, nothing
 
 log = structlog.get_logger()
 
@@ -300,7 +300,7 @@ class Jobs:
         answer = http_pb2.HttpResponse()
         try:
             async with asyncio.timeout(ASK_LIMIT_S):
-                await self._relay.run(exchange, Course(_nothing, self._monotonic), answer)
+                await self._relay.run(exchange, Course(nothing, self._monotonic), answer)
         except TimeoutError:
             words = f"The container did not answer within {ASK_LIMIT_S:g} s when it was asked after its job {job.id}."
             raise NoAnswer("CONNECTION_CLOSED", CUSTOMER, words) from None
@@ -353,7 +353,3 @@ async def _put_output(
 def _poll_s(job: Job) -> float:
     poll = job.start.job.poll
     return poll.seconds + poll.nanos / 1e9 or POLL_S
-
-
-def _nothing() -> None:
-    pass

@@ -95,7 +95,7 @@ def rest_of(taken: Taken, open_body: Callable[[http_pb2.HttpResponse], Sink]) ->
         address=taken.address,
         method="HEAD" if errand.is_head else "",
         payload=b"",
-        begin=_nothing,
+        begin=nothing,
         open_body=open_body,
         limit_bytes=errand.start.response_body_limit_bytes,
         streamed=errand.start.streamed and errand.job is None,
@@ -345,8 +345,8 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Do nothing."""
 
 
 class _Utf8:

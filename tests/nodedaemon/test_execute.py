@@ -588,6 +588,27 @@ async def test_killed_daemon_says_what_a_container_had_seen(boot: Boot) -> None:
     assert result.delivery == task_pb2.DELIVERY_SENT
 
 
+@pytest.mark.parametrize("kept", [0, 1], ids=["new connection", "kept connection"])
+async def test_error_that_nobody_foresaw_ends_its_attempt_and_no_other(boot: Boot, kept: int) -> None:
+    def fault(*_: Any) -> Any:
+        raise ValueError("odd")
+
+    node = boot()
+    relay: Any = node.relay
+    async with serving(node, echo):
+        stream = await node.connect()
+        for number in range(kept):
+            stream.send(starts=[start(f"before.{number}")])
+            await stream.result()
+        relay.end_now = relay.run = fault
+        stream.send(starts=[start("t.1")])
+        result = await stream.result()
+        assert (result.attempt_id, result.failure.reason) == ("t.1", "INTERNAL")
+        del relay.end_now, relay.run
+        stream.send(starts=[start("t.2", b"x")])
+        assert (await stream.result()).response.body.inline == b"x"
+
+
 async def test_stopping_daemon_finishes_what_it_can(boot: Boot) -> None:
     node, stuck = boot(), Stuck()
     async with serving(node, stuck):
