@@ -1,5 +1,6 @@
 """What the three programs keep in memory: no library that they do not need, nothing for long that is free."""
 
+import os
 import subprocess
 import sys
 
@@ -28,6 +29,15 @@ def test_the_command_line_has_its_colours_all_the_same() -> None:
     code = "from ngpu import lean; import structlog, rich.console; print(structlog.dev.rich)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("said", ["", "tcp_rcv_lowat"])
+def test_how_grpc_reads_sockets_is_settled_for_this_process_only(said: str) -> None:
+    code = "from ngpu import lean; import os; print(os.environ.get('GRPC_EXPERIMENTS', ''))"
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    environment |= {"GRPC_EXPERIMENTS": said} if said else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == said
 
 
 def test_what_is_free_is_given_back_when_work_ends_and_now_and_then_while_it_lasts() -> None:
