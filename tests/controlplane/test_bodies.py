@@ -288,6 +288,39 @@ async def test_a_reader_that_goes_away_leaves_nothing_behind(bodies: Bodies) -> 
     await bodies.append(NAME, 3, b"d", limit_bytes=100)
 
 
+def is_cached(path: Path) -> bool:
+    """Does the page cache have the file's first page? Skips where the file system cannot say."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            pytest.skip(f"{path.parent}: reads without waiting: {error.strerror}")
+
+
+async def test_a_body_leaves_the_page_cache_once_its_last_reader_has_it_all(tmp_path: Path) -> None:
+    bodies = await Bodies.open(tmp_path / "bodies")
+    data = os.urandom(MIB)
+    await store(bodies, NAME, data)
+    (path,) = (path for path in (tmp_path / "bodies").rglob(NAME))
+    spare = tmp_path / "spare"
+    spare.write_bytes(data)
+    with spare.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(spare):
+        pytest.skip(f"{tmp_path}: its files are the page cache")
+    async with aclosing(bodies.follow(NAME)) as other:
+        await anext(other)
+        assert await whole(bodies, NAME) == data
+        await bodies.size(NAME)
+        assert is_cached(path)
+    assert await whole(bodies, NAME) == data
+    await bodies.close()
+    assert not is_cached(path)
+
+
 async def test_what_is_not_there_cannot_be_followed(bodies: Bodies) -> None:
     with pytest.raises(NotFound):
         await whole(bodies, NAME)
