@@ -29,8 +29,8 @@ from controlplane.errors import Conflict, NgpuError, NotFound, OutOfRange, TooLa
 
 #: Threads for file work.
 THREADS: Final = 4
-#: What a reader takes from a disk at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB. Less than
-#: heap.LARGE_BYTES: for a piece of that size the system must be asked for new memory each time.
+#: What a reader takes from a disk at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB. For a
+#: piece of heap.LARGE_BYTES the system would be asked for new memory each time.
 READ_BYTES: Final = 3 * wire.CHUNK_BYTES
 #: Pieces that come behind are written when there is so much of them, ...
 BEHIND_BYTES: Final = 4 * wire.CHUNK_BYTES

@@ -11,6 +11,7 @@ from controlplane import explain, ids, rehearsal, standing
 from controlplane.access import Access, Kind, KnownToken
 from controlplane.api import translate
 from controlplane.api.gate import Caller
+from controlplane.api.paging import page
 from controlplane.deployer import Deployer
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NodeRevoked, NotFound
@@ -51,7 +52,9 @@ class FleetApi:
 
     async def list_nodes(self, request: pb.ListNodesRequest, caller: Caller) -> pb.ListNodesResponse:  # noqa: ARG002
         """See fleet.proto."""
-        return pb.ListNodesResponse(nodes=[self._node(node) for node in self._fleet.nodes(revoked=request.revoked)])
+        nodes = self._fleet.nodes(revoked=request.revoked)
+        rows, cursor = page(request, nodes, key=lambda node: (node.name, node.addr), row=self._node)
+        return pb.ListNodesResponse(nodes=rows, cursor=cursor)
 
     async def get_node(self, request: pb.GetNodeRequest, caller: Caller) -> pb.GetNodeResponse:  # noqa: ARG002
         """See fleet.proto."""
@@ -155,7 +158,9 @@ class FleetApi:
 
     async def list_tokens(self, request: pb.ListTokensRequest, caller: Caller) -> pb.ListTokensResponse:  # noqa: ARG002
         """See fleet.proto."""
-        return pb.ListTokensResponse(tokens=[_token(row) for row in await self._store.tokens()])
+        tokens = await self._store.tokens()
+        rows, cursor = page(request, tokens, key=lambda row: (row.create_time.isoformat(), row.id), row=_token)
+        return pb.ListTokensResponse(tokens=rows, cursor=cursor)
 
     async def revoke_token(self, request: pb.RevokeTokenRequest, caller: Caller) -> pb.RevokeTokenResponse:
         """See fleet.proto."""

@@ -11,6 +11,7 @@ from controlplane import standing
 from controlplane.access import WORKSPACE_PREFIX, Kind, Principal
 from controlplane.api import translate
 from controlplane.api.gate import Caller
+from controlplane.api.paging import page
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import NotFound
 from controlplane.fleet import Fleet, Replica, Route, Workspace
@@ -42,11 +43,13 @@ class WorkspaceApi:
 
     async def list_workspaces(self, request: pb.ListWorkspacesRequest, caller: Caller) -> pb.ListWorkspacesResponse:
         """See workspace.proto."""
-        found = self._fleet.workspaces(deleted=request.deleted)
-        answer = pb.ListWorkspacesResponse()
-        for workspace in found:
-            answer.workspaces.append(self._message(workspace, caller.principal, replicas=False))
-        return answer
+        rows, cursor = page(
+            request,
+            self._fleet.workspaces(deleted=request.deleted),
+            key=lambda workspace: (workspace.name, workspace.create_time.isoformat(), workspace.uid),
+            row=lambda workspace: self._message(workspace, caller.principal, replicas=False),
+        )
+        return pb.ListWorkspacesResponse(workspaces=rows, cursor=cursor)
 
     async def scale_workspace(self, request: pb.ScaleWorkspaceRequest, caller: Caller) -> pb.ScaleWorkspaceResponse:
         """See workspace.proto."""
@@ -88,7 +91,8 @@ class WorkspaceApi:
 
     async def list_routes(self, request: pb.ListRoutesRequest, caller: Caller) -> pb.ListRoutesResponse:  # noqa: ARG002
         """See workspace.proto."""
-        return pb.ListRoutesResponse(routes=[self._route(route) for route in self._fleet.routes()])
+        rows, cursor = page(request, self._fleet.routes(), key=lambda route: (route.name,), row=self._route)
+        return pb.ListRoutesResponse(routes=rows, cursor=cursor)
 
     async def delete_route(self, request: pb.DeleteRouteRequest, caller: Caller) -> pb.DeleteRouteResponse:
         """See workspace.proto."""

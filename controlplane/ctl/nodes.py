@@ -30,7 +30,7 @@ def list_(
     revoked: Annotated[bool, typer.Option("--revoked", help="Also those that were revoked.")] = False,
 ) -> None:
     """List nodes by name, with their GPUs and what they run."""
-    answer = session.call(session.fleet.ListNodes, pb.ListNodesRequest(revoked=revoked))
+    answer = session.pages(session.fleet.ListNodes, pb.ListNodesRequest(revoked=revoked))
     session.out.answer(answer, lambda: _listed(answer, session.now), [node.name or node.addr for node in answer.nodes])
 
 

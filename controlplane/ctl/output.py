@@ -66,6 +66,8 @@ def facts(title: str, lines: Iterable[tuple[str, object]]) -> RenderableType:
 def as_json(message: Message) -> str:
     """protobuf's JSON, with the names of the .proto files, and every field there even if it is zero."""
     content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    # Whoever reads this has the whole list: see Session.pages.
+    content.pop("cursor", None)
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 

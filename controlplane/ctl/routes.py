@@ -39,7 +39,7 @@ def publish(
 @connected
 def list_(session: Session) -> None:
     """List published routes by name."""
-    answer = session.call(session.workspaces.ListRoutes, pb.ListRoutesRequest())
+    answer = session.pages(session.workspaces.ListRoutes, pb.ListRoutesRequest())
     session.out.answer(answer, lambda: _listed(session, answer), [route.name for route in answer.routes])
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 
 import grpc
 from ngpu import dial, wire
@@ -116,6 +116,15 @@ class Session(AbstractContextManager["Session"]):
             return method(request, metadata=self._metadata, timeout=limit_s)
         except grpc.RpcError as error:
             raise self.problem(error) from error
+
+    def pages(self, method: Callable[..., Answer], request: Any) -> Answer:
+        """All pages of a list as one answer. Raises Problem."""
+        answer: Any = self.call(method, request)
+        while answer.cursor:
+            request.cursor = answer.cursor
+            answer.ClearField("cursor")
+            answer.MergeFrom(self.call(method, request))
+        return cast("Answer", answer)
 
     def stream(
         self, method: Callable[..., Iterator[Answer]], request: Any, *, limit_s: float | None

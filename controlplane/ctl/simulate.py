@@ -47,7 +47,7 @@ def simulate(
     if found.returncode:
         raise typer.Exit(found.returncode)
     addresses = found.stdout.split()
-    nodes = session.call(session.fleet.ListNodes, pb.ListNodesRequest(revoked=True)).nodes
+    nodes = session.pages(session.fleet.ListNodes, pb.ListNodesRequest(revoked=True)).nodes
     strangers = sorted(set(addresses) - {node.addr for node in nodes})
     request = pb.CreateTokenRequest(role=pb.ROLE_NODE, name="simulated")
     lines = [f"{address} {session.call(session.fleet.CreateToken, request).secret}\n" for address in strangers]

@@ -68,7 +68,7 @@ def create(
 @connected
 def list_(session: Session) -> None:
     """List tokens, without their secrets."""
-    answer = session.call(session.fleet.ListTokens, pb.ListTokensRequest())
+    answer = session.pages(session.fleet.ListTokens, pb.ListTokensRequest())
     session.out.answer(answer, lambda: _listed(answer, session.now), [token.id for token in answer.tokens])
 
 

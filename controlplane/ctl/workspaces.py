@@ -277,7 +277,7 @@ def list_(
       ngpu workspace list
       ngpu workspace list --json | jq '.workspaces[].queued_tasks'
     """
-    answer = session.call(session.workspaces.ListWorkspaces, pb.ListWorkspacesRequest(deleted=deleted))
+    answer = session.pages(session.workspaces.ListWorkspaces, pb.ListWorkspacesRequest(deleted=deleted))
     if not ids:
         for workspace in answer.workspaces:
             workspace.ClearField("id")

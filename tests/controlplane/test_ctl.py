@@ -251,6 +251,18 @@ def test_list_shows_ids_when_told(plane: FakeControlPlane, ngpu: Ngpu, options: 
     assert ID in ngpu("workspace", "list", "--ids", *options).stdout
 
 
+def test_a_list_is_whole_however_many_pages_it_has(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    def page(asked: workspace.ListWorkspacesRequest) -> workspace.ListWorkspacesResponse:
+        at = int(asked.cursor or 0)
+        row = a_workspace()
+        row.spec.name = f"w{at}"
+        return workspace.ListWorkspacesResponse(workspaces=[row], cursor=str(at + 1) if at < 2 else "")
+
+    plane.answers["ListWorkspaces"] = page
+    assert ngpu("workspace", "list", "--quiet").stdout.split() == ["w0", "w1", "w2"]
+    assert "cursor" not in json.loads(ngpu("workspace", "list", "--json").stdout)
+
+
 def test_an_empty_list_says_what_to_do(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     plane.answers["ListWorkspaces"] = workspace.ListWorkspacesResponse()
     assert "ngpu workspace create" in ngpu("workspace", "list").stdout

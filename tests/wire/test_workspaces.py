@@ -289,7 +289,17 @@ async def test_deleted_workspace_is_gone_from_lists_and_its_name_free(there: Hou
         return [workspace.id for workspace in answer.workspaces]
 
     assert await listed(False) == [second.id]
-    assert sorted(await listed(True)) == sorted([first.id, second.id])
+    assert await listed(True) == [first.id, second.id]
+    first_page = pb.ListWorkspacesRequest(deleted=True, limit=1)
+    page = await there.operator.workspaces.ListWorkspaces(first_page, metadata=there.operator.auth)
+    assert [workspace.id for workspace in page.workspaces] == [first.id]
+    rest = pb.ListWorkspacesRequest(deleted=True, cursor=page.cursor)
+    page = await there.operator.workspaces.ListWorkspaces(rest, metadata=there.operator.auth)
+    assert [workspace.id for workspace in page.workspaces] == [second.id]
+    assert not page.cursor
+    with refused(*INVALID, "cursor"):
+        bad = pb.ListWorkspacesRequest(cursor="x")
+        await there.operator.workspaces.ListWorkspaces(bad, metadata=there.operator.auth)
     assert (await get(there.operator, first.id)).HasField("delete_time")
     with refused(*NOT_FOUND):
         await there.operator.workspaces.DeleteWorkspace(

@@ -94,7 +94,7 @@ class FleetServiceServicer(object):
     """
 
     def ListNodes(self, request, context):
-        """All nodes that have enrolled, by name.
+        """The nodes that have enrolled, by name. Errors: INVALID_ARGUMENT (cursor).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +139,7 @@ class FleetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListTokens(self, request, context):
-        """All tokens without their secrets.
+        """The tokens, without their secrets. Errors: INVALID_ARGUMENT (cursor).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

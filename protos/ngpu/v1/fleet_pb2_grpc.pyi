@@ -36,7 +36,7 @@ class FleetServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FleetServiceAsyncStub: ...
     ListNodes: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListNodesRequest, _fleet_pb2.ListNodesResponse]
-    """All nodes that have enrolled, by name."""
+    """The nodes that have enrolled, by name. Errors: INVALID_ARGUMENT (cursor)."""
     GetNode: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetNodeRequest, _fleet_pb2.GetNodeResponse]
     """One node by address or name. Errors: NOT_FOUND."""
     SetNodeAvailability: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.SetNodeAvailabilityRequest, _fleet_pb2.SetNodeAvailabilityResponse]
@@ -53,7 +53,7 @@ class FleetServiceStub:
     CreateToken: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.CreateTokenRequest, _fleet_pb2.CreateTokenResponse]
     """Make a token. Its secret is in the answer and nowhere else: only a hash is kept. Errors: INVALID_ARGUMENT."""
     ListTokens: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListTokensRequest, _fleet_pb2.ListTokensResponse]
-    """All tokens without their secrets."""
+    """The tokens, without their secrets. Errors: INVALID_ARGUMENT (cursor)."""
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RevokeTokenRequest, _fleet_pb2.RevokeTokenResponse]
     """End a token. Idempotent. Errors: NOT_FOUND."""
     Explain: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ExplainRequest, _fleet_pb2.ExplainResponse]
@@ -74,7 +74,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListNodes: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListNodesRequest, _fleet_pb2.ListNodesResponse]  # type: ignore[assignment]
-    """All nodes that have enrolled, by name."""
+    """The nodes that have enrolled, by name. Errors: INVALID_ARGUMENT (cursor)."""
     GetNode: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetNodeRequest, _fleet_pb2.GetNodeResponse]  # type: ignore[assignment]
     """One node by address or name. Errors: NOT_FOUND."""
     SetNodeAvailability: _aio.UnaryUnaryMultiCallable[_fleet_pb2.SetNodeAvailabilityRequest, _fleet_pb2.SetNodeAvailabilityResponse]  # type: ignore[assignment]
@@ -91,7 +91,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
     CreateToken: _aio.UnaryUnaryMultiCallable[_fleet_pb2.CreateTokenRequest, _fleet_pb2.CreateTokenResponse]  # type: ignore[assignment]
     """Make a token. Its secret is in the answer and nowhere else: only a hash is kept. Errors: INVALID_ARGUMENT."""
     ListTokens: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListTokensRequest, _fleet_pb2.ListTokensResponse]  # type: ignore[assignment]
-    """All tokens without their secrets."""
+    """The tokens, without their secrets. Errors: INVALID_ARGUMENT (cursor)."""
     RevokeToken: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RevokeTokenRequest, _fleet_pb2.RevokeTokenResponse]  # type: ignore[assignment]
     """End a token. Idempotent. Errors: NOT_FOUND."""
     Explain: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ExplainRequest, _fleet_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_pb2.ListNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ListNodesResponse, _abc.Awaitable[_fleet_pb2.ListNodesResponse]]:
-        """All nodes that have enrolled, by name."""
+        """The nodes that have enrolled, by name. Errors: INVALID_ARGUMENT (cursor)."""
 
     @_abc_1.abstractmethod
     def GetNode(
@@ -168,7 +168,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_pb2.ListTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ListTokensResponse, _abc.Awaitable[_fleet_pb2.ListTokensResponse]]:
-        """All tokens without their secrets."""
+        """The tokens, without their secrets. Errors: INVALID_ARGUMENT (cursor)."""
 
     @_abc_1.abstractmethod
     def RevokeToken(

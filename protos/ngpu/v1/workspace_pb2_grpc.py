@@ -127,7 +127,7 @@ class WorkspaceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListWorkspaces(self, request, context):
-        """All workspaces, by name, without replicas.
+        """The workspaces, by name, without replicas. Errors: INVALID_ARGUMENT (cursor).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,7 +197,7 @@ class WorkspaceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRoutes(self, request, context):
-        """All published routes, by name. Operators and services.
+        """The published routes, by name. Operators and services. Errors: INVALID_ARGUMENT (cursor).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class WorkspaceServiceStub:
     GetWorkspace: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.GetWorkspaceRequest, _workspace_pb2.GetWorkspaceResponse]
     """One workspace by id or name, with its replicas. Errors: NOT_FOUND."""
     ListWorkspaces: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.ListWorkspacesRequest, _workspace_pb2.ListWorkspacesResponse]
-    """All workspaces, by name, without replicas."""
+    """The workspaces, by name, without replicas. Errors: INVALID_ARGUMENT (cursor)."""
     ScaleWorkspace: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.ScaleWorkspaceRequest, _workspace_pb2.ScaleWorkspaceResponse]
     """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
     is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
@@ -84,7 +84,7 @@ class WorkspaceServiceStub:
     publishing a name again moves it. Operators only. Errors: NOT_FOUND, INVALID_ARGUMENT (reserved or malformed name, port not declared).
     """
     ListRoutes: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.ListRoutesRequest, _workspace_pb2.ListRoutesResponse]
-    """All published routes, by name. Operators and services."""
+    """The published routes, by name. Operators and services. Errors: INVALID_ARGUMENT (cursor)."""
     DeleteRoute: _grpc.UnaryUnaryMultiCallable[_workspace_pb2.DeleteRouteRequest, _workspace_pb2.DeleteRouteResponse]
     """Take a public name away. Idempotent. Operators only."""
 
@@ -107,7 +107,7 @@ class WorkspaceServiceAsyncStub(WorkspaceServiceStub):
     GetWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_pb2.GetWorkspaceRequest, _workspace_pb2.GetWorkspaceResponse]  # type: ignore[assignment]
     """One workspace by id or name, with its replicas. Errors: NOT_FOUND."""
     ListWorkspaces: _aio.UnaryUnaryMultiCallable[_workspace_pb2.ListWorkspacesRequest, _workspace_pb2.ListWorkspacesResponse]  # type: ignore[assignment]
-    """All workspaces, by name, without replicas."""
+    """The workspaces, by name, without replicas. Errors: INVALID_ARGUMENT (cursor)."""
     ScaleWorkspace: _aio.UnaryUnaryMultiCallable[_workspace_pb2.ScaleWorkspaceRequest, _workspace_pb2.ScaleWorkspaceResponse]  # type: ignore[assignment]
     """Set the number of replicas. Idempotent. Replicas beyond it finish what they run, then stop. Where replicas follow the load (`scale`) it
     is the number from which they go on doing so. Errors: NOT_FOUND, INVALID_ARGUMENT (also: not between the numbers of `scale`).
@@ -144,7 +144,7 @@ class WorkspaceServiceAsyncStub(WorkspaceServiceStub):
     publishing a name again moves it. Operators only. Errors: NOT_FOUND, INVALID_ARGUMENT (reserved or malformed name, port not declared).
     """
     ListRoutes: _aio.UnaryUnaryMultiCallable[_workspace_pb2.ListRoutesRequest, _workspace_pb2.ListRoutesResponse]  # type: ignore[assignment]
-    """All published routes, by name. Operators and services."""
+    """The published routes, by name. Operators and services. Errors: INVALID_ARGUMENT (cursor)."""
     DeleteRoute: _aio.UnaryUnaryMultiCallable[_workspace_pb2.DeleteRouteRequest, _workspace_pb2.DeleteRouteResponse]  # type: ignore[assignment]
     """Take a public name away. Idempotent. Operators only."""
 
@@ -182,7 +182,7 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workspace_pb2.ListWorkspacesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workspace_pb2.ListWorkspacesResponse, _abc.Awaitable[_workspace_pb2.ListWorkspacesResponse]]:
-        """All workspaces, by name, without replicas."""
+        """The workspaces, by name, without replicas. Errors: INVALID_ARGUMENT (cursor)."""
 
     @_abc_1.abstractmethod
     def ScaleWorkspace(
@@ -267,7 +267,7 @@ class WorkspaceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workspace_pb2.ListRoutesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workspace_pb2.ListRoutesResponse, _abc.Awaitable[_workspace_pb2.ListRoutesResponse]]:
-        """All published routes, by name. Operators and services."""
+        """The published routes, by name. Operators and services. Errors: INVALID_ARGUMENT (cursor)."""
 
     @_abc_1.abstractmethod
     def DeleteRoute(
