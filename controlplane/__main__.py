@@ -176,11 +176,12 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
             access=access, fleet=fleet, deployer=deployer, dispatcher=dispatcher, store=store, clock=_now
         )
         workspaces = WorkspaceApi(fleet, dispatcher)
+        webhook_api = WebhookApi(workspaces, owners, store, signatures, clock=_now)
         server = Server(
             gate,
             {
-                "TaskService": [tasks, batches, records, watch, tunnels, flights_api],
-                "WorkspaceService": [workspaces, WebhookApi(workspaces, signatures)],
+                "TaskService": [tasks, batches, records, watch, tunnels, flights_api, webhook_api],
+                "WorkspaceService": [workspaces, webhook_api],
                 "NodeService": [nodes, execution, tunnels, flights_api],
                 "AssetService": [AssetApi(holdings)],
                 "FleetService": [fleet_api],

@@ -294,7 +294,7 @@ class Webhook(SQLModel):
     #: Of the URL, lower case: so many posts at once to each.
     host: str
     state: Told = Field(default=Told.WAITING, sa_type=sa.Integer)
-    #: The task's end.
+    #: Since when it is tried: the task's end, or when somebody asked for it once more.
     create_time: datetime = Field(sa_type=UtcTime)
     #: When to post it next; None: it is over.
     next_time: datetime | None = Field(default=None, sa_type=UtcTime)

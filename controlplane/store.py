@@ -279,6 +279,12 @@ class Store:
         """What came of a try. Nothing happens if a later one is known."""
         return self._writer.put(store_webhooks.keep, row.__dict__.copy(), key=row.task_id)
 
+    def redeliver_webhook(self, task_id: str, now: datetime) -> Future[None]:
+        """Have it posted once more, whatever came of it. Raises NotFound: the task has not ended, or nobody is told."""
+        writing = self._write(store_webhooks.redeliver, task_id, now)
+        writing.add_done_callback(self._say_webhook)
+        return writing
+
     async def webhook(self, task_id: str) -> Webhook | None:
         """The webhook of a task that has ended, if it has one."""
         return await self._read(store_webhooks.webhook, task_id)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from controlplane import store_tasks
+from controlplane.errors import NotFound
 from controlplane.model import TO_TELL, Told, Webhook, WebhookSecret, WebhookSecretTable, WebhookTable
 from controlplane.store_database import table_of
 from controlplane.store_statement import Row, add_or_not
@@ -22,11 +23,13 @@ _c: Final = _webhook.c
 
 _ADD: Final = add_or_not(_webhook)
 _ADD_SECRET: Final = add_or_not(_secret)
-_KEEP: Final = (
-    sa.update(_webhook)
-    .where(_c.task_id == sa.bindparam("of_task"), _c.tries < sa.bindparam("tries"))
-    .values({name: sa.bindparam(name) for name in ("state", "next_time", "tries", "tries_json")})
-)
+_TRIED: Final = sa.update(_webhook).where(_c.task_id == sa.bindparam("of_task"), _c.tries < sa.bindparam("of_tries"))
+#: What is set after a try, ...
+_KEEP: Final = _TRIED.where(_c.create_time == sa.bindparam("of_time", type_=_c.create_time.type))
+_KEPT: Final = ("state", "next_time", "tries", "tries_json")
+#: ... and where once more was asked for meanwhile: it is posted again.
+_KEEP_TRY: Final = _TRIED.where(_c.create_time != sa.bindparam("of_time", type_=_c.create_time.type))
+_KEPT_TRY: Final = ("tries", "tries_json")
 
 
 # Kinds of writes (store_writer.Kind).
@@ -48,8 +51,18 @@ def end_queued(connection: sa.Connection, items: Sequence[tuple[Row, Row]]) -> S
 
 def keep(connection: sa.Connection, items: Sequence[Row]) -> Sequence[None]:
     """What came of a try. Items: a webhook's row. What is known of a later try stays."""
-    connection.execute(_KEEP, [{**row, "of_task": row["task_id"]} for row in items])
+    of = [{"of_task": row["task_id"], "of_time": row["create_time"], "of_tries": row["tries"]} for row in items]
+    for statement, columns in ((_KEEP, _KEPT), (_KEEP_TRY, _KEPT_TRY)):
+        rows = zip(of, items, strict=True)
+        connection.execute(statement, [which | {name: row[name] for name in columns} for which, row in rows])
     return [None] * len(items)
+
+
+def redeliver(connection: sa.Connection, task_id: str, now: datetime) -> None:
+    """Post it now, and as long as any that is new, whatever came of it. Raises NotFound."""
+    anew = sa.update(_webhook).where(_c.task_id == task_id)
+    if not connection.execute(anew.values(state=Told.WAITING, create_time=now, next_time=now)).rowcount:
+        raise NotFound
 
 
 def add_secret(connection: sa.Connection, row: WebhookSecret) -> WebhookSecret:

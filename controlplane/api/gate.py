@@ -50,6 +50,7 @@ ROLES: Final[dict[str, frozenset[Kind]]] = {
     "ngpu.v1.TaskService.Watch": _CUSTOMER,
     "ngpu.v1.TaskService.Connect": _CUSTOMER,
     "ngpu.v1.TaskService.Cancel": _CUSTOMER,
+    "ngpu.v1.TaskService.RedeliverWebhook": _CUSTOMER,
     "ngpu.v1.WorkspaceService.CreateWorkspace": _OPERATOR,
     "ngpu.v1.WorkspaceService.GetWorkspace": _CUSTOMER,
     "ngpu.v1.WorkspaceService.ListWorkspaces": _OPERATOR,

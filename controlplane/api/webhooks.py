@@ -1,15 +1,22 @@
-"""Webhooks on the wire: their secrets (WorkspaceService), and what became of a task's (GetDetail)."""
+"""Webhooks on the wire: their secrets (WorkspaceService), what became of a task's (GetDetail), and to have it again."""
+
+from collections.abc import Callable
+from datetime import datetime
 
 import structlog
 from ngpu.v1 import task_pb2
 from ngpu.v1 import workspace_pb2 as pb
 
 from controlplane import signatures, webhooks
+from controlplane.access import Kind
 from controlplane.api import translate
 from controlplane.api.gate import Caller
+from controlplane.api.owners import Owners
 from controlplane.api.workspaces import WorkspaceApi
+from controlplane.errors import NotFound
 from controlplane.model import Task, Told, Webhook, WebhookSecret
 from controlplane.signatures import Signatures
+from controlplane.store import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -21,11 +28,42 @@ _STATES = {
 
 
 class WebhookApi:
-    """The methods about secrets."""
+    """The methods about webhooks, of both services."""
 
-    def __init__(self, workspaces: WorkspaceApi, signatures: Signatures) -> None:
+    def __init__(
+        self,
+        workspaces: WorkspaceApi,
+        owners: Owners,
+        store: Store,
+        signatures: Signatures,
+        *,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._workspaces = workspaces
+        self._owners = owners
+        self._store = store
         self._signatures = signatures
+        self._clock = clock
+
+    async def redeliver_webhook(
+        self, request: task_pb2.RedeliverWebhookRequest, caller: Caller
+    ) -> task_pb2.RedeliverWebhookResponse:
+        """See task.proto."""
+        principal = caller.principal
+        owner = ""
+        if principal.kind is not Kind.OPERATOR or request.workspace_id:
+            owner = self._owners.workspace_uid(request.workspace_id, principal)
+        task = await self._store.task(request.task_id)
+        if task is None or (owner and task.workspace_uid != owner):
+            raise NotFound("There is no such task.")
+        if not task.callback_url:
+            raise NotFound("The task has no callback_url: nobody is told of its end.")
+        if task.end_time is None:
+            raise NotFound("The task has not ended: it will be told when it has.")
+        await self._store.redeliver_webhook(task.id, self._clock())
+        _log.info("webhook_asked_for_again", task_id=task.id, by=principal.id)
+        row = await self._store.webhook(task.id)
+        return task_pb2.RedeliverWebhookResponse(webhook=webhook_of(task, row, owned=True))
 
     async def get_webhook_secret(
         self, request: pb.GetWebhookSecretRequest, caller: Caller

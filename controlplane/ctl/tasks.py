@@ -375,6 +375,20 @@ def cancel(session: Session, tasks: Annotated[list[str], typer.Argument(metavar=
         session.out.answer(answer, functools.partial(_cancelled, answer.task))
 
 
+@app.command()
+@connected
+def redeliver(
+    session: Session, tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Their ids.")]
+) -> None:
+    """Have the end of tasks posted to their callback URLs once more: a receiver was down for too long, or lost it.
+
+    `ngpu task show TASK` tells what came of it.
+    """
+    for task in tasks:
+        answer = session.call(session.tasks.RedeliverWebhook, pb.RedeliverWebhookRequest(task_id=task))
+        session.out.answer(answer, functools.partial(cell, f"{task}: {webhooks.text(answer.webhook)}"))
+
+
 def _cancelled(task: pb.Task) -> RenderableType:
     late = task.state in ENDED and task.state != pb.TASK_STATE_CANCELLED
     return cell(f"{task.task_id}: {'had ended already, ' if late else ''}{state_name(task.state)}")

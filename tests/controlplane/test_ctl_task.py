@@ -397,3 +397,11 @@ def test_cancel(plane: FakeControlPlane, ngpu: Ngpu) -> None:
     )
     assert ngpu("task", "cancel", "a", "b").stdout == "a: cancelled\nb: had ended already, completed\n"
     ngpu("task", "cancel", code=2)
+
+
+def test_redeliver(plane: FakeControlPlane, ngpu: Ngpu) -> None:
+    webhook = pb.Webhook(url="https://lab.example/ended", state=pb.WEBHOOK_STATE_WAITING, tries=3)
+    plane.answers["RedeliverWebhook"] = lambda request: pb.RedeliverWebhookResponse(webhook=webhook)
+    assert ngpu("task", "redeliver", "a").stdout == "a: waiting, to https://lab.example/ended, posted 3 times\n"
+    plane.answers["RedeliverWebhook"] = Refusal(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "The task has no callback_url.")
+    assert "no callback_url" in ngpu("task", "redeliver", "a", code=4).stderr

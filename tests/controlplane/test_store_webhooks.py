@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.errors import StaleAttempt
+from controlplane.errors import NotFound, StaleAttempt
 from controlplane.model import Told, Webhook, WebhookSecret
 from controlplane.store import Store
 from tests.controlplane.test_store import NOW, SECOND, completed, failed, ledger, queued, running
@@ -102,6 +102,22 @@ async def test_try_is_kept_and_an_earlier_one_does_not_undo_it(store: Store) -> 
     await store.keep_webhook(webhook(tries=3, state=Told.GIVEN_UP, next_time=None))
     assert await store.next_webhook_time(NOW) is None
     assert await store.waiting_webhooks(10) == 0
+
+
+async def test_once_more_is_from_the_beginning_and_a_try_that_is_under_way_does_not_undo_it(store: Store) -> None:
+    await ended(store, webhook())
+    await store.keep_webhook(webhook(tries=1, state=Told.GIVEN_UP, next_time=None))
+    assert await due(store) == []
+    await store.redeliver_webhook("t", NOW + SECOND)
+    again = await store.webhook("t")
+    assert again == webhook(tries=1, create_time=NOW + SECOND, next_time=NOW + SECOND)
+    await store.redeliver_webhook("t", NOW)
+    # It had begun before, and ends after that was asked for.
+    await store.keep_webhook(webhook(create_time=NOW + SECOND, tries=2, state=Told.DELIVERED, tries_json=b"[2]"))
+    assert await store.webhook("t") == webhook(tries=2, tries_json=b"[2]")
+    assert await due(store) == ["t"]
+    with pytest.raises(NotFound):
+        await store.redeliver_webhook("none", NOW)
 
 
 async def test_longest_due_come_first_and_others_not(store: Store) -> None:

@@ -462,7 +462,7 @@ class FakeControlPlane(
     def _uncalled(self, request: Any, context: Any) -> Any:
         raise AssertionError(f"the bridge has no business calling this with {request!r}")
 
-    Schedule = Query = Cancel = GetFlights = _uncalled
+    Schedule = Query = Cancel = GetFlights = RedeliverWebhook = _uncalled
 
     def Connect(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise AssertionError("the bridge has no business calling this")

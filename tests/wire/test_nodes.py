@@ -1,6 +1,7 @@
 """Nodes join, log in, report and are told: sessions begin, are superseded, go silent and end."""
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from ngpu.v1 import fleet_pb2, node_pb2, workspace_pb2
 
 from controlplane import access as access_module
-from controlplane.api.nodes import Nodes
+from controlplane.api.nodes import Nodes, report_after_ms
 from controlplane.errors import Unavailable
 from tests.wire.house import DEADLINE_S, House, error_of, house, refused, until
 from tests.wire.node import GIB, Node
@@ -168,8 +169,25 @@ async def test_reports_are_answered_by_their_number(there: House) -> None:
     for sequence in (1, 7):
         await call.write(node.report(sequence))
         answer = await call.read()
-        assert (answer.sequence, answer.report_after_ms) == (sequence, 5000)
+        assert answer.sequence == sequence
+        assert answer.report_after_ms == pytest.approx(5000, rel=0.04)
     call.cancel()
+
+
+@pytest.mark.parametrize(("nodes", "moments"), [(100, 16), (400, 25), (10_000, 625)])
+def test_nodes_report_some_at_a_time_each_as_often_as_it_should(nodes: int, moments: int) -> None:
+    heard_s = []
+    for number in range(nodes):
+        joined_s = 1000 + 5.0 * number / nodes
+        first_ms = report_after_ms(joined_s, 5.0, nodes)
+        assert first_ms == pytest.approx(5000, rel=0.04)
+        heard_s.append(joined_s + first_ms / 1000)
+        # From then on every 5 s, though neither its line nor its clock is always the same.
+        assert report_after_ms(heard_s[-1] + 0.002, 5.0, nodes) == pytest.approx(4998, abs=1)
+        assert report_after_ms(heard_s[-1] - 0.002, 5.0, nodes) == pytest.approx(5002, abs=1)
+    pauses = [after - before for before, after in pairwise(sorted(heard_s)) if after - before > 0.002]
+    assert len(pauses) in (moments - 1, moments)
+    assert pauses == pytest.approx([5.0 / moments] * len(pauses), abs=0.002)
 
 
 async def test_report_may_leave_out_what_is_as_before(there: House) -> None:

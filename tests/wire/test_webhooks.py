@@ -23,6 +23,7 @@ from tests.wire.test_execute import BODY, Delivery
 
 HERE = {"allow_http": True, "allow_networks": ["127.0.0.0/8"], "first_pause": 0.02, "time_limit": 0.5}
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -334,6 +335,49 @@ async def test_name_that_leads_inside_is_not_posted_to(
 
 
 # Who may know.
+
+
+async def redeliver(client: Client, task_id: str, workspace_id: str = "") -> pb.Webhook:
+    ask = pb.RedeliverWebhookRequest(task_id=task_id, workspace_id=workspace_id)
+    answer = await client.tasks.RedeliverWebhook(ask, metadata=client.auth, timeout=DEADLINE_S)
+    return answer.webhook  # type: ignore[no-any-return]
+
+
+async def test_end_is_posted_once_more_when_its_owner_asks(
+    there: House, workspace: workspace_pb2.Workspace, receiver: Receiver
+) -> None:
+    receiver.answers = [says(410)]
+    client = there.client(workspace.id)
+    task_id = (await client.schedule(request(workspace, callback_url=receiver.url))).task.task_id
+    await told(client, task_id, GIVEN_UP)
+    for number, asking in enumerate((client, there.operator), start=2):
+        assert (await redeliver(asking, task_id)).url == receiver.url
+        await told(client, task_id, DELIVERED, tries=number)
+    await redeliver(there.bridge, task_id, workspace.id)
+    log = (await told(client, task_id, DELIVERED, tries=4)).log
+    assert [one.http_status for one in log] == [410, 204, 204, 204]
+    assert {post.id for post in receiver.posts} == {f"msg_{task_id}"}
+
+
+async def test_nothing_is_posted_once_more_for_strangers_or_without_an_end(
+    there: House, node: Node, workspace: workspace_pb2.Workspace, receiver: Receiver
+) -> None:
+    task_id = (await there.operator.schedule(request(workspace, callback_url=receiver.url))).task.task_id
+    await told(there.operator, task_id, DELIVERED)
+    other = await there.operator.workspace(name="other", replicas=0)
+    # A task's id opens its result, and does not make us post.
+    with refused(*INVALID, "workspace_id"):
+        await redeliver(there.bridge, task_id)
+    with refused(*NOT_FOUND):
+        await redeliver(there.client(other.id), task_id)
+    silent = (await there.operator.schedule(request(workspace))).task.task_id
+    with refused(*NOT_FOUND, "no callback_url"):
+        await redeliver(there.operator, silent)
+    node.answer = hold
+    running = (await there.operator.schedule(request(workspace, callback_url=receiver.url))).task.task_id
+    with refused(*NOT_FOUND, "not ended"):
+        await redeliver(there.operator, running)
+    assert len(receiver.posts) == 1
 
 
 async def test_url_is_its_owners_to_see(there: House, workspace: workspace_pb2.Workspace, receiver: Receiver) -> None:

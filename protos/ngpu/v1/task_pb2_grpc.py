@@ -92,6 +92,11 @@ class TaskServiceStub(object):
                 request_serializer=ngpu_dot_v1_dot_task__pb2.CancelRequest.SerializeToString,
                 response_deserializer=ngpu_dot_v1_dot_task__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.RedeliverWebhook = channel.unary_unary(
+                '/ngpu.v1.TaskService/RedeliverWebhook',
+                request_serializer=ngpu_dot_v1_dot_task__pb2.RedeliverWebhookRequest.SerializeToString,
+                response_deserializer=ngpu_dot_v1_dot_task__pb2.RedeliverWebhookResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer(object):
@@ -216,6 +221,16 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RedeliverWebhook(self, request, context):
+        """Have the end of a task posted to its `callback_url` once more, now, whether it was delivered, given up or still waits: with the same
+        `webhook-id`, and tried for as long as a new one is. Returns when that is on disk, not when it is posted: `GetDetail` tells.
+        It is for operators and the workspace itself: a service must give the `workspace_id`.
+        Errors: NOT_FOUND (also: the task has no `callback_url`, or has not ended), INVALID_ARGUMENT (a service without `workspace_id`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -268,6 +283,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=ngpu_dot_v1_dot_task__pb2.CancelRequest.FromString,
                     response_serializer=ngpu_dot_v1_dot_task__pb2.CancelResponse.SerializeToString,
+            ),
+            'RedeliverWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedeliverWebhook,
+                    request_deserializer=ngpu_dot_v1_dot_task__pb2.RedeliverWebhookRequest.FromString,
+                    response_serializer=ngpu_dot_v1_dot_task__pb2.RedeliverWebhookResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -548,6 +568,33 @@ class TaskService(object):
             '/ngpu.v1.TaskService/Cancel',
             ngpu_dot_v1_dot_task__pb2.CancelRequest.SerializeToString,
             ngpu_dot_v1_dot_task__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedeliverWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ngpu.v1.TaskService/RedeliverWebhook',
+            ngpu_dot_v1_dot_task__pb2.RedeliverWebhookRequest.SerializeToString,
+            ngpu_dot_v1_dot_task__pb2.RedeliverWebhookResponse.FromString,
             options,
             channel_credentials,
             insecure,

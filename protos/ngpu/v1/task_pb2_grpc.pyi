@@ -112,6 +112,12 @@ class TaskServiceStub:
     Given twice it is no error; of an ended task it changes nothing and returns that task.
     Errors: NOT_FOUND.
     """
+    RedeliverWebhook: _grpc.UnaryUnaryMultiCallable[_task_pb2.RedeliverWebhookRequest, _task_pb2.RedeliverWebhookResponse]
+    """Have the end of a task posted to its `callback_url` once more, now, whether it was delivered, given up or still waits: with the same
+    `webhook-id`, and tried for as long as a new one is. Returns when that is on disk, not when it is posted: `GetDetail` tells.
+    It is for operators and the workspace itself: a service must give the `workspace_id`.
+    Errors: NOT_FOUND (also: the task has no `callback_url`, or has not ended), INVALID_ARGUMENT (a service without `workspace_id`).
+    """
 
 @_typing.type_check_only
 class TaskServiceAsyncStub(TaskServiceStub):
@@ -196,6 +202,12 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """End a task that has not ended. A queued one never starts; of a running one the container's request is closed.
     Given twice it is no error; of an ended task it changes nothing and returns that task.
     Errors: NOT_FOUND.
+    """
+    RedeliverWebhook: _aio.UnaryUnaryMultiCallable[_task_pb2.RedeliverWebhookRequest, _task_pb2.RedeliverWebhookResponse]  # type: ignore[assignment]
+    """Have the end of a task posted to its `callback_url` once more, now, whether it was delivered, given up or still waits: with the same
+    `webhook-id`, and tried for as long as a new one is. Returns when that is on disk, not when it is posted: `GetDetail` tells.
+    It is for operators and the workspace itself: a service must give the `workspace_id`.
+    Errors: NOT_FOUND (also: the task has no `callback_url`, or has not ended), INVALID_ARGUMENT (a service without `workspace_id`).
     """
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -338,6 +350,18 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """End a task that has not ended. A queued one never starts; of a running one the container's request is closed.
         Given twice it is no error; of an ended task it changes nothing and returns that task.
         Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def RedeliverWebhook(
+        self,
+        request: _task_pb2.RedeliverWebhookRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_pb2.RedeliverWebhookResponse, _abc.Awaitable[_task_pb2.RedeliverWebhookResponse]]:
+        """Have the end of a task posted to its `callback_url` once more, now, whether it was delivered, given up or still waits: with the same
+        `webhook-id`, and tried for as long as a new one is. Returns when that is on disk, not when it is posted: `GetDetail` tells.
+        It is for operators and the workspace itself: a service must give the `workspace_id`.
+        Errors: NOT_FOUND (also: the task has no `callback_url`, or has not ended), INVALID_ARGUMENT (a service without `workspace_id`).
         """
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
