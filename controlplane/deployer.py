@@ -369,13 +369,13 @@ class Deployer:
                 self._deleted.add(workspace.uid)
 
     def _lost(self) -> frozenset[str]:
-        nodes, now_s = self._fleet.nodes(), self._monotonic()
+        nodes, now_s = self._fleet.every_node(), self._monotonic()
         if rollout.we_are_cut_off(nodes, now_s, self._lost_after_s):
             self._cut_off_s = now_s
         return rollout.lost_nodes(nodes, now_s, self._lost_after_s, self._cut_off_s)
 
     def _revoked(self) -> frozenset[str]:
-        return frozenset(node.addr for node in self._fleet.nodes(revoked=True) if node.revoked)
+        return frozenset(node.addr for node in self._fleet.every_node() if node.revoked)
 
     # Why, and what if.
 

@@ -6,7 +6,7 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -98,6 +98,10 @@ class Picture:
         """Those not revoked, or all, by name."""
         wanted = (node for node in self._nodes.values() if revoked or not node.revoked)
         return sorted(wanted, key=lambda node: node.name)
+
+    def every_node(self) -> Collection[Node]:
+        """All, revoked ones too, in no order: for what looks at each of them every second."""
+        return self._nodes.values()
 
     def replica(self, replica_id: str) -> Replica | None:
         """None if there is none of that id, or it is known to be gone."""

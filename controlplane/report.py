@@ -15,8 +15,11 @@ class Gpu(msgspec.Struct, frozen=True):
     pci_bus_id: str = ""
 
 
-class GpuReading(msgspec.Struct, frozen=True):
+class GpuReading(msgspec.Struct, frozen=True, gc=False):
     """One GPU as it is now; None: the driver does not offer that reading."""
+
+    # Of a thousand nodes 200,000 are kept, and 1,600 are made a second: the garbage collector need not look at each
+    # for a cycle that it cannot be part of, which took a tenth of what a report costs.
 
     gpu_id: str
     memory_used_bytes: int | None = None

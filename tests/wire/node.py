@@ -164,7 +164,7 @@ class Node:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 pace, every_s = every_s, message.report_after_ms / 1000
-                if list(message.assignments) != self.assignments or pace != every_s:
+                if list(message.assignments) != self.assignments or every_s < 0.9 * pace:
                     self.assignments = list(message.assignments)
                     self._news.set()
         finally:
