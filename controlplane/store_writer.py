@@ -29,8 +29,8 @@ QUEUE_WRITES: Final = 10_000
 QUEUE_BYTES: Final = 256 * 1024 * 1024
 #: Writes in one transaction, so that the first does not wait for ever for the last.
 BATCH_WRITES: Final = 1000
-#: How long a write is held at most.
-HOLD_S: Final = 0.02
+#: How long a write is held at most. A hundred calls at once of 20 ms each take 70 ms, and written twice they take more.
+HOLD_S: Final = 0.1
 #: The pause after a failure of the database: the first and the longest. What comes meanwhile waits.
 BACKOFF_S: Final = (0.05, 1.0)
 

@@ -15,32 +15,15 @@ class Waiting(NamedTuple):
     since: float
 
 
-class Ahead:
+class Ahead(dict[str, Waiting]):
     """By attempt, in the order in which they came. The control plane sends one for each slot at most."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, Waiting] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __contains__(self, attempt_id: str) -> bool:
-        return attempt_id in self._waiting
-
-    def ids(self) -> list[str]:
-        """Of all that wait."""
-        return list(self._waiting)
 
     def add(self, start: node_pb2.Start, now: float) -> None:
         """It waits from now on. It is copied: kept itself, it would keep the whole frame that it came in."""
         own = node_pb2.Start()
         own.CopyFrom(start)
-        self._waiting[start.attempt_id] = Waiting(own, now)
-
-    def pop(self, attempt_id: str) -> Waiting | None:
-        """It waits no more; None: it did not."""
-        return self._waiting.pop(attempt_id, None)
+        self[start.attempt_id] = Waiting(own, now)
 
     def first(self, replica_id: str) -> node_pb2.Start | None:
         """Of those that wait for this replica the one that came first."""
-        return next((start for start, _ in self._waiting.values() if start.replica_id == replica_id), None)
+        return next((start for start, _ in self.values() if start.replica_id == replica_id), None)

@@ -11,7 +11,7 @@ from nodedaemon.course import CUSTOMER, PLATFORM, Course, NoAnswer
 from nodedaemon.engine import Exit
 from nodedaemon.held import Taken
 from nodedaemon.jobs import ADOPT_LOOK_S, Job
-from nodedaemon.relay import Exchange, nothing
+from nodedaemon.relay import Exchange
 
 #: How long an attempt may run if its Start does not say.
 RUN_TIME_LIMIT_MS: Final = 3_600_000
@@ -68,6 +68,26 @@ class GpuClock:
 class Attempt:
     """One attempt that runs."""
 
+    exchange: Exchange | None = None
+    #: What it may become; None: its container's answer is the end of it.
+    job: Job | None = None
+    #: How long it waited here for a slot before `accepted_at`.
+    waited_s = 0.0
+    #: Of its time, what was over before this daemon began.
+    before_s = 0.0
+    gpu_clock: GpuClock | None = None
+    gpu_entered = 0.0
+    gpu_held_s = 0.0
+    interruption: NoAnswer | None = None
+    #: None: it waits for its container's answer without one, and `step_in` gives it one.
+    task: asyncio.Task[None] | None = None
+    step_in: "Callable[[Attempt], None]"
+    # A task that is cancelled before its first step ends without a word.
+    stepped = False
+    given_up = False
+    #: To the next daemon: no result follows.
+    left = False
+
     def __init__(self, start: node_pb2.Start, course: Course, accepted_at: float) -> None:
         self.id = start.attempt_id
         self.replica_id = start.replica_id
@@ -77,25 +97,6 @@ class Attempt:
         self.record_after_s = start.record_after_ms / 1000
         self.course = course
         self.accepted_at = accepted_at
-        self.exchange: Exchange | None = None
-        #: What it may become; None: its container's answer is the end of it.
-        self.job: Job | None = None
-        #: How long it waited here for a slot before `accepted_at`.
-        self.waited_s = 0.0
-        #: Of its time, what was over before this daemon began.
-        self.before_s = 0.0
-        self.gpu_clock: GpuClock | None = None
-        self.gpu_entered = 0.0
-        self.gpu_held_s = 0.0
-        self.interruption: NoAnswer | None = None
-        #: None: it waits for its container's answer without one, and `step_in` gives it one.
-        self.task: asyncio.Task[None] | None = None
-        self.step_in: Callable[[], None] = nothing
-        # A task that is cancelled before its first step ends without a word.
-        self.stepped = False
-        self.given_up = False
-        #: To the next daemon: no result follows.
-        self.left = False
 
     @classmethod
     def waiting(cls, taken: Taken, course: Course, at_once: int, *, now: float) -> "Attempt":
@@ -115,7 +116,7 @@ class Attempt:
         attempt.job = job
         attempt.before_s = passed_s
         course.sent_at = course.first_byte_at = attempt.accepted_at
-        course.answered()
+        course.delivery = task_pb2.DELIVERY_ANSWERED
         attempt.gpu_held_s = passed_s / at_once
         return attempt
 
@@ -124,7 +125,7 @@ class Attempt:
         if self.interruption is None:
             self.interruption = why
             if self.task is None:
-                self.step_in()
+                self.step_in(self)
             elif self.stepped:
                 self.task.cancel()
 
@@ -161,14 +162,17 @@ class Attempt:
         if self.job is not None:
             result.job_id = self.job.id
         result.delivery = course.delivery
+        # 0 means: not reached.
         if course.sent_at:
-            result.sent_after_us = _us(course.sent_at - since)
+            result.sent_after_us = round((course.sent_at - since) * 1e6) or 1
         if course.first_byte_at:
-            result.first_byte_after_us = _us(course.first_byte_at - since)
+            result.first_byte_after_us = round((course.first_byte_at - since) * 1e6) or 1
         if course.last_byte_at:
-            result.last_byte_after_us = _us(course.last_byte_at - since)
-        result.gpu_us = round(self.gpu_held_s * 1e6)
-        result.waited_us = round(self.waited_s * 1e6)
+            result.last_byte_after_us = round((course.last_byte_at - since) * 1e6) or 1
+        if self.gpu_held_s:
+            result.gpu_us = round(self.gpu_held_s * 1e6)
+        if self.waited_s:
+            result.waited_us = round(self.waited_s * 1e6)
 
 
 async def find_container(attempt: Attempt, container_id: str, places: Places) -> None:
@@ -188,8 +192,3 @@ def exited(exit_: Exit) -> NoAnswer:
     """What a container's end means for what it worked on."""
     cause = PLATFORM if exit_.from_outside else CUSTOMER
     return NoAnswer("CONTAINER_EXITED", cause, f"The container {exit_.words} while it worked on the request.")
-
-
-def _us(seconds: float) -> int:
-    # 0 means: not reached.
-    return max(1, round(seconds * 1e6))

@@ -97,8 +97,9 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             return False
         self._sent_bytes += len(data) + later_bytes
-        self._noted = self._hold is not None and errand is not None
+        self._noted = False
         if self._hold is not None and errand is not None:
+            self._noted = True
             self._hold.note(errand, sent=self._sent_bytes, received=self._received_bytes, now=self._monotonic())
         # By our own hand, not the transport's: so that we know whether a byte went out.
         try:
@@ -243,20 +244,18 @@ class Connection(asyncio.BufferedProtocol):
 
     def _receive(self, data: bytes) -> None:
         self._received_bytes += len(data)
-        course = self._course
+        course, response = self._course, self.response
         if course is None or self.over:
             # Nobody asked for it.
             self.abort()
             return
-        if not course.first_byte_at:
-            course.heard()
         try:
-            body = self.response.feed(data)
+            body = response.feed(data)
         except Malformed as fault:
+            course.heard(answered=False, ended=False)
             self.fail(NoAnswer("BAD_RESPONSE", CUSTOMER, f"The container's answer is not valid HTTP: {fault}."))
             return
-        if self.response.head_complete:
-            course.answered()
+        course.heard(answered=response.head_complete, ended=response.complete)
         if body:
             self._pieces.append(body)
             self.buffered_bytes += len(body)
@@ -264,8 +263,6 @@ class Connection(asyncio.BufferedProtocol):
             if self.buffered_bytes >= BUFFER_BYTES and self._reading:
                 self._reading = False
                 self._transport.pause_reading()
-        if self.response.complete:
-            course.ended()
         self._wake()
 
     def eof_received(self) -> None:
@@ -299,12 +296,13 @@ class Connection(asyncio.BufferedProtocol):
         return self.over or (self.response.head_complete and self.buffered_bytes >= self._wanted)
 
     def _wake(self) -> None:
-        if self._ready():
-            if self._call is not None:
-                call, self._call = self._call, None
+        over = self.over
+        if over or self._ready():
+            call, self._call = self._call, None
+            if call is not None:
                 call()
             self._wake_reader()
-        if self.over:
+        if over:
             self._wake_writer()
 
     def _wake_reader(self) -> None:
@@ -321,7 +319,7 @@ class Connection(asyncio.BufferedProtocol):
         if course is None or self.over:
             return
         if proper and self.response.eof():
-            course.ended()
+            course.heard(answered=True, ended=True)
         else:
             self._fault = NoAnswer("CONNECTION_CLOSED", CUSTOMER, self._closed_when(course))
         self._wake()

@@ -52,14 +52,12 @@ class Course:
             self.delivery = task_pb2.DELIVERY_SENT
         self._on_sent()
 
-    def heard(self) -> None:
-        """The first byte of an answer has come."""
-        self.first_byte_at = self._monotonic()
-
-    def answered(self) -> None:
-        """The head of the answer is complete."""
-        self.delivery = task_pb2.DELIVERY_ANSWERED
-
-    def ended(self) -> None:
-        """The answer is complete."""
-        self.last_byte_at = self._monotonic()
+    def heard(self, *, answered: bool, ended: bool) -> None:
+        """Something of an answer has come. Is its head complete, and is all of it?"""
+        now = self._monotonic()
+        if not self.first_byte_at:
+            self.first_byte_at = now
+        if answered:
+            self.delivery = task_pb2.DELIVERY_ANSWERED
+        if ended:
+            self.last_byte_at = now

@@ -29,7 +29,7 @@ from nodedaemon.held import Taken
 from nodedaemon.http1 import BadRequest, request_head
 from nodedaemon.jobs import Job, Jobs
 from nodedaemon.journal import Journal
-from nodedaemon.relay import Exchange, Relay, nothing, rest_of
+from nodedaemon.relay import Exchange, Relay, rest_of
 from nodedaemon.spool import Body, Spool
 
 log = structlog.get_logger()
@@ -124,9 +124,7 @@ class Executor:
             return
         if start.concurrency and self._must_wait(start):
             self._ahead.add(start, self._monotonic())
-            self._deadlines.set(
-                attempt_id, start.wait_limit_ms / 1000, functools.partial(self._waited_long, attempt_id)
-            )
+            self._deadlines.set(attempt_id, start.wait_limit_ms / 1000, self._waited_long)
             return
         self._begin_now(start)
 
@@ -159,7 +157,7 @@ class Executor:
             self._begin_waiting(start.attempt_id)
 
     def _begin_waiting(self, attempt_id: str) -> None:
-        waiting = self._ahead.pop(attempt_id)
+        waiting = self._ahead.pop(attempt_id, None)
         if waiting is not None:
             self._deadlines.remove(attempt_id)
             self._begin_now(waiting.start, self._monotonic() - waiting.since)
@@ -170,7 +168,7 @@ class Executor:
 
     def _end_waiting(self, attempt_id: str, why: NoAnswer) -> None:
         """It does not begin. Nothing happens if it waits no more."""
-        waiting = self._ahead.pop(attempt_id)
+        waiting = self._ahead.pop(attempt_id, None)
         if waiting is not None:
             self._deadlines.remove(attempt_id)
             result = node_pb2.Result(attempt_id=attempt_id, delivery=task_pb2.DELIVERY_NOT_SENT)
@@ -222,10 +220,9 @@ class Executor:
 
     def _enter(self, attempt: Attempt, exchange: Exchange | None) -> None:
         attempt.exchange = exchange
-        attempt.step_in = functools.partial(self._step_in, attempt)
+        attempt.step_in = self._step_in
         self._running[attempt.id] = attempt
-        left_s = attempt.limit_s - attempt.before_s
-        self._deadlines.set(attempt.id, left_s, functools.partial(self._time_over, attempt))
+        self._deadlines.set(attempt.id, attempt.limit_s - attempt.before_s, self._time_over)
 
     def _step_in(self, attempt: Attempt) -> None:
         """From now on the attempt has a task, if it had none."""
@@ -264,7 +261,7 @@ class Executor:
         if attempt := self._running.get(attempt_id):
             attempt.given_up = True
             attempt.interrupt(GivenUp())
-        elif self._ahead.pop(attempt_id) is not None:
+        elif self._ahead.pop(attempt_id, None) is not None:
             self._deadlines.remove(attempt_id)
         self._forget(attempt_id)
 
@@ -282,7 +279,7 @@ class Executor:
 
     def held(self) -> list[str]:
         """Attempts that run or wait to, and those that have ended and are not acknowledged."""
-        return [*self._running, *self._ahead.ids(), *self._left, *self._spool.attempts()]
+        return [*self._running, *self._ahead, *self._left, *self._spool.attempts()]
 
     def container_exited(self, exit_: Exit) -> None:
         """A container ended by itself. Its connections break; what is left after EXIT_NEWS_S is ended here."""
@@ -291,7 +288,7 @@ class Executor:
     def close(self) -> None:
         """Take no more."""
         self._closed = True
-        for attempt_id in self._ahead.ids():
+        for attempt_id in list(self._ahead):
             self._end_waiting(attempt_id, NoAnswer("REPLICA_LOST", PLATFORM, self._refusal()))
         self._check_quiet()
 
@@ -335,7 +332,7 @@ class Executor:
 
     async def attend(self, call: ExecuteCall) -> None:
         """Serve one Execute stream until it ends. Raises a group with LinkLost or AioRpcError in it."""
-        running = [*self._running, *self._ahead.ids()]
+        running = [*self._running, *self._ahead]
         resume = node_pb2.Resume(running=running, ended=self._spool.attempts())
         await write(call, node_pb2.ExecuteRequest(resume=resume))
         self._frames.restate(
@@ -364,34 +361,39 @@ class Executor:
 
         Nothing of `start` itself is kept: it would keep the whole frame that it came in.
         """
-        address = self._places.address(start.replica_id, start.port)
+        address = self._places.address(attempt.replica_id, attempt.port)
         if address is None:
             raise NoAnswer("REPLICA_LOST", PLATFORM, "The replica is not ready on its node (any more).")
         if refusal := self._refusal():
             raise NoAnswer("REPLICA_LOST", PLATFORM, refusal)
-        request, body = start.request, start.request.body
+        request = start.request
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        switches = start.streamed and any(header.name.lower() == "upgrade" for header in request.headers)
+        streamed = start.streamed
+        switches = streamed and any(header.name.lower() == "upgrade" for header in request.headers)
         try:
             head = request_head(request, f"{host}:{address[1]}", switches=switches)
         except BadRequest as fault:
             raise NoAnswer("INTERNAL", PLATFORM, f"The request cannot be written as HTTP: {fault}.") from None
-        inline = body.inline
-        container_id = self._places.container_id(start.replica_id)
-        return Exchange(
-            container_id=container_id,
+        body = request.body
+        inline, size = body.inline, body.size
+        exchange = Exchange(
+            container_id=self._places.container_id(attempt.replica_id),
             address=address,
             method=request.method,
             payload=head + inline,
             begin=functools.partial(self._begin, attempt, address),
             open_body=functools.partial(self._open_body, attempt),
-            upload=self._bulk.fetch(attempt.id, len(inline), body.size) if body.size > len(inline) else None,
-            upload_bytes=body.size - len(inline),
             limit_bytes=start.response_body_limit_bytes,
-            streamed=start.streamed and attempt.job is None,
-            open_tunnel=functools.partial(self._bulk.tunnel, attempt.id) if switches else None,
-            errand=self._errand(attempt, start, container_id) if self._relay.holds and not switches else None,
+            streamed=streamed and attempt.job is None,
         )
+        if size > len(inline):
+            exchange.upload = self._bulk.fetch(attempt.id, len(inline), size)
+            exchange.upload_bytes = size - len(inline)
+        if switches:
+            exchange.open_tunnel = functools.partial(self._bulk.tunnel, attempt.id)
+        elif self._relay.holds:
+            exchange.errand = self._errand(attempt, start, exchange.container_id)
+        return exchange
 
     def _errand(self, attempt: Attempt, start: node_pb2.Start, container_id: str) -> bytes | None:
         job = attempt.job.start if attempt.job is not None else None
@@ -429,7 +431,6 @@ class Executor:
         self._deadlines.remove(attempt.id)
         # They know each other, and would wait for the garbage collector.
         attempt.exchange = None
-        attempt.step_in = nothing
         attempt.leave_gpus()
         del self._running[attempt.id]
 
@@ -511,15 +512,15 @@ class Executor:
         return 0 < attempt.record_after_s <= self._monotonic() - attempt.accepted_at
 
     def _add(self, result: node_pb2.Result) -> None:
-        seconds, result.end_time.nanos = divmod(self._clock_ns(), 1_000_000_000)
-        result.end_time.seconds = seconds
+        end_time = result.end_time
+        end_time.seconds, end_time.nanos = divmod(self._clock_ns(), 1_000_000_000)
         self.ended[result.failure.reason] += 1
         self._spool.add(result)
         if result.attempt_id not in self._deliveries:
             self._frames.ended(result.attempt_id)
 
     def _forget(self, attempt_id: str) -> None:
-        self._drop_body(attempt_id)
+        self._stop_delivery(attempt_id)
         self._spool.forget(attempt_id)
         self._journal.end(attempt_id)
         self._frames.forget(attempt_id)
@@ -536,9 +537,12 @@ class Executor:
 
     def _drop_body(self, attempt_id: str) -> None:
         """No body of this attempt is wanted any more."""
+        self._stop_delivery(attempt_id)
+        self._spool.drop_body(attempt_id)
+
+    def _stop_delivery(self, attempt_id: str) -> None:
         if delivery := self._deliveries.pop(attempt_id, None):
             delivery.cancel()
-        self._spool.drop_body(attempt_id)
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
         try:
@@ -574,8 +578,9 @@ class Executor:
             return f"The node runs {RUNNING_LIMIT} attempts already."
         return ""
 
-    def _time_over(self, attempt: Attempt) -> None:
-        attempt.outlasted(held_up=self._spool.full)
+    def _time_over(self, attempt_id: str) -> None:
+        if attempt := self._running.get(attempt_id):
+            attempt.outlasted(held_up=self._spool.full)
 
     def _end_exited(self, exit_: Exit) -> None:
         for attempt in list(self._running.values()):

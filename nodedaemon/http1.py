@@ -5,7 +5,9 @@ with aiohttp's client, 29 us with a client on httptools, 29 us with this one: it
 """
 
 import enum
+import functools
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from ngpu.v1 import http_pb2
@@ -18,12 +20,14 @@ HEAD_FIELDS: Final = 256
 INTERIM_RESPONSES: Final = 16
 #: Longest line with the size of a chunk, extensions and all.
 CHUNK_LINE_BYTES: Final = 4096
+#: Most names of fields, and lines of responses' heads, whose reading is kept, since they come again and again: some 20
+#: KiB of each kind; 16 MiB, were each as long as a head may be.
+KEPT: Final = 256
 
 #: RFC 9110, 5.6.2.
 _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _HEX: Final = b"0123456789abcdefABCDEF"
-_VISIBLE: Final = bytes(range(0x21, 0x7F))
-_NOT_IN_VALUE: Final = re.compile(rb"[\r\n\0]").search
+_TARGET: Final = re.compile(r"/(?!/)[!-~]*").fullmatch
 #: Never travel, either way, but for the exceptions that http.proto (Header) names.
 _HOP_BY_HOP: Final = frozenset(
     (
@@ -40,7 +44,7 @@ _HOP_BY_HOP: Final = frozenset(
     )
 )
 #: Expect: the answer would come from a container that we have no reason to ask first; the body follows at once.
-_NOT_TO_CONTAINERS: Final = _HOP_BY_HOP - {"upgrade"} | {"authorization", "expect", "host"}
+_NOT_TO_CONTAINERS: Final = _HOP_BY_HOP | {"authorization", "expect", "host"}
 _PLATFORM: Final = "x-ngpu-"
 _BODY_EXPECTED: Final = frozenset(("POST", "PUT", "PATCH"))
 
@@ -59,70 +63,99 @@ def request_head(request: http_pb2.HttpRequest, authority: str, *, switches: boo
     Raises BadRequest for anything that could be read as more than one request.
     """
     method, path, query, size = request.method, request.path, request.query, request.body.size
-    target = (f"{path}?{query}" if query else path).encode()
-    if not method or method.encode().translate(None, _TOKEN):
+    target = f"{path}?{query}" if query else path
+    if not _is_token(method):
         raise BadRequest("the method is not an HTTP token")
-    if not target.startswith(b"/") or target.startswith(b"//") or target.translate(None, _VISIBLE):
+    if not _TARGET(target):
         raise BadRequest("the path must begin with one '/' and be percent-encoded")
-    parts = [b"%s %s HTTP/1.1\r\nHost: %s\r\n" % (method.encode(), target, authority.encode())]
+    lines = [f"{method} {target} HTTP/1.1\r\nHost: {authority}".encode()]
     named: frozenset[str] = frozenset()
+    protocols: list[bytes] = []
     for header in request.headers:
         name, value = header.name, header.value
-        folded = name.lower()
-        if folded in _NOT_TO_CONTAINERS or folded.startswith(_PLATFORM):
-            if folded == "connection":
-                named |= _connection_options(value)
-            continue
-        raw = name.encode()
-        if not raw or raw.translate(None, _TOKEN) or _NOT_IN_VALUE(value):
-            raise BadRequest("a header field holds characters that HTTP does not allow")
-        if folded == "upgrade":
-            if switches:
-                parts.append(b"Connection: Upgrade\r\nUpgrade: %s\r\n" % value)
-            continue
-        parts.append(b"%s: %s\r\n" % (raw, value))
+        if begin := _outgoing(name):
+            lines.append(begin + value)
+        elif (folded := name.lower()) == "connection":
+            named |= _connection_options(value)
+        elif folded == "upgrade" and switches:
+            protocols.append(value)
     if named:
-        parts[1:] = [part for part in parts[1:] if part.partition(b":")[0].decode().lower() not in named]
+        lines[1:] = [line for line in lines[1:] if line.partition(b":")[0].decode().lower() not in named]
+    for protocol in protocols:
+        lines += b"Connection: Upgrade", b"Upgrade: " + protocol
     if size or method in _BODY_EXPECTED:
-        parts.append(b"Content-Length: %d\r\n" % size)
-    parts.append(b"\r\n")
-    return b"".join(parts)
+        lines.append(b"Content-Length: %d" % size)
+    lines += b"", b""
+    head = b"\r\n".join(lines)
+    if not len(lines) == head.count(b"\r") == head.count(b"\n") or b"\0" in head:
+        raise BadRequest("a header field holds characters that HTTP does not allow")
+    return head
+
+
+@functools.lru_cache(KEPT)
+def _is_token(word: str) -> bool:
+    return bool(word) and not word.encode().translate(None, _TOKEN)
+
+
+@functools.lru_cache(KEPT)
+def _outgoing(name: str) -> bytes:
+    """What a field's line begins with on its way to a container; empty: it does not travel. Raises BadRequest."""
+    folded = name.lower()
+    if folded in _NOT_TO_CONTAINERS or folded.startswith(_PLATFORM):
+        return b""
+    if not _is_token(name):
+        raise BadRequest("a header field holds characters that HTTP does not allow")
+    return name.encode() + b": "
+
+
+@functools.lru_cache(KEPT)
+def _status(line: bytes) -> tuple[int, bool]:
+    """The status; True for HTTP/1.1, False for 1.0. Raises Malformed."""
+    minor, code = line[7:8], line[9:12]
+    if minor not in (b"0", b"1") or line[8:9] != b" " or not code.isdigit() or line[12:13] not in (b"", b" "):
+        raise Malformed(f"its status line cannot be read: {line[:32]!r}")
+    status = int(code)
+    if not 100 <= status <= 599:
+        raise Malformed(f"its status is {status}")
+    return status, minor == b"1"
+
+
+@functools.lru_cache(KEPT)
+def _field(line: bytes) -> tuple[http_pb2.Header | None, str, bytes]:
+    """What a line of a response's head says: the field, if it travels; the folded name, if it is about the connection;
+    the value. Raises Malformed."""
+    raw, colon, value = line.partition(b":")
+    if not colon or not raw or raw.translate(None, _TOKEN):
+        raise Malformed("a line of its head is no header field")
+    name, value = raw.decode(), value.strip(b" \t")
+    folded = name.lower()
+    if folded in _HOP_BY_HOP:
+        return None, folded, value
+    return None if folded.startswith(_PLATFORM) else http_pb2.Header(name=name, value=value), "", value
 
 
 class ResponseParser:
     """Takes the bytes of one response as they come and gives those of its body.
 
-    `status` and `headers` (end-to-end fields only) are set once `head_complete`; `length` is what Content-Length
-    promised, or None. `complete`: the response is over. `reusable`: nothing forbids another request on the connection.
-    With `switches` a 101 is a response: what follows it until the end of the connection is its body.
+    `status` and `headers` (end-to-end fields only; shared with other responses: to be copied) are set once
+    `head_complete`; `length` is what Content-Length promised, or None. `complete`: the response is over. `reusable`:
+    nothing forbids another request on the connection. With `switches` a 101 is a response: what follows it until the
+    end of the connection is its body.
     """
 
-    __slots__ = (
-        "_body",
-        "_interim",
-        "_method",
-        "_pending",
-        "_switches",
-        "complete",
-        "head_complete",
-        "headers",
-        "length",
-        "reusable",
-        "status",
-    )
+    status = 0
+    headers: Sequence[http_pb2.Header] = ()
+    length: int | None = None
+    head_complete = False
+    complete = False
+    reusable = False
+    _pending = b""
+    _interim = 0
+    _body: "_Sized | _Chunked | _UntilClose | None" = None
 
     def __init__(self, method: str, *, switches: bool = False) -> None:
         self._method = method
         self._switches = switches
-        self._pending = b""
-        self._interim = 0
-        self._body: _Sized | _Chunked | _UntilClose | None = None
-        self.status = 0
-        self.headers: list[tuple[str, bytes]] = []
-        self.length: int | None = None
-        self.head_complete = False
-        self.complete = False
-        self.reusable = False
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes off the wire, return the body bytes among them. Raises Malformed."""
@@ -149,7 +182,7 @@ class ResponseParser:
         """Returns what follows the head; empty until then."""
         data = self._pending + data
         while True:
-            if data[:7] != b"HTTP/1."[: len(data)]:
+            if not data.startswith(b"HTTP/1.") and not b"HTTP/1.".startswith(data):
                 raise Malformed(f"it does not begin like HTTP/1.1 but with {data[:16]!r}")
             end = data.find(b"\r\n\r\n", 0, HEAD_BYTES)
             if end < 0:
@@ -171,7 +204,7 @@ class ResponseParser:
             raise Malformed(f"it has more than {HEAD_FIELDS} header fields")
         if head.count(b"\r") != len(lines) - 1 or head.count(b"\n") != len(lines) - 1 or b"\0" in head:
             raise Malformed("its head holds a stray CR, LF or NUL")
-        persistent = self._parse_status(lines[0])
+        self.status, persistent = _status(lines[0])
         switched = self.status == 101 and self._switches
         if self.status < 200 and not switched:
             self._interim += 1
@@ -180,48 +213,37 @@ class ResponseParser:
             if self._interim > INTERIM_RESPONSES:
                 raise Malformed(f"it sends more than {INTERIM_RESPONSES} interim (1xx) responses")
             return
-        fields: list[tuple[str, bytes]] = []
+        fields: list[http_pb2.Header] = []
         framing: dict[str, list[bytes]] = {}
-        for line in lines[1:]:
-            raw, colon, value = line.partition(b":")
-            if not colon or not raw or raw.translate(None, _TOKEN):
-                raise Malformed("a line of its head is no header field")
-            name = raw.decode()
-            folded = name.lower()
-            if folded in _HOP_BY_HOP:
-                framing.setdefault(folded, []).append(value.strip(b" \t"))
-            elif not folded.startswith(_PLATFORM):
-                fields.append((name, value.strip(b" \t")))
-        options = frozenset[str]().union(*map(_connection_options, framing.get("connection", ())))
+        for field, about, value in map(_field, lines[1:]):
+            if field is not None:
+                fields.append(field)
+            elif about:
+                framing.setdefault(about, []).append(value)
+        options: frozenset[str] = frozenset()
+        for value in framing.get("connection", ()):
+            options |= _connection_options(value)
         if options - {"close", "keep-alive"}:
-            fields = [field for field in fields if field[0].lower() not in options]
+            fields = [field for field in fields if field.name.lower() not in options]
         self.headers = fields
         if switched:
-            fields += [("Upgrade", value) for value in framing.get("upgrade", ())]
+            fields += [http_pb2.Header(name="Upgrade", value=value) for value in framing.get("upgrade", ())]
             self._body = _UntilClose()
         else:
             self.reusable = "close" not in options and (persistent or "keep-alive" in options)
             self._frame(framing, chunks=persistent)
         self.head_complete = True
 
-    def _parse_status(self, line: bytes) -> bool:
-        """Sets `status`; True for HTTP/1.1, False for 1.0."""
-        minor, code = line[7:8], line[9:12]
-        if minor not in (b"0", b"1") or line[8:9] != b" " or not code.isdigit() or line[12:13] not in (b"", b" "):
-            raise Malformed(f"its status line cannot be read: {line[:32]!r}")
-        self.status = int(code)
-        if not 100 <= self.status <= 599:
-            raise Malformed(f"its status is {self.status}")
-        return minor == b"1"
-
     def _frame(self, framing: dict[str, list[bytes]], *, chunks: bool) -> None:
         """Where the body ends (RFC 9112, 6.3)."""
-        codings = framing.get("transfer-encoding", ())
-        lengths = {part.strip(b" \t") for value in framing.get("content-length", ()) for part in value.split(b",")}
+        codings = framing.get("transfer-encoding")
+        said = framing.get("content-length", ())
+        lengths = {part.strip(b" \t") for value in said for part in value.split(b",")}
         if self._method == "HEAD" or self.status in (204, 304):
-            if self.status != 204:
+            length = next(filter(bytes.isdigit, lengths), None)
+            if length is not None and self.status != 204:
                 # Of the body that GET would get: nothing else tells it.
-                self.headers += [("Content-Length", length) for length in lengths if length.isdigit()][:1]
+                self.headers = [*self.headers, http_pb2.Header(name="Content-Length", value=length)]
             self.complete = True
             return
         if codings:
@@ -301,6 +323,13 @@ class _Chunked:
         """Body bytes in `data`; once `complete`, `rest` is what followed the end. Raises Malformed."""
         if self._pending:
             data, self._pending = self._pending + data, b""
+        if self._line is _Line.SIZE and data.endswith(b"\r\n0\r\n\r\n"):
+            # Most bodies are one chunk, and all of it is here.
+            head = data.find(b"\r\n")
+            size = len(data) - head - 9
+            if size > 0 and data[:head] == b"%x" % size:
+                self.complete = True
+                return data[head + 2 : -7]
         pieces = []
         position = 0
         while not self.complete:
@@ -342,6 +371,7 @@ class _Chunked:
             self.complete = True
 
 
+@functools.lru_cache(KEPT)
 def _connection_options(value: bytes) -> frozenset[str]:
     """Field names and words in a Connection header, folded."""
     return frozenset(word.strip().lower() for word in value.decode("latin-1").split(",") if word.strip())

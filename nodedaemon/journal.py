@@ -30,14 +30,14 @@ class Journal:
         self._ended = b""
         self._fd = -1
         self._bytes = 0
-        self._kept_bytes = 0
+        self._rewrite_at_bytes = 0
         self._rewrite()
 
     def begin(self, attempt_id: str) -> None:
         """A container is about to see this attempt. Raises OSError (disk full): then it must not."""
         if attempt_id in self._open:
             return
-        if self._bytes > max(REWRITE_BYTES, 2 * self._kept_bytes):
+        if self._bytes > self._rewrite_at_bytes:
             self._rewrite()
         # Ends ride along: one that is lost costs a report that the control plane knows already and ignores.
         lines = b"%sS %s\n" % (self._ended, attempt_id.encode())
@@ -92,7 +92,8 @@ class Journal:
         new.replace(self._path)
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._bytes, self._kept_bytes, self._ended = fd, len(lines), len(lines), b""
+        self._fd, self._bytes, self._ended = fd, len(lines), b""
+        self._rewrite_at_bytes = max(REWRITE_BYTES, 2 * len(lines))
 
 
 def _note_line(attempt_id: str, note: bytes) -> bytes:

@@ -277,8 +277,7 @@ async def _receive(connection: Connection, exchange: Exchange, course: Course, r
 
 def _fill_head(response: http_pb2.HttpResponse, answer: ResponseParser) -> None:
     response.status = answer.status
-    for name, value in answer.headers:
-        response.headers.add(name=name, value=value)
+    response.headers.extend(answer.headers)
 
 
 def _fill_body(response: http_pb2.HttpResponse, data: bytes) -> None:
@@ -289,7 +288,9 @@ def _fill_body(response: http_pb2.HttpResponse, data: bytes) -> None:
 
 
 def _is_events(answer: ResponseParser) -> bool:
-    return any(name.lower() == "content-type" and value.lower().startswith(_EVENTS) for name, value in answer.headers)
+    return any(
+        field.name.lower() == "content-type" and field.value.lower().startswith(_EVENTS) for field in answer.headers
+    )
 
 
 async def _tunnel(connection: Connection, tunnel: Tunnel) -> None:
