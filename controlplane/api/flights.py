@@ -7,13 +7,12 @@ from ngpu.v1 import flight_pb2, node_pb2
 from ngpu.v1 import task_pb2 as pb
 
 from controlplane import explain, ids
-from controlplane.access import Kind
 from controlplane.api import translate
 from controlplane.api.gate import Caller
 from controlplane.api.nodes import session_of
 from controlplane.api.owners import Owners
 from controlplane.dispatcher import Dispatcher
-from controlplane.errors import InvalidArgument, NotFound, Unavailable
+from controlplane.errors import NotFound, Unavailable
 from controlplane.flights import NODE_BYTES, Flight, Flights, FlightTooLarge, Sample
 from controlplane.store import Store
 
@@ -44,9 +43,8 @@ class FlightsApi:
 
     async def get_flights(self, request: pb.GetFlightsRequest, caller: Caller) -> AsyncIterator[pb.GetFlightsResponse]:
         """See task.proto."""
-        owner = self._owners.owner(request.workspace_id, caller.principal)
-        if not owner and caller.principal.kind is not Kind.OPERATOR:
-            raise InvalidArgument("workspace_id: is missing; a container's log is for its workspace alone.")
+        why = "a container's log is for its workspace alone"
+        owner = self._owners.proven(request.workspace_id, caller.principal, why)
         row = await self._store.task(request.task_id)
         if row is None or (owner and row.workspace_uid != owner):
             raise NotFound("There is no such task, or it is not yours.")

@@ -31,6 +31,16 @@ class Owners:
         """The uid of the workspace whose a task must be; empty: the task's id alone opens it. Raises NotFound."""
         return self.workspace_uid(workspace_id, principal) if principal.kind is Kind.WORKSPACE or workspace_id else ""
 
+    def proven(self, workspace_id: str, principal: Principal, why: str) -> str:
+        """As `owner`, where a task's id alone opens nothing; empty: an operator asks. `why` completes the error.
+
+        Raises NotFound, InvalidArgument (a service without `workspace_id`).
+        """
+        owner = self.owner(workspace_id, principal)
+        if not owner and principal.kind is not Kind.OPERATOR:
+            raise InvalidArgument(f"workspace_id: is missing; {why}.")
+        return owner
+
     async def task(self, task_id: str, workspace_id: str, principal: Principal) -> TaskView:
         """The task as it is, if the caller may see it. Raises NotFound."""
         owner = self.owner(workspace_id, principal)

@@ -8,7 +8,6 @@ from ngpu.v1 import task_pb2
 from ngpu.v1 import workspace_pb2 as pb
 
 from controlplane import signatures, webhooks
-from controlplane.access import Kind
 from controlplane.api import translate
 from controlplane.api.gate import Caller
 from controlplane.api.owners import Owners
@@ -49,10 +48,8 @@ class WebhookApi:
         self, request: task_pb2.RedeliverWebhookRequest, caller: Caller
     ) -> task_pb2.RedeliverWebhookResponse:
         """See task.proto."""
-        principal = caller.principal
-        owner = ""
-        if principal.kind is not Kind.OPERATOR or request.workspace_id:
-            owner = self._owners.workspace_uid(request.workspace_id, principal)
+        why = "only its workspace may have a task's end posted again"
+        owner = self._owners.proven(request.workspace_id, caller.principal, why)
         task = await self._store.task(request.task_id)
         if task is None or (owner and task.workspace_uid != owner):
             raise NotFound("There is no such task.")
@@ -61,7 +58,7 @@ class WebhookApi:
         if task.end_time is None:
             raise NotFound("The task has not ended: it will be told when it has.")
         await self._store.redeliver_webhook(task.id, self._clock())
-        _log.info("webhook_asked_for_again", task_id=task.id, by=principal.id)
+        _log.info("webhook_asked_for_again", task_id=task.id, by=caller.principal.id)
         row = await self._store.webhook(task.id)
         return task_pb2.RedeliverWebhookResponse(webhook=webhook_of(task, row, owned=True))
 
