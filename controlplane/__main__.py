@@ -13,7 +13,7 @@ import socket
 import sys
 import textwrap
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -131,6 +131,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
             clock=_now,
         )
         destinations = destination_rules(settings.webhooks)
+        task_ids = ids.TaskIds(settings.zone, _pooled())
         receivers = LateReceivers(
             destinations,
             time_limit_s=settings.webhooks.time_limit,
@@ -152,7 +153,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
             store=store,
             bodies=bodies,
             assets=holdings,
-            new_task_id=partial(_task_id, settings.zone, _pooled()),
+            new_task_id=lambda: task_ids.new(_now()),
             allow_unchecked=settings.asset_check_on_error == "allow",
             destinations=destinations,
         )
@@ -268,10 +269,6 @@ def _pem(key: Path | None, cert: Path | None) -> tuple[bytes, bytes] | None:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _task_id(zone: tzinfo, random: ids.Random) -> str:
-    return ids.task_id(_now(), zone, random)
 
 
 def _pooled() -> ids.Random:

@@ -251,6 +251,11 @@ class Dispatcher:
         task = self._life.tasks.get(task_id)
         return None if task is None or task.state is not State.QUEUED else self._life.callers.view(task)
 
+    def workspace_of(self, task_id: str) -> str | None:
+        """The uid of the workspace of a task that is open or ended a moment ago; None of others."""
+        task = self._life.tasks.get(task_id) or self._life.callers.recent.get(task_id)
+        return None if task is None else task.workspace_uid
+
     def is_open(self, task_id: str) -> bool:
         """It has not ended; it need not be on disk yet."""
         return task_id in self._life.tasks

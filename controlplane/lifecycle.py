@@ -308,9 +308,12 @@ class Lifecycle:
             limits = task.limits
             attempt.written_s = now - attempt.given_at
             attempt.given_at = now
-            if len(replica.in_flight) <= replica.capacity:
+            if replica.has_room:
                 # It has a slot by now.
                 attempt.wait_limit_s = 0.0
+            elif not (attempt.wait_limit_s or task.pin):
+                # One sent ahead of its slot was there before it, since its own request had to be read first.
+                attempt.wait_limit_s = max(WAIT_TIMES * self._slots.pool(task.workspace_uid).mean_s, LEAST_WAIT_S)
             attempt.run_at = now + attempt.wait_limit_s + limits.run_time_s + RUN_GRACE_S
             slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
             attempt.slow_us = slow_s * 1e6

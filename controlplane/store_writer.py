@@ -21,6 +21,7 @@ import sqlalchemy as sa
 import structlog
 
 from controlplane.errors import Unavailable
+from controlplane.futures import DirectFuture
 from controlplane.store_database import is_down, is_lost, reason, unavailable
 
 #: Writes that may wait. A disk that hangs must not fill the memory.
@@ -120,7 +121,7 @@ class Writer:
             del self._held[first.key]
         elif self._held:
             self._release(key)
-        future: asyncio.Future[Result] = self._loop.create_future()
+        future: DirectFuture[Result] = DirectFuture(loop=self._loop)
         self._queue.append(Write(kind, item, key, size_bytes, future, first))
         if not self._wake.is_set():
             self._wake.set()
@@ -129,7 +130,7 @@ class Writer:
     def hold(self, kind: Kind[Item, Result], item: Item, *, key: str, size_bytes: int = 0) -> asyncio.Future[Result]:
         """As `put`, but up to HOLD_S later, or when the next write of this key or of none comes."""
         self._admit(size_bytes)
-        future: asyncio.Future[Result] = self._loop.create_future()
+        future: DirectFuture[Result] = DirectFuture(loop=self._loop)
         self._held[key] = Write(kind, item, key, size_bytes, future), self._loop.time() + HOLD_S
         if self._release_timer is None:
             self._release_timer = self._loop.call_later(HOLD_S, self._release_old)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from controlplane.fragmentation import WHOLE
+from controlplane.futures import DirectFuture
 from controlplane.lineup import Lineup
 from controlplane.model import ENDED, Attempt, Cause, Delivery, State, Task, Told, Webhook, made
 from controlplane.prices import cost_of
@@ -122,7 +123,7 @@ FOLLOWING: Final[dict[Phase, frozenset[Phase]]] = {
 UNASSIGNED: Final = frozenset({Phase.RECORDING, Phase.WAITING})
 
 
-class Answer(asyncio.Future[TaskView]):
+class Answer(DirectFuture[TaskView]):
     """What a caller waits for. That he cancels it is his hanging up."""
 
     #: Not a callback of the future's: nearly nobody hangs up, and the others need not pay for it.

@@ -292,10 +292,12 @@ class TaskApi:
     def begin_query(self, request: pb.QueryRequest, principal: Principal) -> "asyncio.Future[TaskView]":
         """For Batch: the task that a Query speaks of. Its owner is still to be checked: see `owner`.
 
-        A task of asyncio is only made where the owner must be known before the wait, not to tell others that it exists.
+        A task of asyncio is only made where the owner must be known before the wait, not to tell others that it exists,
+        and is not known here.
         """
         wait_s = _wait_of(request)
-        if wait_s and self._owners.owner(request.workspace_id, principal):
+        owner = self._owners.owner(request.workspace_id, principal) if wait_s else ""
+        if owner and self._dispatcher.workspace_of(request.task_id) != owner:
             return asyncio.create_task(self.ask(request, principal), name=f"query-{request.task_id[:64]}")
         return self._dispatcher.ask(request.task_id, wait_s=wait_s)
 

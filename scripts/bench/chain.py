@@ -3,8 +3,9 @@
 Load by wrk; the container is nginx with its echo module, run by the node as a local process.
 
   W1: 300 B in and out, no work.  W2: 20 ms of work.  W3: 4 MiB in and out.
-  direct: the container without us.  nginx, aiohttp: a reverse proxy before it.  Ray Serve, LitServe, BentoML: each does
-  the same work itself, in its asynchronous form and else as it comes; up only while it is measured.
+  direct: the container without us.  nginx, aiohttp: a reverse proxy before it.  Ray Serve, LitServe, BentoML: each in
+  its asynchronous form and else as it comes, before the same container, with kept connections; "alone": it does the
+  work itself, in its worker, with no container. Each is up only while it is measured.
 
 CPU is user and system of all processes of a contestant; of ours, of the three.
 """
@@ -19,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from scripts.bench import hotspots, loads, product, sheet
+from scripts.bench import hotspots, loads, peers, product, sheet
 from scripts.bench.loads import HERE, Memory, cpu_s, family, free_port, wrk
 from scripts.bench.sheet import Goal
 from scripts.bench.tools import INSTRUMENTS, Tool
@@ -64,11 +66,27 @@ class Contestant:
         return f"{self.key}_{name}" if self.key else name
 
 
-#: Key, name as people know it, file in peers/, packages.
-PEERS = (
-    ("ray", "Ray Serve", "ray_serve.py", Tool("ray", ("ray[serve]",))),
-    ("litserve", "LitServe", "litserve_api.py", Tool("litserve", ("litserve",))),
-    ("bentoml", "BentoML", "bentoml_service.py", Tool("bentoml", ("bentoml",))),
+class Peer(NamedTuple):
+    """`key` begins its figures' names; `script` is in peers/; `alone`: without the container."""
+
+    key: str
+    name: str
+    tool: Tool
+    script: str
+    alone: bool = False
+
+
+RAY, LITSERVE, BENTOML = (Tool(name, (package, "aiohttp")) for name, package in (
+    ("ray", "ray[serve]"), ("litserve", "litserve"), ("bentoml", "bentoml"),
+))  # fmt: skip
+PEERS = tuple(
+    Peer(key + "_alone" * alone, name + ", alone" * alone, tool, script, alone)
+    for alone in (False, True)
+    for key, name, tool, script in (
+        ("ray", "Ray Serve", RAY, "ray_serve.py"),
+        ("litserve", "LitServe", LITSERVE, "litserve_api.py"),
+        ("bentoml", "BentoML", BENTOML, "bentoml_service.py"),
+    )
 )
 PEER_START_LIMIT_S = 90.0
 
@@ -137,23 +155,25 @@ class Chain:
             time.sleep(1)
             self.figures.keep("small_beside_large_p50_ms", self.load(self.ngpu, "w1", 4).p50_ms)
 
-    def peer(self, key: str, name: str, script: str, tool: Tool) -> None:
+    def peer(self, peer: Peer) -> None:
         """All works of a peer, which is up only for that long."""
-        with self.peer_up(key, name, script, tool) as one:
+        with self.peer_up(peer) as one:
             self.load(one, "w1", 16, 1)  # warm
             for work, path, connections in self.works:
                 self.measure(one, work, path, connections)
 
     @contextmanager
-    def peer_up(self, key: str, name: str, script: str, tool: Tool) -> Iterator[Contestant]:
+    def peer_up(self, peer: Peer) -> Iterator[Contestant]:
         """A peer, started and ended."""
         platform = self.ours.platform
-        home = platform.state / f"peer-{key}"
+        home = platform.state / f"peer-{peer.key}"
         home.mkdir(exist_ok=True)
         port = free_port()
-        program = platform.launch([tool.python, str(HERE / "peers" / script), str(port), str(home)], key)
+        command = [peer.tool.python, str(HERE / "peers" / peer.script), str(port), str(home)]
+        container = "" if peer.alone else self.direct.url.rstrip("/")
+        program = platform.launch(command, peer.key, peers.environment(container))
         try:
-            one = Contestant(key, name, f"http://127.0.0.1:{port}/", lambda: family(program.pid))
+            one = Contestant(peer.key, peer.name, f"http://127.0.0.1:{port}/", lambda: family(program.pid))
             product.await_answer(one.url + "w1", self.ours.small, program=program, limit_s=PEER_START_LIMIT_S)
             yield one
         finally:
@@ -233,8 +253,9 @@ def plot(chain: Chain, target: Path) -> None:
 def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:
     """What the options ask for."""
     wanted = options.peers.split(",") if options.peers else []
-    peers = [] if options.quick or options.plot or options.profile else [peer for peer in PEERS if peer[0] in wanted]
-    for *_, tool in peers:
+    rivals = [] if options.quick or options.plot or options.profile else [peer for peer in PEERS if peer.key in wanted]
+    tools = dict.fromkeys(peer.tool for peer in rivals)
+    for tool in tools:
         tool.install()
     if options.plot or options.profile:
         INSTRUMENTS.install()
@@ -243,7 +264,7 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
         versions = [
             sheet.tool_version("nginx", "-v").removeprefix("nginx version: "),
             sheet.tool_version("wrk", "-v").partition(" [")[0],
-            *(tool.versions() for *_, tool in peers),
+            *(tool.version() for tool in tools),
         ]
         how = sheet.in_rounds(options.rounds, options.seconds)
         if options.profile:
@@ -262,7 +283,7 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             print(curves_table(chain))
         else:
             steps = chain.steps(options.quick)
-            steps += [(peer[1], partial(chain.peer, *peer)) for peer in peers]
+            steps += [(peer.name, partial(chain.peer, peer)) for peer in rivals]
             with Memory(ours.pids) as memory:
                 sheet.rounds(options.rounds, steps)
             chain.figures.keep("peak_mib", memory.peak_mib)
@@ -286,7 +307,7 @@ def main() -> int:
     loads.add_rounds(parser)
     parser.add_argument(
         "--peers",
-        default=",".join(key for key, *_ in PEERS),
+        default=",".join(peer.key for peer in PEERS),
         metavar="LIST",
         help='of the full form; default all: %(default)s; "" for none',
     )

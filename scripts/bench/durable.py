@@ -1,9 +1,10 @@
 """W4: durable asynchronous tasks, beside job queues that do the same work.
 
 Ours: submitted to the REST API, then asked after with wait=; every answer after fsync. The container answers 300 B to
-300 B. `ngpu (gRPC)` is the same through one Batch stream of the gRPC API. Celery, Dramatiq and arq give 300 B back from
-a worker process, with Redis for queue and results as it comes, which is without fsync; `Celery, fsync` has Redis write
-and sync each change (appendfsync always). Each is called by its own Python client and up only while it is measured.
+300 B. `ngpu (gRPC)` is the same through one Batch stream of the gRPC API. Celery, Dramatiq and arq have a worker that
+passes 300 B on to the same container over a kept connection, with Redis for queue and results as it comes, which is
+without fsync; `Celery, fsync` has Redis write and sync each change (appendfsync always); "alone": the worker gives back
+what came, with no container. Each is called by its own Python client and up only while it is measured.
 
   c=64: tasks a second, submitted, done, stored and read, with 64 under way.
   paced: 50 tasks a second; from before the submit to its answer, and to the result in the caller's hands.
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.bench import hotspots, loads, product, sheet
+from scripts.bench import hotspots, loads, peers, product, sheet
 from scripts.bench.loads import HERE, free_port, wrk
 from scripts.bench.sheet import Goal
 from scripts.bench.tools import INSTRUMENTS, Tool
@@ -54,17 +55,25 @@ class Peer(NamedTuple):
     script: str
     worker: tuple[str, ...]
     redis: tuple[str, ...] = ()
+    #: Without the container.
+    alone: bool = False
 
 
 CELERY = Tool("celery", ("celery[redis]",))
 CELERY_WORKER = ("celery", "-A", "celery_tasks", "worker", "--loglevel", "WARNING", "--without-gossip")
+DRAMATIQ = Tool("dramatiq", ("dramatiq[redis]",))
+DRAMATIQ_WORKER = ("dramatiq", "dramatiq_tasks")
+ARQ = Tool("arq", ("arq", "aiohttp"))
+ARQ_WORKER = ("arq", "arq_tasks.WorkerSettings")
 PEERS = (
     Peer("celery", "Celery", CELERY, "celery_tasks.py", CELERY_WORKER),
     Peer("celery_fsync", "Celery, fsync", CELERY, "celery_tasks.py", CELERY_WORKER,
          ("--appendonly", "yes", "--appendfsync", "always")),
-    Peer("dramatiq", "Dramatiq", Tool("dramatiq", ("dramatiq[redis]",)), "dramatiq_tasks.py",
-         ("dramatiq", "dramatiq_tasks")),
-    Peer("arq", "arq", Tool("arq", ("arq",)), "arq_tasks.py", ("arq", "arq_tasks.WorkerSettings")),
+    Peer("dramatiq", "Dramatiq", DRAMATIQ, "dramatiq_tasks.py", DRAMATIQ_WORKER),
+    Peer("arq", "arq", ARQ, "arq_tasks.py", ARQ_WORKER),
+    Peer("celery_alone", "Celery, alone", CELERY, "celery_tasks.py", CELERY_WORKER, alone=True),
+    Peer("dramatiq_alone", "Dramatiq, alone", DRAMATIQ, "dramatiq_tasks.py", DRAMATIQ_WORKER, alone=True),
+    Peer("arq_alone", "arq, alone", ARQ, "arq_tasks.py", ARQ_WORKER, alone=True),
 )  # fmt: skip
 
 
@@ -77,6 +86,7 @@ class Durable:
         self.figures = sheet.Figures()
         self.seen: dict[str, str] = {}
         self.ended = ours.ended_task()
+        self.container = f"http://127.0.0.1:{ours.start_backend()}"
 
     # Ours.
 
@@ -137,7 +147,8 @@ class Durable:
         """Both loads of a peer."""
         self.seen.setdefault(peer.key, peer.name)
         platform = self.ours.platform
-        with _redis(platform, peer.redis) as url, _worker(platform, peer, url) as environment:
+        container = "" if peer.alone else self.container
+        with _redis(platform, peer.redis) as url, _worker(platform, peer, url, container) as environment:
             script = [peer.tool.python, str(HERE / "peers" / peer.script)]
             # The first is answered once the worker is up; it also warms both sides.
             _said([*script, "paced", "1"], environment, WORKER_START_LIMIT_S)
@@ -183,9 +194,9 @@ def _redis(platform: Platform, arguments: tuple[str, ...]) -> Iterator[str]:
 
 
 @contextmanager
-def _worker(platform: Platform, peer: Peer, url: str) -> Iterator[dict[str, str]]:
+def _worker(platform: Platform, peer: Peer, url: str, container: str) -> Iterator[dict[str, str]]:
     """A peer's worker. Gives the environment of its callers."""
-    environment = platform.environment | {"REDIS_URL": url, "PYTHONPATH": str(HERE / "peers")}
+    environment = platform.environment | peers.environment(container) | {"REDIS_URL": url}
     name, *arguments = peer.worker
     program = platform.launch([peer.tool.program(name), *arguments], peer.key, environment)
     try:
@@ -214,9 +225,11 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
     """All of it."""
     if options.profile:
         INSTRUMENTS.install()
-    peers = () if options.quick or options.profile else [peer for peer in PEERS if peer.key in options.peers.split(",")]
-    for peer in peers:
-        peer.tool.install()
+    wanted = options.peers.split(",") if not (options.quick or options.profile) else []
+    rivals = [peer for peer in PEERS if peer.key in wanted]
+    tools = dict.fromkeys(peer.tool for peer in rivals)
+    for tool in tools:
+        tool.install()
     with product.up(state) as ours:
         durable = Durable(ours, options)
         if options.profile:
@@ -230,12 +243,12 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
             ("c=64 over gRPC", durable.closed_grpc),
             ("paced", durable.paced),
             ("query", durable.query),
-            *((peer.name, partial(durable.peer, peer)) for peer in peers),
+            *((peer.name, partial(durable.peer, peer)) for peer in rivals),
         ]
         sheet.rounds(options.rounds, steps)
         figures = durable.figures
-    versions = sorted({peer.tool.versions() for peer in peers})
-    if peers:
+    versions = [tool.version() for tool in tools]
+    if rivals:
         versions.append("Redis " + sheet.tool_version("redis-server", "--version").partition("v=")[2].split()[0])
     print(sheet.where(busy, *versions), sheet.in_rounds(options.rounds, options.seconds) + "\n")
     print(table(durable))

@@ -6,6 +6,7 @@ Its paths: /w1 answers 300 B, /w2 the same after 20 ms, /w3 4 MiB, /w64 64 MiB; 
 
 import argparse
 import contextlib
+import http.client
 import json
 import shutil
 import time
@@ -232,7 +233,7 @@ def await_answer(url: str, body: Path, *headers: str, program: Program | None = 
                 said = response.read().decode(errors="replace")
             if len(said) >= SMALL_BYTES:
                 return
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             said = str(error)
         if program is not None and program.process.poll() is not None:
             raise Failed(f"{program.command[0]} has ended; see {program.log}")

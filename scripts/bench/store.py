@@ -20,11 +20,12 @@ from controlplane.store import End, Store, TaskQuery
 
 CALLERS = 64
 BODY = b"x" * 300
+TASK_IDS = ids.TaskIds(UTC)
 
 
 def new_task(workspace_uid: str, now: datetime) -> Task:
     return Task(
-        id=ids.task_id(now, UTC),
+        id=TASK_IDS.new(now),
         workspace_uid=workspace_uid,
         state=State.RUNNING,
         create_time=now,

@@ -17,7 +17,7 @@ from scripts.programs import Failed
 
 @dataclass(frozen=True)
 class Tool:
-    """A virtualenv by that name, with these packages as pip knows them."""
+    """A virtualenv by that name, with these packages as pip knows them; it is made for the first."""
 
     name: str
     packages: tuple[str, ...]
@@ -48,16 +48,13 @@ class Tool:
             _run([self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check", package])
         stamp.write_text(json.dumps(self.packages))
 
-    def versions(self) -> str:
-        """`name version` of its packages."""
-        names = [package.partition("[")[0] for package in self.packages]
-        return _run([self.python, "-c", _VERSIONS, *names]).strip()
+    def version(self) -> str:
+        """`name version` of what it is made for."""
+        name = self.packages[0].partition("[")[0]
+        return f"{name} {_run([self.python, '-c', _VERSION, name]).strip()}"
 
 
-_VERSIONS = """
-import importlib.metadata, sys
-print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in sys.argv[1:]))
-"""
+_VERSION = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
 
 
 def _run(command: list[str]) -> str:

@@ -194,7 +194,8 @@ class Walk:
                 for attempt_id in list(node.running):
                     node.answer(attempt_id)
             await world.settle()
-            if not world.dispatcher.open_tasks:
+            # The last to end may have left a second attempt behind, which its node is told to cancel.
+            if not world.dispatcher.open_tasks and not any(node.running or node.ahead for node in world.nodes.values()):
                 break
         for answered in await asyncio.gather(*self.futures, *self.cancels, return_exceptions=True):
             assert isinstance(answered, TaskView | NgpuError)

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -16,9 +17,29 @@ def ones(count: int) -> bytes:
 
 def test_task_id_is_the_time_in_the_display_zone_and_twenty_digits() -> None:
     now = datetime(2024, 12, 31, 23, 5, 9, 999_999, tzinfo=UTC)
-    digits = f"{int.from_bytes(ones(16)) % 10**20:020d}"
-    assert ids.task_id(now, UTC, ones) == f"20241231_23_05_09_{digits}"
-    assert ids.task_id(now, ZoneInfo("Asia/Shanghai"), ones) == f"20250101_07_05_09_{digits}"
+    digits = f"{int.from_bytes(ones(16)) % ids.TaskIds.FIRST:020d}"
+    assert ids.TaskIds(UTC, ones).new(now) == f"20241231_23_05_09_{digits}"
+    assert ids.TaskIds(ZoneInfo("Asia/Shanghai"), ones).new(now) == f"20250101_07_05_09_{digits}"
+
+
+def test_task_ids_of_one_second_ascend_in_steps_nobody_knows() -> None:
+    made, now = ids.TaskIds(UTC), datetime(2024, 12, 31, 23, 5, 9, tzinfo=UTC)
+    numbers = [int(made.new(now)[-20:]) for _ in range(1000)]
+    steps = {after - before for before, after in pairwise(numbers)}
+    assert numbers[0] < ids.TaskIds.FIRST
+    assert len(steps) == 999
+    assert 0 < min(steps) < ids.TaskIds.STEP / 10 < ids.TaskIds.STEP * 9 / 10 < max(steps) <= ids.TaskIds.STEP
+
+
+def test_each_second_begins_anew_and_so_does_one_with_more_tasks_than_numbers() -> None:
+    now = datetime(2024, 12, 31, 23, 5, 9, tzinfo=UTC)
+    # The same step and the same beginning each time: the greatest there are.
+    made = ids.TaskIds(UTC, (ids.TaskIds.FIRST - 1).to_bytes)
+    first = made.new(now)
+    assert made.new(now + timedelta(seconds=1)) == first.replace("_09_", "_10_")
+    seen = [made.new(now + timedelta(seconds=1)) for _ in range(50_001)]
+    assert seen[:50_000] == sorted(set(seen[:50_000]))
+    assert seen[50_000][-20:] == first[-20:]
 
 
 def test_digits_keep_their_leading_zeros() -> None:
@@ -26,7 +47,7 @@ def test_digits_keep_their_leading_zeros() -> None:
 
 
 def test_shapes() -> None:
-    assert re.fullmatch(r"\d{8}_\d\d_\d\d_\d\d_\d{20}", ids.task_id(datetime.now(UTC), UTC))
+    assert re.fullmatch(r"\d{8}_\d\d_\d\d_\d\d_\d{20}", ids.TaskIds(UTC).new(datetime.now(UTC)))
     assert re.fullmatch(r"\d{24}", ids.workspace_id())
     assert re.fullmatch(r"w-[0-9a-f]{12}", ids.workspace_uid())
     assert re.fullmatch(r"r-[0-9a-f]{12}", ids.replica_id())

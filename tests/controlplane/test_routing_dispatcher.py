@@ -1,5 +1,6 @@
 """What tasks see of routing: who waits for which slot, in which order, for how long; and that it survives a restart."""
 
+import asyncio
 import itertools
 import json
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 from controlplane.errors import QueueFull
-from controlplane.model import State
+from controlplane.model import State, Task
+from controlplane.queues import HEAD_BYTES
 from tests.controlplane.fakes_dispatch import WS, FakeNode, World
 
 
@@ -162,6 +164,30 @@ async def test_where_the_way_is_long_each_slot_holds_one_task_ahead(world: World
     await world.settle()
     assert list(node.ahead) == ["t8.1"]
     assert world.metrics.ahead == {f"name-of-{WS}": 2}
+
+
+async def test_who_is_sent_ahead_and_is_there_first_has_the_slot(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.held_bytes = HEAD_BYTES + 50
+    await world.restart()
+    node = await far(world, r1=1)
+    node.disconnect()
+    world.submit(world.new(body=b"x" * 100), wait_s=0)
+    await world.settle()
+    at_last, task_of = asyncio.Event(), world.store.task
+
+    async def slow(task_id: str) -> Task | None:
+        await at_last.wait()
+        return await task_of(task_id)
+
+    # What is not held in memory is read while its slot is kept; that takes its time.
+    monkeypatch.setattr(world.store, "task", slow)
+    node.connect()
+    await world.settle()
+    world.submit()
+    await world.settle()
+    at_last.set()
+    await node.has("t6.1", "t7.1")
+    assert (list(node.running), list(node.ahead)) == (["t7.1"], ["t6.1"])
 
 
 async def test_where_the_way_is_short_no_slot_holds_a_task_ahead(world: World) -> None:

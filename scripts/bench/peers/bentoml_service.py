@@ -1,6 +1,6 @@
-"""The bench workspace's work as a BentoML service: python bentoml_service.py PORT DIRECTORY."""
+"""BentoML before a container, or with its work as a service (see container.py): python bentoml_service.py PORT HOME."""
 
-# mypy: disable-error-code="import-not-found,untyped-decorator"
+# mypy: disable-error-code="import-not-found,no-any-return,untyped-decorator"
 
 import asyncio
 import json
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import bentoml
+import container
 
 SMALL = json.dumps({"result": "x" * 286})
 LARGE = "x" * (4 * 1024 * 1024)
+CONTAINER = container.Container()
 
 
 @bentoml.service(workers=1, traffic={"timeout": 60, "max_concurrency": 512})
@@ -20,16 +22,18 @@ class Work:
 
     @bentoml.api(route="/w1")
     async def w1(self, btc_address: str, data: str) -> str:  # noqa: ARG002
-        return SMALL
+        return (await CONTAINER.call("/w1", data.encode())).decode() if container.URL else SMALL
 
     @bentoml.api(route="/w2")
     async def w2(self, btc_address: str, data: str) -> str:  # noqa: ARG002
+        if container.URL:
+            return (await CONTAINER.call("/w2", data.encode())).decode()
         await asyncio.sleep(0.02)
         return SMALL
 
     @bentoml.api(route="/w3")
     async def w3(self, btc_address: str, data: str) -> str:  # noqa: ARG002
-        return LARGE
+        return (await CONTAINER.call("/w3", data.encode())).decode() if container.URL else LARGE
 
 
 def main() -> None:

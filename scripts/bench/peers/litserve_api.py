@@ -1,12 +1,13 @@
-"""The bench workspace's work as LitServe APIs: python litserve_api.py PORT DIRECTORY."""
+"""LitServe before a container, or with its work as APIs (see container.py): python litserve_api.py PORT HOME."""
 
-# mypy: disable-error-code="import-not-found,misc"
+# mypy: disable-error-code="import-not-found,misc,no-any-return"
 
 import asyncio
 import json
 import sys
 from typing import Any
 
+import container
 import litserve
 from starlette.responses import Response
 
@@ -19,7 +20,9 @@ class Work(litserve.LitAPI):
 
     def __init__(self, path: str, answer: bytes, seconds: float = 0.0) -> None:
         super().__init__(api_path=path, enable_async=True)
+        self.path = path
         self.answer = answer
+        self.container = container.Container()
         self.seconds = seconds
 
     def setup(self, device: str) -> None:
@@ -29,7 +32,9 @@ class Work(litserve.LitAPI):
         data: str = request["data"]
         return data
 
-    async def predict(self, _data: str) -> bytes:
+    async def predict(self, data: str) -> bytes:
+        if container.URL:
+            return await self.container.call(self.path, data.encode())
         if self.seconds:
             await asyncio.sleep(self.seconds)
         return self.answer

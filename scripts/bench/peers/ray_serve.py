@@ -1,4 +1,4 @@
-"""The bench workspace's work as a Ray Serve deployment: python ray_serve.py PORT DIRECTORY."""
+"""Ray Serve before a container, or with its work as a deployment (see container.py): python ray_serve.py PORT HOME."""
 
 # mypy: disable-error-code="attr-defined,import-not-found,untyped-decorator"
 
@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 
+import container
 import ray
 from ray import serve
 from starlette.requests import Request
@@ -21,9 +22,14 @@ LARGE = b"x" * (4 * 1024 * 1024)
 class Work:
     """/w1, /w2, /w3 as in product.py."""
 
+    def __init__(self) -> None:
+        self.container = container.Container()
+
     async def __call__(self, request: Request) -> Response:
-        await request.body()
+        body = await request.body()
         path = request.url.path
+        if container.URL:
+            return Response(await self.container.call(path, body))
         if path == "/w2":
             await asyncio.sleep(0.02)
         return Response(LARGE if path == "/w3" else SMALL)
