@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, Literal, NoReturn
 
 import coincurve
@@ -162,8 +163,14 @@ class Access:
 
     def principal(self, authorization: str | None) -> Principal:
         """Who sends `authorization` (`Bearer SECRET`, or the secret alone). Raises Unauthenticated."""
+        return self.bearer(authorization)()
+
+    def bearer(self, authorization: str | None) -> Callable[[], Principal]:
+        """The same for a stream, which asks again with each message whether he is still let in."""
         bearer = _bearer(authorization)
-        digest = ids.secret_hash(bearer)
+        return partial(self._principal, bearer, ids.secret_hash(bearer))
+
+    def _principal(self, bearer: str, digest: bytes) -> Principal:
         session = self._sessions.get(digest)
         if session is not None:
             if session.error is not None:

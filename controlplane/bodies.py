@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import threading
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ BEHIND_S: Final = 0.05
 ALL_BEHIND_BYTES: Final = 16 * 1024 * 1024
 #: Pieces given to the kernel in one call, which takes no more than 1024.
 WRITTEN_AT_ONCE: Final = 256
+#: Sealed files that readers keep open; further ones are opened for each piece.
+KEPT_OPEN: Final = 128
 #: Bodies leave so much of their disk free, or RESERVE_SHARE of it if that is less: the database may be there, too.
 RESERVE_BYTES: Final = 512 * 1024 * 1024
 RESERVE_SHARE: Final = 0.05
@@ -82,6 +85,7 @@ class Bodies:
         self._behind: dict[str, _Behind] = {}
         #: Of what came behind, all that is not in a file yet.
         self.behind_bytes = 0
+        self._wholes: weakref.WeakSet[_Whole] = weakref.WeakSet()
         self._page = bytearray(wire.CHUNK_BYTES)
         self._closed = False
 
@@ -107,9 +111,9 @@ class Bodies:
         up to BEHIND_S later, and the next call for this body (`seal`, say) tells if that failed.
         Raises OutOfRange (the message says the size), TooLarge (it would pass `limit_bytes`), Conflict (it is sealed).
         """
-        path = self._path(name)
         if behind and (pieces := self._behind.get(name)) is not None:
             return await self._append_behind(name, pieces, offset, data, limit_bytes)
+        path = self._path(name)
 
         def append() -> int:
             with self._locks[_shard(name)]:
@@ -162,8 +166,8 @@ class Bodies:
     ) -> AsyncGenerator[bytes, None]:
         """Its bytes from `offset` to its end, in chunks of at most wire.CHUNK_BYTES; waits for growth till sealed.
 
-        Ends early once `until` is done. Raises NotFound (there is no such body, or it was deleted meanwhile),
-        OutOfRange (`offset` is past its size).
+        Ends early once `until` is done. Raises NotFound (there is no such body, or it was deleted before it was whole
+        or read from), OutOfRange (`offset` is past its size).
         """
         path = self._path(name)
         self._readers[name] += 1
@@ -173,8 +177,9 @@ class Bodies:
 
         if until is not None:
             until.add_done_callback(wake)
-        # A file that was read just now opens without a look at the disk.
+        # A file that was read just now opens without a look at the disk; one that is sealed need not be opened again.
         at_hand = complete = False
+        whole: _Whole | None = None
         try:
             while until is None or not until.done():
                 # Before the read, so that no growth after it is missed.
@@ -183,9 +188,11 @@ class Bodies:
                     if pieces is not None and offset >= pieces.start:
                         data, complete = pieces.read(offset), False
                     else:
-                        found = self._read_at_hand(path, offset) if at_hand else None
-                        data, complete = await self._run(_read, path, offset) if found is None else found
-                        at_hand = True
+                        found = self._read_at_hand(whole or path, offset) if at_hand else None
+                        data, left = await self._run(_read, whole or path, offset) if found is None else found
+                        complete, at_hand = left == 0, True
+                        if left and whole is None:
+                            whole = self._whole(path)
                     if not data and not complete:
                         await growth
                         continue
@@ -319,14 +326,25 @@ class Bodies:
                 raise pieces.fault
             self.behind_bytes -= pieces.waiting_bytes
 
-    def _read_at_hand(self, path: Path, offset: int) -> tuple[bytes, bool] | None:
+    def _read_at_hand(self, body: "Path | _Whole", offset: int) -> tuple[bytes, int | None] | None:
         """What `_read` gives, if the page cache has it; done in the event loop, which must not wait for a disk."""
         if self._closed:
             return None
         try:
-            return _read_cached(path, offset, self._page)
+            return _read_cached(body, offset, self._page)
         except OSError:
             return None
+
+    def _whole(self, path: Path) -> "_Whole | None":
+        """The file, which is sealed and was read just now, to be kept open unless too many are."""
+        if len(self._wholes) >= KEPT_OPEN:
+            return None
+        try:
+            whole = _Whole(path)
+        except OSError:
+            return None
+        self._wholes.add(whole)
+        return whole
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.endswith(_GROWING):
@@ -505,32 +523,50 @@ def _rename(path: Path, new_path: Path) -> None:
     _flush(new_path.parent)
 
 
-def _read(path: Path, offset: int) -> tuple[bytes, bool]:
-    """The next bytes, and whether the body ends with them."""
-    with _opened(path) as (file, size, sealed):
+class _Whole:
+    """A sealed file, open until the last who reads it is done, be he a thread whose caller has gone."""
+
+    __slots__ = ("__weakref__", "file", "size")
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.file).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+
+def _read(body: Path | _Whole, offset: int) -> tuple[bytes, int | None]:
+    """The next bytes, and how many follow them; None: the body still grows."""
+    with _opened(body) as (file, size, sealed):
         if offset > size:
             raise OutOfRange(f"The body's stored size is {size}: there is nothing at {offset} yet.")
         data = os.pread(file, min(READ_BYTES, size - offset), offset)
-    return data, sealed and offset + len(data) >= size
+    return data, size - offset - len(data) if sealed else None
 
 
-def _read_cached(path: Path, offset: int, page: bytearray) -> tuple[bytes, bool]:
+def _read_cached(body: Path | _Whole, offset: int, page: bytearray) -> tuple[bytes, int | None]:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
-    with _opened(path) as (file, size, sealed):
+    with _opened(body) as (file, size, sealed):
         read = os.preadv(file, [page], offset, os.RWF_NOWAIT)
-    return bytes(memoryview(page)[:read]), sealed and offset + read >= size
+    return bytes(memoryview(page)[:read]), size - offset - read if sealed else None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int, bool]]:
+def _opened(body: Path | _Whole) -> Iterator[tuple[int, int, bool]]:
     """The body's file, its size and whether it is sealed. Raises NotFound."""
-    for name in _both(path):
+    if isinstance(body, _Whole):
+        yield body.file, body.size, True
+        return
+    for name in _both(body):
         try:
             file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
         try:
-            yield file, os.fstat(file).st_size, name == path
+            yield file, os.fstat(file).st_size, name == body
         finally:
             os.close(file)
         return

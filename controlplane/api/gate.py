@@ -6,7 +6,6 @@ else. Methods of the services are plain coroutines (or async generators) of a re
 
 import asyncio
 import collections
-import functools
 import re
 import secrets
 import urllib.parse
@@ -230,7 +229,7 @@ class Gate:
         try:
             metadata = dict(context.invocation_metadata())
             request_id = str(metadata.get(wire.REQUEST_ID, ""))[:REQUEST_ID_CHARS]
-            check = functools.partial(self._principal, roles, metadata.get(wire.AUTHORIZATION))
+            check = self._check(roles, metadata.get(wire.AUTHORIZATION))
             answer = await inner(Caller(check(), ip_of(context.peer()), request_id, check))
         except asyncio.CancelledError:
             if not self._stopping or task not in self._streams or context.done():
@@ -256,13 +255,18 @@ class Gate:
         await context.abort(_CODES[error.code], message.message, ((wire.ERROR, message.SerializeToString()),))
         return None
 
-    def _principal(self, roles: frozenset[Kind], authorization: str | bytes | None) -> Principal:
+    def _check(self, roles: frozenset[Kind], authorization: str | bytes | None) -> Callable[[], Principal]:
         if Kind.NOBODY in roles:
-            return _NOBODY
-        principal = self._access.principal(authorization if isinstance(authorization, str) else None)
-        if principal.kind not in roles:
-            raise Forbidden
-        return principal
+            return lambda: _NOBODY
+        bearer = self._access.bearer(authorization if isinstance(authorization, str) else None)
+
+        def check() -> Principal:
+            principal = bearer()
+            if principal.kind not in roles:
+                raise Forbidden
+            return principal
+
+        return check
 
     def error_of(self, caught: BaseException, method: str, request_id: str = "") -> NgpuError:
         """What the caller is told: an error of ours as it is, anything else as INTERNAL with its traceback in the log.

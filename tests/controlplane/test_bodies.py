@@ -42,6 +42,10 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 async def waiting(bodies: Bodies, reader: "asyncio.Task[bytes]") -> None:
     """Returns when the reader has read all there is: its reads and this one take turns in the same threads."""
     for _ in range(20):
@@ -235,6 +239,31 @@ async def test_a_reader_can_be_ended(bodies: Bodies) -> None:
 
 
 # Following.
+
+
+async def test_who_reads_a_sealed_body_keeps_its_file_whatever_becomes_of_its_name(bodies: Bodies) -> None:
+    data = os.urandom(2 * READ_BYTES)
+    await store(bodies, NAME, data)
+    async with aclosing(bodies.follow(NAME)) as reader:
+        begin = await anext(reader)
+        await bodies.delete(NAME)
+        assert begin + b"".join([chunk async for chunk in reader]) == data
+
+
+async def test_only_so_many_files_are_kept_open(bodies: Bodies, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controlplane.bodies.KEPT_OPEN", 2)
+    names, data = [f"upload-{number}" for number in range(4)], os.urandom(2 * READ_BYTES)
+    for name in names:
+        await store(bodies, name, data)
+    opened = open_files()
+    readers = [bodies.follow(name) for name in names]
+    read = [await anext(reader) for reader in readers]
+    assert open_files() == opened + 2
+    for begin, reader in zip(read, readers, strict=True):
+        assert begin + b"".join([chunk async for chunk in reader]) == data
+    readers.clear()
+    del reader
+    assert open_files() == opened
 
 
 async def test_readers_follow_the_growth_each_from_its_own_offset(bodies: Bodies) -> None:
