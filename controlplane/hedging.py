@@ -136,7 +136,8 @@ class Hedges:
 
     def _start(self, task: OpenTask, hedge: OpenAttempt, replica: Replica, request: Request) -> None:
         link, now = self._slots.link(hedge.node_addr), self._monotonic()
-        if link is None:
+        if link is None or not replica.has_room:
+            # The node has gone; or a task that was sent ahead of this slot has it by now.
             self.drop(task)
             return
         hedge.given_at = now

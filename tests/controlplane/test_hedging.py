@@ -1,12 +1,13 @@
 """Second attempts: when one begins, which answer wins, what the ledger says, and what a crash leaves of it."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from controlplane.hedging import HEDGE, LOOK_S
-from controlplane.model import Cause, Delivery, State
+from controlplane.model import Attempt, Cause, Delivery, State
 from controlplane.receipts import Terms
 from controlplane.slots import AttemptResult, Response
 from tests.controlplane.fakes_dispatch import WS, FakeNode, World
@@ -103,6 +104,34 @@ async def test_while_others_wait_nothing_is_hedged(world: World) -> None:
     first.heed_cancels()
     await world.advance(30.0)
     assert other.running.keys() == {"t3.1"}
+
+
+async def test_second_attempt_does_not_run_beside_a_task_that_was_sent_ahead(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, put = asyncio.Event(), world.store.put_attempt
+
+    async def late(row: Attempt) -> None:
+        await written.wait()
+        await put(row)
+
+    # Its slot is kept while that is written; what another is told meanwhile is there before it.
+    monkeypatch.setattr(world.store, "put_attempt", lambda row: asyncio.ensure_future(late(row)))
+    _, other = await a_slow_one(world)
+    slot = world.dispatcher._slots.replica("r2")
+    assert slot is not None
+    async with asyncio.timeout(30):
+        while not slot.in_flight:
+            await asyncio.sleep(0.001)
+    slot.trip_s, slot.pace_s = 0.5, 1.0
+    world.submit()
+    await world.settle()
+    assert list(other.running) == ["t3.1"]
+    written.set()
+    async with asyncio.timeout(30):
+        while len(await world.store.attempts("t2")) < 1:
+            await asyncio.sleep(0.001)
+    assert (other.given, world.dispatcher.running_on("r2")) == (["t3.1"], 1)
 
 
 async def test_second_that_fails_costs_the_first_nothing(world: World) -> None:
