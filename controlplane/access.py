@@ -161,12 +161,11 @@ class Access:
         for token in [token for token in self._tokens.values() if token.id == token_id]:
             self._tokens[token.secret_hash] = replace(token, revoke_time=self._clock())
 
-    def principal(self, authorization: str | None) -> Principal:
-        """Who sends `authorization` (`Bearer SECRET`, or the secret alone). Raises Unauthenticated."""
-        return self.bearer(authorization)()
-
     def bearer(self, authorization: str | None) -> Callable[[], Principal]:
-        """The same for a stream, which asks again with each message whether he is still let in."""
+        """The question who sends `authorization` (`Bearer SECRET`, or the secret alone); a stream asks it repeatedly.
+
+        Raises Unauthenticated, here or when asked; when asked also what has ended a node's session.
+        """
         bearer = _bearer(authorization)
         return partial(self._principal, bearer, ids.secret_hash(bearer))
 

@@ -16,7 +16,7 @@ class TaskIds:
 
     Those of one second ascend: the first is random below FIRST, each other a random step of up to STEP above the last.
     So the indexes of the database grow at their end, and a commit writes three fifths of what it would. Who knows the
-    id before or after a task's has STEP numbers to try, who knows none of that second has 10^20.
+    id before or after a task's has STEP numbers to try; who knows none of that second, FIRST and more.
     """
 
     #: Half of all numbers are left for the steps of a second: a hundred thousand of them, and more.

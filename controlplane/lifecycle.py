@@ -193,7 +193,7 @@ class Lifecycle:
             queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=now
         ):
             reason = f"ahead of a slot that should be free in {wait_s:.3g} s"
-            self._assign(task, pool.replicas[replica_id], reason, max(WAIT_TIMES * wait_s, LEAST_WAIT_S))
+            self._assign(task, pool.replicas[replica_id], reason, _wait_limit_s(wait_s))
         queue.plan_at = now + max(plan.again_s, PLAN_S)
         if plan.again_s < inf:
             self.heed(queue)
@@ -313,7 +313,7 @@ class Lifecycle:
                 attempt.wait_limit_s = 0.0
             elif not (attempt.wait_limit_s or task.pin):
                 # One sent ahead of its slot was there before it, since its own request had to be read first.
-                attempt.wait_limit_s = max(WAIT_TIMES * self._slots.pool(task.workspace_uid).mean_s, LEAST_WAIT_S)
+                attempt.wait_limit_s = _wait_limit_s(self._slots.pool(task.workspace_uid).mean_s)
             attempt.run_at = now + attempt.wait_limit_s + limits.run_time_s + RUN_GRACE_S
             slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
             attempt.slow_us = slow_s * 1e6
@@ -680,3 +680,8 @@ class Lifecycle:
             elif attempt.unread_at <= now:
                 attempt.unread_at = inf
                 self.hang_up(task)
+
+
+def _wait_limit_s(expected_s: float) -> float:
+    """How long what was sent ahead of its slot waits for it at its node, if that should take so long."""
+    return max(WAIT_TIMES * expected_s, LEAST_WAIT_S)

@@ -148,7 +148,6 @@ class Replica:
         "pace_time",
         "past_s",
         "record",
-        "reserved",
         "trip_s",
         "usual_s",
         "works",
@@ -163,8 +162,6 @@ class Replica:
         self.gpu_ids: tuple[str, ...] = ()
         #: Attempt id -> since when, monotonic. Attempts that were given up count until their node says they are over.
         self.in_flight: dict[str, float] = {}
-        #: How many of these its node has not been given yet.
-        self.reserved = 0
         #: The work of those of which more is known than that it is 1.
         self.works: dict[str, float] = {}
         #: Replicas that share a GPU with it; how many of them, itself included, were at work on average while it was;
@@ -197,8 +194,9 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        """What is given to its node now begins at once."""
-        return len(self.in_flight) - self.reserved < self.capacity
+        """What is given to its node now begins at once: for what is only reserved there the slot is not taken yet."""
+        held = self.in_flight
+        return len(held) < self.capacity or len(held) - list(held.values()).count(RESERVED) < self.capacity
 
     @property
     def ahead(self) -> int:
@@ -330,13 +328,10 @@ class Slots:
     def reserve(self, attempt_id: str, replica: Replica) -> None:
         """Keep a slot for an attempt that is not given to the node yet."""
         replica.in_flight[attempt_id] = RESERVED
-        replica.reserved += 1
         self._where[attempt_id] = replica
 
     def take(self, attempt_id: str, replica: Replica, now: float, work: float = 1.0) -> None:
         """The attempt, of that much work, is given to the node and in flight there from now on."""
-        if replica.in_flight.get(attempt_id) is RESERVED:
-            replica.reserved -= 1
         replica.in_flight[attempt_id] = now
         self._where[attempt_id] = replica
         if work != 1.0:
@@ -350,9 +345,7 @@ class Slots:
         if replica is not None:
             if replica.node.addr != node_addr:
                 return ()
-            del self._where[attempt_id]
-            if replica.in_flight.pop(attempt_id) is RESERVED:
-                replica.reserved -= 1
+            del self._where[attempt_id], replica.in_flight[attempt_id]
             if replica.works:
                 replica.works.pop(attempt_id, None)
             if replica.neighbours:

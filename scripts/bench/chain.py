@@ -76,17 +76,14 @@ class Peer(NamedTuple):
     alone: bool = False
 
 
-RAY, LITSERVE, BENTOML = (Tool(name, (package, "aiohttp")) for name, package in (
-    ("ray", "ray[serve]"), ("litserve", "litserve"), ("bentoml", "bentoml"),
-))  # fmt: skip
-PEERS = tuple(
-    Peer(key + "_alone" * alone, name + ", alone" * alone, tool, script, alone)
-    for alone in (False, True)
-    for key, name, tool, script in (
-        ("ray", "Ray Serve", RAY, "ray_serve.py"),
-        ("litserve", "LitServe", LITSERVE, "litserve_api.py"),
-        ("bentoml", "BentoML", BENTOML, "bentoml_service.py"),
-    )
+BEFORE_A_CONTAINER = (
+    Peer("ray", "Ray Serve", Tool("ray", ("ray[serve]", "aiohttp")), "ray_serve.py"),
+    Peer("litserve", "LitServe", Tool("litserve", ("litserve", "aiohttp")), "litserve_api.py"),
+    Peer("bentoml", "BentoML", Tool("bentoml", ("bentoml", "aiohttp")), "bentoml_service.py"),
+)
+PEERS = (
+    *BEFORE_A_CONTAINER,
+    *(one._replace(key=f"{one.key}_alone", name=f"{one.name}, alone", alone=True) for one in BEFORE_A_CONTAINER),
 )
 PEER_START_LIMIT_S = 90.0
 

@@ -66,13 +66,13 @@ def sign(key: coincurve.PrivateKey, text: bytes) -> bytes:
 )
 def test_token_opens_what_its_role_says(access: Access, role: Role, kind: Kind) -> None:
     access.load([token("s", role)])
-    principal = access.principal("Bearer s")
+    principal = access.bearer("Bearer s")()
     assert (principal.kind, principal.id) == (kind, "t-s")
 
 
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "Bearer  {} ", "{}", "Bearer ngpu_{}", "ngpu_{}"])
 def test_workspace_id_is_a_bearer_in_every_form_that_clients_send(access: Access, form: str) -> None:
-    principal = access.principal(form.format(WORKSPACE_ID))
+    principal = access.bearer(form.format(WORKSPACE_ID))()
     assert (principal.kind, principal.id) == (Kind.WORKSPACE, "w-1")
 
 
@@ -83,15 +83,15 @@ def test_workspace_id_is_a_bearer_in_every_form_that_clients_send(access: Access
 def test_others_are_not_let_in(access: Access, authorization: str | None) -> None:
     access.load([token("s", Role.OPERATOR)])
     with pytest.raises(Unauthenticated):
-        access.principal(authorization)
+        access.bearer(authorization)()
 
 
 def test_expired_token_is_told_so(access: Access, clock: Clock) -> None:
     access.load([token("s", Role.SERVICE, START + timedelta(seconds=10))])
-    access.principal("s")
+    access.bearer("s")()
     clock.seconds = 10
     with pytest.raises(Unauthenticated, match="expired"):
-        access.principal("s")
+        access.bearer("s")()
 
 
 def test_revoked_token_is_told_so(access: Access) -> None:
@@ -99,7 +99,7 @@ def test_revoked_token_is_told_so(access: Access) -> None:
     access.revoke("t-s")
     access.revoke("t-unknown")
     with pytest.raises(Unauthenticated, match="revoked"):
-        access.principal("s")
+        access.bearer("s")()
 
 
 def test_only_a_nodes_token_lets_a_node_join(access: Access) -> None:
@@ -184,30 +184,30 @@ async def ended(ending: object) -> NgpuError:
 
 
 async def test_session_opens_what_a_node_may(access: Access) -> None:
-    principal = access.principal(access.begin_session(ADDR, "boot-1"))
+    principal = access.bearer(access.begin_session(ADDR, "boot-1"))()
     assert (principal.kind, principal.id) == (Kind.NODE, ADDR)
     assert principal.session is access.session_of(ADDR)
 
 
 async def test_newer_session_ends_the_older_and_its_streams(access: Access) -> None:
     first = access.begin_session(ADDR, "boot-1")
-    session = access.principal(first).session
+    session = access.bearer(first)().session
     assert session is not None
     with session.stream("execute") as execute, session.stream("heartbeat") as heartbeat:
         second = access.begin_session(ADDR, "boot-2")
         assert isinstance(await ended(execute), Superseded)
         assert isinstance(await ended(heartbeat), Superseded)
     with pytest.raises(Superseded):
-        access.principal(first)
-    assert access.principal(second).id == ADDR
+        access.bearer(first)()
+    assert access.bearer(second)().id == ADDR
     # One back is remembered, so that it hears why; what is older is unknown.
     access.begin_session(ADDR, "boot-3")
     with pytest.raises(Unauthenticated):
-        access.principal(first)
+        access.bearer(first)()
 
 
 async def test_newer_stream_of_a_kind_ends_the_older(access: Access) -> None:
-    session = access.principal(access.begin_session(ADDR, "boot-1")).session
+    session = access.bearer(access.begin_session(ADDR, "boot-1"))().session
     assert session is not None
     with session.stream("execute") as older:
         with session.stream("execute") as newer:
@@ -221,7 +221,7 @@ async def test_newer_stream_of_a_kind_ends_the_older(access: Access) -> None:
 
 async def test_ended_session_says_why_to_streams_that_come_late(access: Access) -> None:
     secret = access.begin_session(ADDR, "boot-1")
-    session = access.principal(secret).session
+    session = access.bearer(secret)().session
     assert session is not None
     access.end_session(ADDR, NodeRevoked())
     access.end_session(ADDR, Superseded())
@@ -229,11 +229,11 @@ async def test_ended_session_says_why_to_streams_that_come_late(access: Access) 
     with session.stream("execute") as late:
         assert isinstance(await ended(late), NodeRevoked)
     with pytest.raises(NodeRevoked):
-        access.principal(secret)
+        access.bearer(secret)()
 
 
 async def test_nothing_is_kept_of_streams_that_are_over(access: Access) -> None:
-    session = access.principal(access.begin_session(ADDR, "boot-1")).session
+    session = access.bearer(access.begin_session(ADDR, "boot-1"))().session
     assert session is not None
     with session.stream("execute") as stream:
         pass
