@@ -23,18 +23,30 @@ install_packages() {
     ((${#missing[@]})) || return 0
     command -v apt-get >/dev/null || return 1
     say "installing ${missing[*]} ..."
-    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq)
+    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120)
     # The lists may be missing or name versions that are gone: the first try is quick, the second sure.
     as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
         { as_root "${apt[@]}" update >/dev/null 2>&1 &&
             as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >/dev/null 2>&1; }
 }
 
-# setup_venv EXTRAS: .venv with this project and EXTRAS, made or brought up to date when pyproject.toml has changed.
-setup_venv() {
-    local extras=$1 python='' candidate stamp
-    stamp=.venv/.ngpu-$(cat pyproject.toml <(echo "$extras") | sha256sum | cut -c1-16)
-    [[ -e $stamp ]] && return 0
+# How long one command waits for another that sets up .venv.
+SETUP_WAIT_S=900
+
+# setup_venv EXTRAS: .venv with this project and EXTRAS (a,b), made, or brought up to date when pyproject.toml has changed or an
+# extra is missing; what is there already is left alone, so that what runs from it goes on. Two commands at once wait for each other.
+setup_venv() (
+    exec 9<. # closed, and so unlocked, with this subshell
+    flock -n 9 || { say "another command sets up .venv: waiting for it ..." && flock -w "$SETUP_WAIT_S" 9; } || {
+        echo "another command has been setting up .venv for $SETUP_WAIT_S s: end it, then this again" >&2
+        exit 1
+    }
+    python='' here='' extras=$1
+    stamp=.venv/.ngpu-$(sha256sum <pyproject.toml | cut -c1-16)
+    [[ ! -e $stamp ]] || here=$(<"$stamp")
+    # The names of both, each once.
+    extras=$(tr ',' '\n' <<<"$here,$extras" | sed '/^$/d' | sort -u | paste -sd ,)
+    [[ $extras != "$here" ]] || exit 0
     for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             python=$candidate
@@ -43,20 +55,21 @@ setup_venv() {
     done
     [[ -n $python ]] || {
         echo "NGPU needs Python 3.11 or newer; on Debian or Ubuntu: apt-get install python3 python3-venv" >&2
-        return 1
+        exit 1
     }
     if [[ ! -x .venv/bin/pip ]]; then
         say "making a virtualenv in .venv ..."
         "$python" -m venv .venv >/dev/null 2>&1 ||
             { install_packages python3-venv && "$python" -m venv .venv; } || {
             echo "cannot make a virtualenv: run 'apt-get install python3-venv' as root, then this again" >&2
-            return 1
+            exit 1
         }
     fi
     say "installing the packages of NGPU [$extras] (a minute or two the first time) ..."
-    .venv/bin/pip -q --disable-pip-version-check install -e ".[$extras]" 2> >(grep -v '^WARNING: Location' >&2)
-    touch "$stamp"
-}
+    rm -f .venv/.ngpu-*
+    .venv/bin/pip -q --disable-pip-version-check install -e ".[$extras]" 2> >(grep -v '^WARNING: Location' >&2) || exit 1
+    echo "$extras" >"$stamp"
+)
 
 # setup_docker: a Docker engine that answers; installs and starts one where it may. Sets DOCKERD_PID if it started one.
 # Returns 1 with the reason in DOCKER_REASON.
