@@ -30,11 +30,8 @@ from controlplane.errors import Conflict, NgpuError, NotFound, OutOfRange, TooLa
 
 #: Threads for file work.
 THREADS: Final = 4
-#: What a reader takes from a disk at once, to be given on in chunks: a hop to a thread costs as much as 256 KiB. For a
-#: piece of heap.LARGE_BYTES the system would be asked for new memory each time.
-READ_BYTES: Final = 3 * wire.CHUNK_BYTES
 #: Pieces that come behind are written when there is so much of them, ...
-BEHIND_BYTES: Final = 4 * wire.CHUNK_BYTES
+BEHIND_BYTES: Final = 2 * wire.CHUNK_BYTES
 #: ... or after this time, in seconds, ...
 BEHIND_S: Final = 0.05
 #: ... or at once while there is so much of all bodies together; then appends wait, too.
@@ -196,8 +193,8 @@ class Bodies:
                     if not data and not complete:
                         await growth
                         continue
-                for at in range(0, len(data), wire.CHUNK_BYTES):
-                    yield data[at : at + wire.CHUNK_BYTES]
+                if data:
+                    yield data
                 offset += len(data)
                 if complete:
                     return
@@ -543,7 +540,7 @@ def _read(body: Path | _Whole, offset: int) -> tuple[bytes, int | None]:
     with _opened(body) as (file, size, sealed):
         if offset > size:
             raise OutOfRange(f"The body's stored size is {size}: there is nothing at {offset} yet.")
-        data = os.pread(file, min(READ_BYTES, size - offset), offset)
+        data = os.pread(file, min(wire.CHUNK_BYTES, size - offset), offset)
     return data, size - offset - len(data) if sealed else None
 
 

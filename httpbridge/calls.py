@@ -38,6 +38,8 @@ _SMALL_OPTIONS: Final[wire.ChannelOptions] = [*wire.CLIENT_OPTIONS, ("grpc.use_l
 
 Answer = TypeVar("Answer")
 #: Bytes both ways.
+#: Of a response as it comes: its head, then bytes of its body.
+Part: TypeAlias = http_pb2.HttpResponse | bytes
 Connection: TypeAlias = "grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]"
 
 log = structlog.get_logger(__name__)
@@ -262,13 +264,10 @@ class ControlPlane:
             events = self._bodies.Watch(request, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
             try:
                 async for event in streams.messages(events):
-                    if event.data:
-                        if event.offset != offset:
-                            log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
-                            raise errors.BridgeError
-                        offset += len(event.data)
+                    if data := _data(event, offset, task_id):
+                        offset += len(data)
                         broken = 0
-                        yield event.data
+                        yield data
                     elif offset >= size and event.task.state in (pb.TASK_STATE_QUEUED, pb.TASK_STATE_RUNNING):
                         # The stream goes on until the task ends. Else read it to its end: of a stream that is cancelled
                         # with something unread grpc.aio keeps a chunk's memory for ever.
@@ -311,7 +310,7 @@ class ControlPlane:
         finally:
             call.cancel()
 
-    async def follow(self, task_id: str, workspace_id: str, *, attempt: int) -> AsyncGenerator[pb.WatchResponse, None]:
+    async def follow(self, task_id: str, workspace_id: str, *, attempt: int) -> AsyncGenerator[Part, None]:
         """TaskService.Watch for the one caller that a streamed task is for; ends when all of the response has come.
 
         Gives the head, then data without gaps, also where the stream had to be taken up again. To close it early
@@ -335,11 +334,10 @@ class ControlPlane:
                             raise errors.BadGateway("The node that sent the response was lost", task_id=task_id)
                     if event.HasField("head"):
                         attempt = running
-                    if event.offset != offset and event.data:
-                        log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
-                        raise errors.BridgeError
-                    offset += len(event.data)
-                    yield event
+                        yield event.head
+                    if data := _data(event, offset, task_id):
+                        offset += len(data)
+                        yield data
                 if state == pb.TASK_STATE_COMPLETED:
                     return
                 raise errors.Unavailable("The response ended early")
@@ -404,6 +402,15 @@ async def _answer(call: Awaitable[Answer]) -> Answer:
         return await call
     except grpc.aio.AioRpcError as error:
         raise translated(error) from None
+
+
+def _data(event: pb.WatchResponse, offset: int, task_id: str) -> bytes:
+    """The bytes in it, if any, which are those at `offset`. Each look at a message's bytes is a copy."""
+    data = event.data
+    if data and event.offset != offset:
+        log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
+        raise errors.BridgeError
+    return data
 
 
 async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, limit: int) -> None:

@@ -6,9 +6,9 @@ from time import time
 from typing import Final
 
 from ngpu.v1 import http_pb2
-from ngpu.v1 import task_pb2 as pb
 
 from httpbridge import headers
+from httpbridge.calls import Part
 from httpbridge.plain import Request
 from httpbridge.reply import Reply, date_line, status_line
 
@@ -54,27 +54,28 @@ class Passed(Reply):
 class Live(Passed):
     """One that may still be coming. That its caller breaks off ends the task.
 
-    `events`: of ControlPlane.follow, which sees to that once it has begun; before, `call_off` does.
+    `parts`: of ControlPlane.follow, which sees to that once it has begun; before, `call_off` does.
     """
 
     def __init__(
         self,
         response: http_pb2.HttpResponse,
-        events: AsyncGenerator[pb.WatchResponse, None],
+        parts: AsyncGenerator[Part, None],
         *,
         method: str,
         task_id: str,
         call_off: Callable[[str], None],
     ) -> None:
-        super().__init__(response, self._pieces(events), method=method, task_id=task_id)
+        super().__init__(response, self._pieces(parts), method=method, task_id=task_id)
         self._call_off = call_off
         self._begun = False
 
-    async def _pieces(self, events: AsyncGenerator[pb.WatchResponse, None]) -> AsyncGenerator[bytes, None]:
-        async with aclosing(events):
-            async for event in events:
+    async def _pieces(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(parts):
+            async for part in parts:
                 self._begun = True
-                yield event.data
+                if isinstance(part, bytes):
+                    yield part
 
     async def write_eof(self, data: bytes = b"") -> None:
         """See Reply."""

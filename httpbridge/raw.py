@@ -22,7 +22,7 @@ from httpbridge import credentials, envelope, headers, origin, params
 from httpbridge.answers import is_cut, ruling
 from httpbridge.app import RUN, Call
 from httpbridge.bodies import BodyReader
-from httpbridge.calls import ControlPlane, TaskEnded
+from httpbridge.calls import ControlPlane, Part, TaskEnded
 from httpbridge.envelope import Payload, Stored
 from httpbridge.errors import BadGateway, NotFound, Unauthorized
 from httpbridge.passed import Live, Passed
@@ -120,21 +120,21 @@ class Raw:
                 control_plane.batch.call_off(task_id)
                 raise
             return Tunnel(request, response, connection, task_id=task_id)
-        events = control_plane.follow(task_id, workspace_id, attempt=task.attempt if response.status else 0)
+        parts = control_plane.follow(task_id, workspace_id, attempt=task.attempt if response.status else 0)
         if not response.status:
             # In all that time it has not begun to answer.
             try:
-                response = await _head_of(events)
+                response = await _head_of(parts)
             except TaskEnded as ended:
                 return _failed(ended.task)
-        return Live(response, events, method=method, task_id=task_id, call_off=control_plane.batch.call_off)
+        return Live(response, parts, method=method, task_id=task_id, call_off=control_plane.batch.call_off)
 
 
-async def _head_of(events: AsyncGenerator[pb.WatchResponse, None]) -> http_pb2.HttpResponse:
+async def _head_of(parts: AsyncGenerator[Part, None]) -> http_pb2.HttpResponse:
     """The head of the response, once it comes."""
-    async for event in events:
-        if event.HasField("head"):
-            return event.head
+    async for part in parts:
+        if isinstance(part, http_pb2.HttpResponse):
+            return part
     raise BadGateway
 
 

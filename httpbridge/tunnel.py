@@ -19,7 +19,7 @@ from httpbridge.passed import Passed
 from httpbridge.plain import Request
 
 #: Bytes of the caller that wait for the control plane; past it he waits.
-BUFFER_BYTES: Final = wire.CHUNK_BYTES
+BUFFER_BYTES: Final = 256 * 1024
 #: When one side has closed, the other's last words have so long.
 CLOSE_S: Final = 1.0
 

@@ -10,8 +10,6 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from ngpu import wire
-
 from nodedaemon.course import CUSTOMER, Course, NoAnswer
 from nodedaemon.held import Hold, Taken
 from nodedaemon.http1 import Malformed, ResponseParser
@@ -19,7 +17,7 @@ from nodedaemon.http1 import Malformed, ResponseParser
 #: How long an unused connection is kept: less than servers commonly do, so that we are the one who closes.
 IDLE_S: Final = 1.0
 #: Body bytes that wait in a connection for their reader; past it the container waits.
-BUFFER_BYTES: Final = wire.CHUNK_BYTES
+BUFFER_BYTES: Final = 256 * 1024
 
 #: What any connection's socket has, until it is looked at, which is at once. Without it each look would make, and give
 #: back, memory for the most that there could be, which costs as much as all else that is done with a small answer.

@@ -43,7 +43,7 @@ ADOPT_LOOK_S: Final = 0.1
 #: Longest answer to a question, which is read as a whole: outputs in JSON are images in base64 and the like.
 ANSWER_BYTES: Final = 32 * 1024 * 1024
 #: Longer ones are parsed outside the event loop.
-IN_LOOP_BYTES: Final = wire.CHUNK_BYTES
+IN_LOOP_BYTES: Final = 256 * 1024
 #: Where nobody is there to be told of a cancel.
 _BEYOND_CANCEL: Final = frozenset({"CONTAINER_EXITED", "REPLICA_LOST"})
 #: What no further question would change.

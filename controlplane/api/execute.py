@@ -131,9 +131,10 @@ class Execution:
                     caller.check()
                     if not self._dispatcher.attempt_is_current(addr, attempt_id):
                         raise StaleAttempt
-                    if len(message.data) > wire.CHUNK_BYTES:
+                    data = message.data  # a copy each time
+                    if len(data) > wire.CHUNK_BYTES:
                         raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-                    size = await self._bodies.append(name, message.offset, message.data, limit_bytes=limit, behind=True)
+                    size = await self._bodies.append(name, message.offset, data, limit_bytes=limit, behind=True)
                     if message.last:
                         size = await self._bodies.seal(name)
                         complete = True

@@ -267,9 +267,10 @@ class TaskApi:
         keep = not message.discard
         try:
             while message is not None:
-                if len(message.data) > wire.CHUNK_BYTES:
+                data = message.data  # a copy each time
+                if len(data) > wire.CHUNK_BYTES:
                     raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-                size = await self._bodies.append(upload_id, size, message.data, limit_bytes=limit, behind=True)
+                size = await self._bodies.append(upload_id, size, data, limit_bytes=limit, behind=True)
                 keep = keep or message.last
                 message = await stream.read()
             await self._bodies.flush(upload_id)

@@ -116,6 +116,7 @@ class _Tunnel:
 
 async def _carry(stream: Stream[Any, Any], give: Callable[[bytes], Awaitable[None]]) -> None:
     while (message := await stream.read()) is not None:
-        if len(message.data) > wire.CHUNK_BYTES:
+        data = message.data  # a copy each time
+        if len(data) > wire.CHUNK_BYTES:
             raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-        await give(message.data)
+        await give(data)

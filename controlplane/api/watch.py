@@ -7,7 +7,7 @@ attempt is never mixed with the bytes of the next: then the watcher is told to b
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, nullcontext
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ngpu import wire
 from ngpu.v1 import task_pb2 as pb
@@ -29,6 +29,9 @@ from controlplane.store import Store
 WAIT_S: Final = 3600.0
 #: ... and the pause before the next, should it have answered without news.
 PAUSE_S: Final = 1.0
+
+#: What is sent, and where the data in it ends: to ask the message for its data is to copy it.
+Event: TypeAlias = tuple[pb.WatchResponse, int]
 
 T = TypeVar("T")
 
@@ -53,10 +56,10 @@ class Watch:
         try:
             with reading:
                 async with aclosing(self._watch(view, request.part, request.offset)) as events:
-                    async for event in events:
+                    async for event, end in events:
                         if event.HasField("head"):
                             promised = event.head.body.size
-                        sent = max(sent, event.offset + len(event.data))
+                        sent = max(sent, end)
                         yield event
         except BaseException:
             # Many hang up as soon as they have all that was promised: that cancels nothing.
@@ -66,7 +69,7 @@ class Watch:
 
     async def _watch(
         self, view: TaskView, part: "pb.WatchRequest.Part.ValueType", offset: int
-    ) -> AsyncGenerator[pb.WatchResponse, None]:
+    ) -> AsyncGenerator[Event, None]:
         if part == pb.WatchRequest.PART_REQUEST:
             async for event in self._request(view.task_id, offset):
                 yield event
@@ -78,7 +81,7 @@ class Watch:
                 if part == pb.WatchRequest.PART_UNSPECIFIED and view.state is State.RUNNING:
                     async for event in self._live(view, offset, changed):
                         begun = view.attempt
-                        offset += len(event.data)
+                        offset = max(offset, event[1])
                         yield event
                 view = await changed
             finally:
@@ -107,9 +110,7 @@ class Watch:
                 return now
             await asyncio.sleep(PAUSE_S)
 
-    async def _live(
-        self, view: TaskView, offset: int, changed: asyncio.Task[TaskView]
-    ) -> AsyncIterator[pb.WatchResponse]:
+    async def _live(self, view: TaskView, offset: int, changed: asyncio.Task[TaskView]) -> AsyncIterator[Event]:
         """The head and the bytes of the attempt that runs, until the task has changed or all is read."""
         attempt_id = ids.attempt_id(view.task_id, view.attempt)
         head = await _unless(changed, self._deliveries.head(attempt_id))
@@ -120,23 +121,23 @@ class Watch:
         async with aclosing(self._bodies.follow(name, offset, until=changed)) as chunks:
             try:
                 async for chunk in chunks:
-                    yield pb.WatchResponse(data=chunk, offset=offset)
+                    yield _data(chunk, offset)
                     offset += len(chunk)
             except NotFound:
                 return  # it was deleted because the attempt was given up, which `changed` is about to tell
 
-    async def _recorded(self, view: TaskView, response: Response, offset: int) -> AsyncIterator[pb.WatchResponse]:
+    async def _recorded(self, view: TaskView, response: Response, offset: int) -> AsyncIterator[Event]:
         """The bytes of the answer of an ended task."""
         if offset > response.size:
             raise OutOfRange(f"offset: {offset} is past the end, which is at {response.size}.")
         if len(response.body) == response.size:
             for start in range(offset, response.size, wire.CHUNK_BYTES):
-                yield pb.WatchResponse(data=response.body[start : start + wire.CHUNK_BYTES], offset=start)
+                yield _data(response.body[start : start + wire.CHUNK_BYTES], start)
             return
         async for event in self._stored(body_of_response(view.task_id, view.attempt), offset):
             yield event
 
-    async def _request(self, task_id: str, offset: int) -> AsyncIterator[pb.WatchResponse]:
+    async def _request(self, task_id: str, offset: int) -> AsyncIterator[Event]:
         row = await self._store.task(task_id)
         if row is None:
             raise NotFound
@@ -146,16 +147,16 @@ class Watch:
             raise Expired
         if row.request_body is not None:
             for start in range(offset, row.request_size, wire.CHUNK_BYTES):
-                yield pb.WatchResponse(data=row.request_body[start : start + wire.CHUNK_BYTES], offset=start)
+                yield _data(row.request_body[start : start + wire.CHUNK_BYTES], start)
             return
         if row.request_size:
             async for event in self._stored(body_of_request(task_id), offset):
                 yield event
 
-    async def _stored(self, name: str, offset: int) -> AsyncIterator[pb.WatchResponse]:
+    async def _stored(self, name: str, offset: int) -> AsyncIterator[Event]:
         try:
             async for chunk in self._bodies.follow(name, offset):
-                yield pb.WatchResponse(data=chunk, offset=offset)
+                yield _data(chunk, offset)
                 offset += len(chunk)
         except NotFound:
             raise Expired from None
@@ -173,14 +174,18 @@ async def _unless(changed: asyncio.Task[TaskView], what: Coroutine[Any, Any, T])
         await asyncio.wait({waiting})
 
 
-def _state(view: TaskView) -> pb.WatchResponse:
+def _state(view: TaskView) -> Event:
     event = pb.WatchResponse()
     translate.fill_task(event.task, view)
-    return event
+    return event, 0
 
 
-def _head(response: Response) -> pb.WatchResponse:
+def _head(response: Response) -> Event:
     event = pb.WatchResponse()
     translate.fill_response(event.head, response, 0)
     event.head.body.inline = b""
-    return event
+    return event, 0
+
+
+def _data(chunk: bytes, offset: int) -> Event:
+    return pb.WatchResponse(data=chunk, offset=offset), offset + len(chunk)

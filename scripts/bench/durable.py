@@ -1,13 +1,15 @@
 """W4: durable asynchronous tasks, beside job queues that do the same work.
 
 Ours: submitted to the REST API, then asked after with wait=; every answer after fsync. The container answers 300 B to
-300 B. `ngpu (gRPC)` is the same through one Batch stream of the gRPC API. Celery, Dramatiq and arq have a worker that
-passes 300 B on to the same container over a kept connection, with Redis for queue and results as it comes, which is
-without fsync; `Celery, fsync` has Redis write and sync each change (appendfsync always); "alone": the worker gives back
-what came, with no container. Each is called by its own Python client and up only while it is measured.
+300 B. Celery, Dramatiq and arq have a worker that passes 300 B on to the same container over a kept connection, with
+Redis for queue and results as it comes, which is without fsync; `Celery, fsync` has Redis write and sync each change
+(appendfsync always); "alone": the worker gives back what came, with no container. Each is up only while it is measured.
 
   c=64: tasks a second, submitted, done, stored and read, with 64 under way.
-  paced: 50 tasks a second; from before the submit to its answer, and to the result in the caller's hands.
+    HTTP: by wrk, the same for all. The queues are behind an aiohttp server that has their client (peers/front.py).
+    client: by a program in Python. Theirs has their client, and is on their machine; ours has the Batch stream (gRPC).
+  paced: 50 tasks a second, ours over REST, theirs by their client; from before the submit to its answer, and to the
+    result in the caller's hands.
   query: queryTask of an ended task.
 """
 
@@ -34,9 +36,12 @@ REDIS_START_LIMIT_S = 10.0
 WORKER_START_LIMIT_S = 30.0
 
 GOALS = (
-    Goal("W4 c=64 to Celery", "w4_c64_tps", 4, 8, to="celery_w4_c64_tps"),
-    Goal("W4 c=64 to Dramatiq", "w4_c64_tps", 2, 3.5, to="dramatiq_w4_c64_tps"),
-    Goal("W4 c=64 to arq", "w4_c64_tps", 2, 3.5, to="arq_w4_c64_tps"),
+    Goal("W4 c=64 over HTTP, to Celery", "w4_c64_tps", 4, 8, to="celery_http_w4_c64_tps"),
+    Goal("W4 c=64 over HTTP, to Dramatiq", "w4_c64_tps", 2, 3.5, to="dramatiq_http_w4_c64_tps"),
+    Goal("W4 c=64 over HTTP, to arq", "w4_c64_tps", 2, 3.5, to="arq_http_w4_c64_tps"),
+    Goal("W4 c=64 by clients, to Celery", "grpc_w4_c64_tps", 4, 8, to="celery_w4_c64_tps"),
+    Goal("W4 c=64 by clients, to Dramatiq", "grpc_w4_c64_tps", 2, 3.5, to="dramatiq_w4_c64_tps"),
+    Goal("W4 c=64 by clients, to arq", "grpc_w4_c64_tps", 2, 3.5, to="arq_w4_c64_tps"),
     Goal("paced, submit to result p50, to Celery's", "w4_paced_result_p50_ms", 1.4, 0.95,
          to="celery_w4_paced_result_p50_ms", most=True),
     Goal("paced, submit to result p50, to arq's", "w4_paced_result_p50_ms", None, 0.6,
@@ -59,9 +64,9 @@ class Peer(NamedTuple):
     alone: bool = False
 
 
-CELERY = Tool("celery", ("celery[redis]",))
+CELERY = Tool("celery", ("celery[redis]", "aiohttp"))
 CELERY_WORKER = ("celery", "-A", "celery_tasks", "worker", "--loglevel", "WARNING", "--without-gossip")
-DRAMATIQ = Tool("dramatiq", ("dramatiq[redis]",))
+DRAMATIQ = Tool("dramatiq", ("dramatiq[redis]", "aiohttp"))
 DRAMATIQ_WORKER = ("dramatiq", "dramatiq_tasks")
 ARQ = Tool("arq", ("arq", "aiohttp"))
 ARQ_WORKER = ("arq", "arq_tasks.WorkerSettings")
@@ -92,24 +97,23 @@ class Durable:
 
     def closed_command(self, seconds: float) -> list[str]:
         """wrk: submit, ask, with CALLERS tasks under way."""
-        ours = self.ours
-        paths = ["/user/schedulingTask?paramUrl=w1&paramPort=8080", "/user/queryTask?wait=30&taskID="]
-        arguments = [str(ours.small), *paths, ours.bearer]
-        return loads.wrk_command(ours.platform.url, CALLERS, seconds, arguments, "durable.lua")
+        return self._closed_command(
+            self.ours.platform.url,
+            seconds,
+            "/user/schedulingTask?paramUrl=w1&paramPort=8080",
+            "/user/queryTask?wait=30&taskID=",
+            self.ours.bearer,
+        )
 
     def closed(self) -> None:
         """W4 c=64 over REST, and its CPU."""
         self.seen.setdefault("", "ngpu")
         before = self.ours.cpu_by_program()
-        measured = loads.run_wrk(self.closed_command(self.seconds))
-        if measured["errors"] or not measured["ended"]:
-            raise Failed(f"durable tasks over REST: {measured}")
-        self.figures.keep("w4_c64_tps", measured["ended"] / measured["seconds"])
-        product.keep_cpu(self.figures, "w4_c64", before, self.ours.cpu_by_program(), measured["ended"])
+        ended = self._keep_closed("", self.closed_command(self.seconds))
+        product.keep_cpu(self.figures, "w4_c64", before, self.ours.cpu_by_program(), ended)
 
     def closed_grpc(self) -> None:
         """The same through the Batch stream."""
-        self.seen.setdefault("grpc", "ngpu (gRPC)")
         self.figures.keep("grpc_w4_c64_tps", self._called("batch", self.ours.platform.server)["tps"])
 
     def paced(self) -> None:
@@ -127,6 +131,17 @@ class Durable:
                 self.figures.keep("query_p50_ms", load.p50_ms)
             else:
                 self.figures.keep("query_c64_rps", load.rps)
+
+    def _closed_command(self, url: str, seconds: float, submit: str, ask: str, *headers: str) -> list[str]:
+        arguments = [str(self.ours.small), submit, ask, *headers]
+        return loads.wrk_command(url, CALLERS, seconds, arguments, "durable.lua")
+
+    def _keep_closed(self, prefix: str, command: list[str]) -> int:
+        measured = loads.run_wrk(command)
+        if measured["errors"] or not measured["ended"]:
+            raise Failed(f"durable tasks over HTTP: {measured}")
+        self.figures.keep(f"{prefix}w4_c64_tps", measured["ended"] / measured["seconds"])
+        return int(measured["ended"])
 
     def _called(self, form: str, target: str) -> dict[str, float]:
         settings = {
@@ -156,6 +171,12 @@ class Durable:
                 f"{peer.key}_w4_c64_tps", _said([*script, "closed", f"{self.seconds}"], environment)["tps"]
             )
             self._keep_paced(f"{peer.key}_", _said([*script, "paced", f"{self.seconds}"], environment))
+            if not peer.alone:
+                with _front(platform, peer, environment, self.ours.small) as front:
+                    ways = ("/submit", "/result?taskID=")
+                    # What the first calls set up is not measured.
+                    loads.run_wrk(self._closed_command(front, 1, *ways))
+                    self._keep_closed(f"{peer.key}_http_", self._closed_command(front, self.seconds, *ways))
 
 
 def _said(command: list[str], environment: dict[str, str] | None = None, more_s: float = 120.0) -> dict[str, float]:
@@ -206,19 +227,33 @@ def _worker(platform: Platform, peer: Peer, url: str, container: str) -> Iterato
         platform.programs.remove(program)
 
 
+@contextmanager
+def _front(platform: Platform, peer: Peer, environment: dict[str, str], small: Path) -> Iterator[str]:
+    """An HTTP server before a peer. Gives its URL once it takes work as in `small`."""
+    port = free_port()
+    module = peer.script.removesuffix(".py")
+    command = [peer.tool.python, str(HERE / "peers" / "front.py"), module, str(port)]
+    program = platform.launch(command, f"{peer.key}-front", environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        product.await_answer(f"{url}/submit", small, program=program)
+        yield url
+    finally:
+        program.stop()
+        platform.programs.remove(program)
+
+
 def table(durable: Durable) -> str:
     """Side by side."""
-    columns = (
-        ("c=64 tasks/s", "w4_c64_tps"),
-        ("paced: submit p50 ms", "w4_paced_submit_p50_ms"),
-        ("result p50 ms", "w4_paced_result_p50_ms"),
-        ("result p99 ms", "w4_paced_result_p99_ms"),
-    )
+    columns = ("c=64 tasks/s: HTTP", "client", "paced: submit p50 ms", "result p50 ms", "result p99 ms")
     rows = []
     for key, name in durable.seen.items():
         prefix = f"{key}_" if key else ""
-        rows.append([name, *(sheet.number(durable.figures.get(prefix + figure)) for _, figure in columns)])
-    return sheet.markdown(["W4", *(title for title, _ in columns)], rows)
+        http, client = (f"{key}_http_", f"{key}_") if key else ("", "grpc_")
+        figures = [f"{http}w4_c64_tps", f"{client}w4_c64_tps"]
+        figures += [f"{prefix}w4_paced_{name}" for name in ("submit_p50_ms", "result_p50_ms", "result_p99_ms")]
+        rows.append([name, *(sheet.number(durable.figures.get(figure)) for figure in figures)])
+    return sheet.markdown(["W4", *columns], rows)
 
 
 def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ngpu import wire
 
-from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, READ_BYTES, RESERVE_SHARE, Bodies
+from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, RESERVE_SHARE, Bodies
 from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
 
 MIB = 1024 * 1024
@@ -75,7 +75,7 @@ async def test_an_empty_body(bodies: Bodies) -> None:
 
 
 async def test_chunks_are_no_larger_than_the_wire_takes(bodies: Bodies) -> None:
-    data = os.urandom(2 * READ_BYTES + 12_345)
+    data = os.urandom(2 * wire.CHUNK_BYTES + 12_345)
     await store(bodies, NAME, data)
     chunks = [chunk async for chunk in bodies.follow(NAME)]
     assert max(map(len, chunks)) == wire.CHUNK_BYTES
@@ -187,7 +187,7 @@ async def test_many_bodies_behind_wait_for_the_disk(bodies: Bodies) -> None:
     names = [f"upload-{number:032x}" for number in range(100)]
     for name in names:
         await bodies.append(name, 0, b"", limit_bytes=MIB, behind=True)
-    piece = bytes(wire.CHUNK_BYTES)
+    piece = bytes(256 * 1024)
     most = 0
     for name in names:
         for at in range(0, 3 * len(piece), len(piece)):
@@ -242,7 +242,7 @@ async def test_a_reader_can_be_ended(bodies: Bodies) -> None:
 
 
 async def test_who_reads_a_sealed_body_keeps_its_file_whatever_becomes_of_its_name(bodies: Bodies) -> None:
-    data = os.urandom(2 * READ_BYTES)
+    data = os.urandom(2 * wire.CHUNK_BYTES)
     await store(bodies, NAME, data)
     async with aclosing(bodies.follow(NAME)) as reader:
         begin = await anext(reader)
@@ -252,7 +252,7 @@ async def test_who_reads_a_sealed_body_keeps_its_file_whatever_becomes_of_its_na
 
 async def test_only_so_many_files_are_kept_open(bodies: Bodies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controlplane.bodies.KEPT_OPEN", 2)
-    names, data = [f"upload-{number}" for number in range(4)], os.urandom(2 * READ_BYTES)
+    names, data = [f"upload-{number}" for number in range(4)], os.urandom(2 * wire.CHUNK_BYTES)
     for name in names:
         await store(bodies, name, data)
     opened = open_files()
@@ -263,6 +263,7 @@ async def test_only_so_many_files_are_kept_open(bodies: Bodies, monkeypatch: pyt
         assert begin + b"".join([chunk async for chunk in reader]) == data
     readers.clear()
     del reader
+    await bodies.close()  # a thread may still be at the last
     assert open_files() == opened
 
 

@@ -196,7 +196,7 @@ async def test_bodies_of_all_sizes_both_ways(bridge: Bridge, fake: FakeControlPl
 
 
 async def test_a_broken_download_goes_on_where_it_was(bridge: Bridge, fake: FakeControlPlane) -> None:
-    text = "".join(f"{n:08d}" for n in range(200_000))
+    text = "".join(f"{n:08d}" for n in range(500_000))
     fake.container = answering(text.encode())
     fake.break_after["Watch"] = 2
     _, answer, _ = await bridge.post("/user/x", json={}, headers=BEARER)

@@ -118,7 +118,7 @@ async def busy(there: House) -> AsyncIterator[tuple[Node, node_pb2.Start, worksp
     """A node with one attempt that runs."""
     node = Node(there, answer=hold)
     await node.join()
-    workspace = await there.operator.workspace(limits={"response_body_bytes": 1024 * 1024})
+    workspace = await there.operator.workspace(limits={"response_body_bytes": MIB})
     async with node.up():
         await there.operator.ready("echo")
         await there.bridge.schedule(request(workspace))
@@ -146,6 +146,7 @@ class Delivery:
         return await self.call.read()  # type: ignore[no-any-return]
 
 
+MIB = 1024 * 1024
 BODY = bytes(range(256)) * 1200
 
 
@@ -197,9 +198,9 @@ async def test_response_over_the_limit_is_cut_off(there: House, busy: Any) -> No
     delivery = Delivery(node, start.attempt_id)
     await delivery.begin()
     for number in range(4):
-        await delivery.send(number * wire.CHUNK_BYTES, bytes(wire.CHUNK_BYTES))
+        await delivery.send(number * MIB // 4, bytes(MIB // 4))
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_LARGE"):
-        await delivery.send(4 * wire.CHUNK_BYTES, b"x")
+        await delivery.send(MIB, b"x")
 
 
 async def test_chunk_that_is_too_long_is_refused(there: House, busy: Any) -> None:

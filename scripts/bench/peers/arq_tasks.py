@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import cache
 from typing import Any, ClassVar
 
 import container
@@ -37,9 +38,25 @@ class WorkerSettings:
     max_jobs = pace.OUTSTANDING
 
 
+@cache
+def pool() -> asyncio.Task[Any]:
+    """The connections of this process."""
+    return asyncio.create_task(create_pool(SETTINGS), name="pool")
+
+
+async def submit(data: str) -> Any:
+    """The job."""
+    return await (await pool()).enqueue_job("work", data)
+
+
+async def result(job: Any) -> str:
+    """What the worker gave."""
+    answer: str = await job.result(timeout=60, poll_delay=POLL_S)
+    return answer
+
+
 async def closed(seconds: float) -> dict[str, float]:
     """As pace.closed."""
-    redis = await create_pool(SETTINGS)
     began, done = 0.0, 0
     warm = time.perf_counter() + pace.WARM_S
     end = warm + seconds
@@ -47,8 +64,7 @@ async def closed(seconds: float) -> dict[str, float]:
     async def call() -> None:
         nonlocal began, done
         while time.perf_counter() < end:
-            job = await redis.enqueue_job("work", pace.PAYLOAD)
-            await job.result(timeout=60, poll_delay=POLL_S)
+            await result(await submit(pace.PAYLOAD))
             now = time.perf_counter()
             began = began or (now if now > warm else 0.0)
             done += now > warm
@@ -59,15 +75,14 @@ async def closed(seconds: float) -> dict[str, float]:
 
 async def paced(seconds: float) -> dict[str, float]:
     """As pace.paced."""
-    redis = await create_pool(SETTINGS)
     submits: list[float] = []
     results: list[float] = []
 
     async def call() -> None:
         began = time.perf_counter()
-        job = await redis.enqueue_job("work", pace.PAYLOAD)
+        job = await submit(pace.PAYLOAD)
         submits.append(time.perf_counter() - began)
-        await job.result(timeout=60, poll_delay=POLL_S)
+        await result(job)
         results.append(time.perf_counter() - began)
 
     due = time.perf_counter()
