@@ -52,6 +52,16 @@ READERS: Final = 4
 #: Reads that may wait or run.
 READS: Final = 1000
 
+#: Writes that never take long: the moves of a task.
+_QUICK: Final = (
+    store_tasks.add,
+    store_tasks.add_ended,
+    store_tasks.assign,
+    store_tasks.finish,
+    store_tasks.requeue,
+    store_tasks.end_queued,
+)
+
 log = structlog.get_logger(__name__)
 
 Arguments = ParamSpec("Arguments")
@@ -82,7 +92,10 @@ class Store:
         self._closed = False
         #: Set when a webhook has been written.
         self.webhook_news = asyncio.Event()
-        self._writer = Writer(self._writing.connect if lease is None else lease.connect)
+        in_process = self._writing.dialect.name == "sqlite"
+        self._writer = Writer(
+            self._writing.connect if lease is None else lease.connect, quick=_QUICK if in_process else ()
+        )
         self._keeping = asyncio.create_task(lease.keep(self._renew), name="lease") if lease else None
 
     async def close(self) -> None:

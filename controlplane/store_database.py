@@ -108,6 +108,12 @@ def _prepare_sqlite(engine: sa.Engine, *, read_only: bool) -> None:
         raw.execute("BEGIN IMMEDIATE").close()
 
 
+def wait_for_lock(connection: sa.Connection, seconds: float) -> None:
+    """Of SQLite: from now on wait so long for another process's lock."""
+    raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+    raw.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}").close()
+
+
 def is_down(error: BaseException) -> bool:
     """True if the error is the database's (locked, disk full, connection lost, stopping) and not the statement's."""
     cause = getattr(error, "orig", None) or error

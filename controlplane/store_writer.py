@@ -1,8 +1,11 @@
-"""The one thread that writes: group commit.
+"""The one thread that commits: group commit.
 
-It takes all writes that wait, runs them in one transaction, commits, and then answers every caller: the price of a
+All writes that wait are run in one transaction, which is committed, and then every caller is answered: the price of a
 commit (a disk's flush) is shared by all who came while the last one ran. There is no timer: a write that finds the
 thread idle is committed at once.
+
+Of a database in this process, statements that are quick are run where they were put, in the event loop's thread, and
+the other only commits: for each row that it wrote it had to wait for the interpreter's lock, and the loop for it.
 
 Some writes may be held for a moment, because another of the same key is likely to follow that can be made one with it.
 
@@ -13,7 +16,8 @@ back and run again write by write, each in a savepoint, so that it fails alone.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -22,7 +26,7 @@ import structlog
 
 from controlplane.errors import Unavailable
 from controlplane.futures import DirectFuture
-from controlplane.store_database import is_down, is_lost, reason, unavailable
+from controlplane.store_database import LOCK_WAIT_S, is_down, is_lost, reason, unavailable, wait_for_lock
 
 #: Writes that may wait. A disk that hangs must not fill the memory.
 QUEUE_WRITES: Final = 10_000
@@ -30,6 +34,9 @@ QUEUE_WRITES: Final = 10_000
 QUEUE_BYTES: Final = 256 * 1024 * 1024
 #: Writes in one transaction, so that the first does not wait for ever for the last.
 BATCH_WRITES: Final = 1000
+#: Of these kinds together so many writes and bytes of bodies are quick: a millisecond and a half.
+QUICK_WRITES: Final = 64
+QUICK_BYTES: Final = 512 * 1024
 #: How long a write is held at most. A hundred calls at once of 20 ms each take 70 ms, and written twice they take more.
 HOLD_S: Final = 0.1
 #: The pause after a failure of the database: the first and the longest. What comes meanwhile waits.
@@ -60,22 +67,32 @@ class Write:
     outcome: Any = None
 
 
+@dataclass(slots=True)
+class Batch:
+    """What is committed together. `begun`: its statements have been run, and only that is left."""
+
+    writes: list[Write]
+    begun: sa.Transaction | None = None
+
+
 class Writer:
     """Takes writes from the event loop's thread and commits them in its own, in order.
 
     `connect` makes the connection, at the first write and after every failure of the database; it is called in the
-    writer's thread only.
+    writer's thread only. `quick`: kinds that never take long, of SQLite only.
     """
 
     def __init__(
         self,
         connect: Callable[[], sa.Connection],
         *,
+        quick: Collection[Kind[Any, Any]] = (),
         queue_writes: int = QUEUE_WRITES,
         queue_bytes: int = QUEUE_BYTES,
         backoff_s: tuple[float, float] = BACKOFF_S,
     ) -> None:
         self._connect = connect
+        self._quick = frozenset(quick)
         self._queue_writes = queue_writes
         self._queue_bytes = queue_bytes
         self._backoff_s = backoff_s
@@ -87,7 +104,11 @@ class Writer:
         #: By key, in order of age, with when they must go.
         self._held: dict[str | None, tuple[Write, float]] = {}
         self._release_timer: asyncio.TimerHandle | None = None
+        #: The thread has a batch, and the connection with it; or it will be given one in the loop's next round.
+        self._busy = False
         self._wake = threading.Event()
+        #: What it is to do next; None when it is woken: nothing more.
+        self._batch: Batch | None = None
         self._closing = threading.Event()
         self._connection: sa.Connection | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -123,8 +144,8 @@ class Writer:
             self._release(key)
         future: DirectFuture[Result] = DirectFuture(loop=self._loop)
         self._queue.append(Write(kind, item, key, size_bytes, future, first))
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._busy:
+            self._begin_soon()
         return future
 
     def hold(self, kind: Kind[Item, Result], item: Item, *, key: str, size_bytes: int = 0) -> asyncio.Future[Result]:
@@ -167,16 +188,51 @@ class Writer:
                 return
             del self._held[key]
             self._queue.append(write)
+            if not self._busy:
+                self._begin_soon()
+
+    def _begin_soon(self) -> None:
+        # In the next round, with all that is put in this one.
+        self._busy = True
+        self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """Give the thread what waits; or, if nothing does and nothing will, its end."""
+        self._busy = bool(self._queue)
+        if self._busy:
+            writes = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_WRITES))]
+            self._batch = Batch(writes, self._run_here(writes))
+        if self._busy or self._closing.is_set():
             self._wake.set()
+
+    def _run_here(self, writes: Sequence[Write]) -> sa.Transaction | None:
+        """Run the statements, if all are quick; None: that is left to the thread, and so is whatever goes wrong."""
+        connection = self._connection
+        if connection is None or len(writes) > QUICK_WRITES or not all(write.kind in self._quick for write in writes):
+            return None
+        if sum(write.size_bytes for write in writes) > QUICK_BYTES:
+            return None
+        begun = None
+        try:
+            wait_for_lock(connection, 0)
+            begun = connection.begin()
+            _run_together(connection, writes)
+        except Exception as error:
+            log.debug("store_not_quick", error=reason(error))
+            if begun is not None:
+                with suppress(Exception):
+                    begun.rollback()
+            return None
+        return begun
 
     async def close(self) -> None:
         """Commit what waits, refuse what comes. Returns when every future is done."""
-        # Before the thread is told: what it finds when it is told is the last that it does.
         self._release(None)
         if self._release_timer is not None:
             self._release_timer.cancel()
         self._closing.set()
-        self._wake.set()
+        if not self._busy:
+            self._begin_soon()
         await asyncio.shield(self._ended)
 
     # In the writer's thread.
@@ -191,23 +247,25 @@ class Writer:
 
     def _commit_all(self) -> None:
         pause_s = 0.0
-        while self._queue or not self._closing.is_set():
-            if not self._queue:
-                self._wake.wait()
-                # Before the queue is looked at again: what comes later sets it again.
-                self._wake.clear()
-                continue
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_WRITES))]
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            batch, self._batch = self._batch, None
+            if batch is None:
+                return
             if self._commit(batch):
                 pause_s = 0.0
-            elif self._closing.is_set():
+                self._call(self._committed, batch.writes)
+                continue
+            self._call(self._answer, batch.writes)
+            if self._closing.is_set():
                 return
-            else:
-                pause_s = min(max(2 * pause_s, self._backoff_s[0]), self._backoff_s[1])
-                self._closing.wait(pause_s)
+            pause_s = min(max(2 * pause_s, self._backoff_s[0]), self._backoff_s[1])
+            self._closing.wait(pause_s)
+            self._call(self._begin)
 
-    def _commit(self, batch: list[Write]) -> bool:
-        """Do the batch and answer it. False if the database does not answer."""
+    def _commit(self, batch: Batch) -> bool:
+        """Do the batch. False if the database does not answer."""
         used = self._connection is not None
         up = True
         try:
@@ -221,29 +279,31 @@ class Writer:
                 self._write(batch)
         except Exception as error:
             up = not is_down(error)
-            log.exception("store_commit_failed", writes=len(batch), exc_info=up, error=reason(error))
+            log.exception("store_commit_failed", writes=len(batch.writes), exc_info=up, error=reason(error))
             self._disconnect()
-            for write in batch:
+            for write in batch.writes:
                 write.outcome = error if up else unavailable()
-        self._call(self._answer, batch)
         return up
 
-    def _write(self, batch: list[Write]) -> None:
+    def _write(self, batch: Batch) -> None:
+        begun, batch.begun = batch.begun, None
+        if begun is not None:
+            begun.commit()
+            return
         if self._connection is None:
             self._connection = self._connect()
+        elif self._quick:
+            wait_for_lock(self._connection, LOCK_WAIT_S)
         try:
             with self._connection.begin():
-                for run in _runs(batch):
-                    results = run[0].kind(self._connection, [write.item for write in run])
-                    for write, result in zip(run, results, strict=True):
-                        write.outcome = result
+                _run_together(self._connection, batch.writes)
         except Exception as error:
             if is_down(error):
                 raise
         else:
             return
         with self._connection.begin():
-            for write in batch:
+            for write in batch.writes:
                 try:
                     with self._connection.begin_nested():
                         (write.outcome,) = write.kind(self._connection, [write.item])
@@ -270,6 +330,12 @@ class Writer:
             log.warning("store_loop_closed")
 
     # In the loop's thread.
+
+    def _committed(self, writes: Iterable[Write]) -> None:
+        try:
+            self._answer(writes)
+        finally:
+            self._begin()
 
     def _answer(self, batch: Iterable[Write]) -> None:
         for write in batch:
@@ -298,6 +364,14 @@ class Writer:
         self._answer(left)
         if not self._ended.done():
             self._ended.set_result(None)
+
+
+def _run_together(connection: sa.Connection, writes: Iterable[Write]) -> None:
+    """As if nothing could go wrong."""
+    for run in _runs(writes):
+        results = run[0].kind(connection, [write.item for write in run])
+        for write, result in zip(run, results, strict=True):
+            write.outcome = result
 
 
 def _runs(batch: Iterable[Write]) -> list[list[Write]]:

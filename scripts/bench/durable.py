@@ -39,9 +39,10 @@ GOALS = (
     Goal("W4 c=64 over HTTP, to Celery", "w4_c64_tps", 4, 8, to="celery_http_w4_c64_tps"),
     Goal("W4 c=64 over HTTP, to Dramatiq", "w4_c64_tps", 2, 3.5, to="dramatiq_http_w4_c64_tps"),
     Goal("W4 c=64 over HTTP, to arq", "w4_c64_tps", 2, 3.5, to="arq_http_w4_c64_tps"),
-    Goal("W4 c=64 by clients, to Celery", "grpc_w4_c64_tps", 4, 8, to="celery_w4_c64_tps"),
-    Goal("W4 c=64 by clients, to Dramatiq", "grpc_w4_c64_tps", 2, 3.5, to="dramatiq_w4_c64_tps"),
-    Goal("W4 c=64 by clients, to arq", "grpc_w4_c64_tps", 2, 3.5, to="arq_w4_c64_tps"),
+    # Theirs on the queue's own machine, ours over the gRPC API: not asked for, and good to know.
+    Goal("W4 c=64 by clients, to Celery", "grpc_w4_c64_tps", None, 4, to="celery_w4_c64_tps"),
+    Goal("W4 c=64 by clients, to Dramatiq", "grpc_w4_c64_tps", None, 2, to="dramatiq_w4_c64_tps"),
+    Goal("W4 c=64 by clients, to arq", "grpc_w4_c64_tps", None, 2, to="arq_w4_c64_tps"),
     Goal("paced, submit to result p50, to Celery's", "w4_paced_result_p50_ms", 1.4, 0.95,
          to="celery_w4_paced_result_p50_ms", most=True),
     Goal("paced, submit to result p50, to arq's", "w4_paced_result_p50_ms", None, 0.6,
@@ -236,7 +237,7 @@ def _front(platform: Platform, peer: Peer, environment: dict[str, str], small: P
     program = platform.launch(command, f"{peer.key}-front", environment)
     try:
         url = f"http://127.0.0.1:{port}"
-        product.await_answer(f"{url}/submit", small, program=program)
+        product.await_answer(f"{url}/submit", small, program=program, least_bytes=1)
         yield url
     finally:
         program.stop()

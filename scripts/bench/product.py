@@ -223,15 +223,22 @@ def post(url: str, body: Path, *headers: str, timeout_s: float = 60.0) -> Any:
     return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
 
 
-def await_answer(url: str, body: Path, *headers: str, program: Program | None = None, limit_s: float = 20.0) -> None:
-    """Wait until a POST is answered with SMALL_BYTES or more. Raises Failed."""
+def await_answer(
+    url: str,
+    body: Path,
+    *headers: str,
+    program: Program | None = None,
+    limit_s: float = 20.0,
+    least_bytes: int = SMALL_BYTES,
+) -> None:
+    """Wait until a POST is answered with so many bytes or more. Raises Failed."""
     deadline = time.monotonic() + limit_s
     while True:
         said = ""
         try:
             with post(url, body, *headers) as response:
                 said = response.read().decode(errors="replace")
-            if len(said) >= SMALL_BYTES:
+            if len(said) >= least_bytes:
                 return
         except (OSError, http.client.HTTPException) as error:
             said = str(error)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from controlplane.errors import Conflict, Unavailable
 from controlplane.store_database import connect_to
-from controlplane.store_writer import Writer
+from controlplane.store_writer import QUICK_BYTES, Writer
 
 #: No pause after a failure: nothing here depends on time.
 AT_ONCE = (0.0, 0.0)
@@ -55,6 +55,14 @@ def insert_upper(connection: sa.Connection, items: Sequence[str]) -> Sequence[st
     return insert(connection, [item.upper() for item in items])
 
 
+def insert_both(connection: sa.Connection, items: Sequence[str]) -> Sequence[str]:
+    """What does a held write as well as its own."""
+    return insert(connection, items)
+
+
+QUICK = (insert, insert_upper, insert_both)
+
+
 class Gate:
     """Keeps the writer busy until it is opened, so that what is put meanwhile is one batch."""
 
@@ -83,9 +91,10 @@ def database(tmp_path: Path) -> Database:
     return Database(tmp_path / "ngpu.db")
 
 
-@pytest.fixture
-async def writer(database: Database) -> AsyncIterator[Writer]:
-    writer = Writer(database.engine.connect, backoff_s=AT_ONCE)
+@pytest.fixture(params=[False, True], ids=["", "quick"])
+async def writer(database: Database, request: pytest.FixtureRequest) -> AsyncIterator[Writer]:
+    quick = QUICK if request.param else ()
+    writer = Writer(database.engine.connect, quick=quick, backoff_s=AT_ONCE)
     yield writer
     await writer.close()
     database.engine.dispose()
@@ -275,11 +284,6 @@ async def test_a_bug_in_a_write_does_not_end_the_writer(database: Database, writ
     assert database.lines() == ["after"]
 
 
-def insert_both(connection: sa.Connection, items: Sequence[str]) -> Sequence[str]:
-    """What does a held write as well as its own."""
-    return insert(connection, items)
-
-
 async def test_a_held_write_is_done_with_the_one_that_takes_it_in(database: Database, writer: Writer) -> None:
     first = writer.hold(insert, "a", key="k")
     held = writer.held("k")
@@ -329,3 +333,86 @@ async def test_a_held_write_stays_where_the_one_after_it_is_refused(database: Da
         assert await gate.open(first) == ["a"]
     finally:
         await writer.close()
+
+
+# Quick ones.
+
+
+async def test_quick_statements_are_run_where_they_are_put_and_committed_in_the_thread(database: Database) -> None:
+    threads: list[int] = []
+
+    def look(connection: sa.Connection, items: Sequence[str]) -> Sequence[str]:
+        threads.append(threading.get_ident())
+        return insert(connection, items)
+
+    sa.event.listen(database.engine, "commit", lambda _: threads.append(threading.get_ident()))
+    writer = Writer(database.engine.connect, quick=(look,))
+    await writer.put(look, "first: there is no connection yet")
+    here, there = threading.get_ident(), threads[0]
+    assert threads == [there, there] != [here, here]
+    del threads[:]
+    await writer.put(look, "quick")
+    assert threads == [here, there]
+    del threads[:]
+    await writer.put(look, "large", size_bytes=QUICK_BYTES + 1)
+    assert threads == [there, there]
+    await writer.close()
+    assert len(database.lines()) == 3
+
+
+async def test_a_lock_is_not_waited_for_in_the_loop(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controlplane.store_writer.LOCK_WAIT_S", 30)
+    writer = Writer(database.engine.connect, quick=QUICK)
+    await writer.put(insert, "before")
+    other = sqlite3.connect(database.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    write = writer.put(insert, "meanwhile")
+    # Were the loop to wait for the lock, it would wait for itself.
+    await asyncio.sleep(0.05)
+    assert not write.done()
+    other.execute("ROLLBACK")
+    other.close()
+    await write
+    await writer.put(insert, "after")
+    await writer.close()
+    assert database.lines() == ["before", "meanwhile", "after"]
+
+
+async def test_a_disk_that_fills_up_is_unavailable_to_quick_ones_too(database: Database) -> None:
+    limits = ["max_page_count = 40"]
+
+    def connect() -> sa.Connection:
+        return connecting(database, *limits)()
+
+    writer = Writer(connect, quick=QUICK, backoff_s=AT_ONCE)
+    await writer.put(insert, "before")
+    with pytest.raises(Unavailable):
+        await writer.put(insert, "x" * 1_000_000)
+    limits.clear()
+    await writer.put(insert, "after")
+    await writer.close()
+    assert database.lines() == ["before", "after"]
+
+
+async def test_a_commit_that_fails_is_nobodys_success(database: Database) -> None:
+    writer = Writer(database.engine.connect, quick=QUICK, backoff_s=AT_ONCE)
+    await writer.put(insert, "before")
+    fails = True
+
+    @sa.event.listens_for(database.engine, "commit")
+    def fail(_: sa.Connection) -> None:
+        if fails:
+            raise sa.exc.OperationalError("COMMIT", {}, sqlite3_full())
+
+    outcomes = await asyncio.gather(*(writer.put(insert, f"{n}", key=f"{n}") for n in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+    fails = False
+    await writer.put(insert, "after")
+    await writer.close()
+    assert database.lines() == ["before", "after"]
+
+
+def sqlite3_full() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    return error
