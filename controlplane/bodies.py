@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from math import inf
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeAlias, TypeVar
 
 import structlog
 from ngpu import wire
@@ -112,22 +111,35 @@ class Bodies:
             return await self._append_behind(name, pieces, offset, data, limit_bytes)
         path = self._path(name)
 
-        def append() -> int:
+        def append() -> tuple[_File, int]:
             with self._locks[_shard(name)]:
-                size = _append(path, offset, [data], limit_bytes)
+                file, size = _append(path, offset, [data], limit_bytes)
             self._grown(name)
-            return size
+            return file, size
 
         await self._settle(name)
-        size = await self._run(append)
+        file, size = await self._run(append)
         if behind:
-            self._behind[name] = pieces = _Behind(size)
-            self._write_later(name, pieces)
+            self._goes_on_behind(name, file, size)
         return size
+
+    async def begin(self, name: str) -> tuple[int, bool]:
+        """Make it, unless it is there, to go on with it `behind`. Gives its size, and whether it is sealed."""
+        path = self._path(name)
+
+        def begin() -> tuple[_File | None, int]:
+            with self._locks[_shard(name)]:
+                return _begin(path)
+
+        await self._settle(name)
+        file, size = await self._run(begin)
+        if file is not None:
+            self._goes_on_behind(name, file, size)
+        return size, file is None
 
     async def flush(self, name: str) -> None:
         """What came `behind` is with the kernel."""
-        await self._settle(name)
+        await self._settle(name, keep=True)
 
     async def size(self, name: str) -> int | None:
         """Its length so far; None: there is no such body."""
@@ -148,14 +160,14 @@ class Bodies:
         `durable`: returns when it is on disk, else when it is with the kernel. Raises NotFound.
         """
         path = self._path(name)
+        file = await self._settle(name)
 
         def seal() -> int:
             with self._locks[_shard(name)]:
-                size = _seal(path, durable=durable)
+                size = _seal(path, file, durable=durable)
             self._grown(name)
             return size
 
-        await self._settle(name)
         return await self._run(seal)
 
     async def follow(
@@ -185,11 +197,8 @@ class Bodies:
                     if pieces is not None and offset >= pieces.start:
                         data, complete = pieces.read(offset), False
                     else:
-                        found = self._read_at_hand(whole or path, offset) if at_hand else None
-                        data, left = await self._run(_read, whole or path, offset) if found is None else found
+                        data, left, whole = await self._read(whole or path, offset, at_hand=at_hand)
                         complete, at_hand = left == 0, True
-                        if left and whole is None:
-                            whole = self._whole(path)
                     if not data and not complete:
                         await growth
                         continue
@@ -205,7 +214,7 @@ class Bodies:
             if not self._readers[name]:
                 del self._readers[name]
                 if complete and not self._closed:
-                    self._threads.submit(_let_go, path)
+                    self._threads.submit(_let_go, whole or path)
 
     def is_read(self, name: str) -> bool:
         """Somebody follows it just now."""
@@ -278,11 +287,11 @@ class Bodies:
         """Begin to write what waits, unless that is under way."""
         if pieces.writing is not None or not pieces.waiting_bytes:
             return
-        path, start, batch = self._path(name), pieces.start, pieces.begin()
+        file, start, batch = pieces.file, pieces.start, pieces.begin()
 
         def write() -> None:
             with self._locks[_shard(name)]:
-                _append(path, start, batch, inf)
+                _extend(file, start, batch)
 
         pieces.writing = asyncio.create_task(self._run(write), name=f"write-{name}")
         pieces.writing.add_done_callback(partial(self._written, name, pieces))
@@ -291,6 +300,10 @@ class Bodies:
         fault = Unavailable("The control plane is stopping.") if writing.cancelled() else writing.exception()
         self.behind_bytes -= pieces.end(fault)
         self._wake(name)
+
+    def _goes_on_behind(self, name: str, file: "_File", size: int) -> None:
+        self._behind[name] = pieces = _Behind(file, size)
+        self._write_later(name, pieces)
 
     def _write_later(self, name: str, pieces: "_Behind") -> None:
         """See that nothing waits for longer, and that nothing is left of a writer who has gone."""
@@ -308,8 +321,11 @@ class Bodies:
 
         self._loop.call_later(BEHIND_S, look)
 
-    async def _settle(self, name: str, *, write: bool = True) -> None:
-        """What came behind is in the file, or with `write=False` given up. Raises what went wrong with it."""
+    async def _settle(self, name: str, *, write: bool = True, keep: bool = False) -> "_File | None":
+        """What came behind is in the file, or with `write=False` given up. Raises what went wrong with it.
+
+        Gives the file, if something had come; with `keep` more may.
+        """
         while (pieces := self._behind.get(name)) is not None:
             if write:
                 self._write(name, pieces)
@@ -318,27 +334,30 @@ class Bodies:
                 continue
             if self._behind.get(name) is not pieces:
                 continue
+            if keep and pieces.fault is None:
+                return pieces.file
             del self._behind[name]
             if pieces.fault is not None:
+                pieces.file.close()
                 raise pieces.fault
             self.behind_bytes -= pieces.waiting_bytes
+            return pieces.file
+        return None
 
-    def _read_at_hand(self, body: "Path | _Whole", offset: int) -> tuple[bytes, int | None] | None:
-        """What `_read` gives, if the page cache has it; done in the event loop, which must not wait for a disk."""
-        if self._closed:
-            return None
-        try:
-            return _read_cached(body, offset, self._page)
-        except OSError:
-            return None
+    async def _read(self, body: "Path | _Whole", offset: int, *, at_hand: bool) -> "_Found":
+        """The next bytes: `at_hand` in the event loop, which must not wait for a disk, if the page cache has them."""
+        found = None
+        if at_hand and not self._closed:
+            with suppress(OSError):
+                found = _read_cached(body, offset, self._page)
+        if found is None:
+            found = await self._run(_read, body, offset)
+        data, left, whole = found
+        return data, left, self._kept(whole)
 
-    def _whole(self, path: Path) -> "_Whole | None":
-        """The file, which is sealed and was read just now, to be kept open unless too many are."""
-        if len(self._wholes) >= KEPT_OPEN:
-            return None
-        try:
-            whole = _Whole(path)
-        except OSError:
+    def _kept(self, whole: "_Whole | None") -> "_Whole | None":
+        """The same, to be kept open; None if too many are."""
+        if whole is None or (whole not in self._wholes and len(self._wholes) >= KEPT_OPEN):
             return None
         self._wholes.add(whole)
         return whole
@@ -383,10 +402,41 @@ class Bodies:
                 growth.set_result(None)
 
 
+class _File:
+    """An open file, closed when the last who has it is done, be he a thread whose caller has gone."""
+
+    __slots__ = ("__weakref__", "file")
+
+    def __init__(self, path: Path, flags: int) -> None:
+        """Raises OSError."""
+        self.file = -1
+        self.file = os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """At once: who has it may be the traceback of an error."""
+        file, self.file = self.file, -1
+        if file >= 0:
+            os.close(file)
+
+    __del__ = close
+
+
+class _Whole(_File):
+    """One that is read, and how long it was when it was opened, which for a sealed one is its size."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        super().__init__(path, os.O_RDONLY)
+        self.size = os.fstat(self.file).st_size
+
+
 class _Behind:
     """The last pieces of a growing body: what its file does not have yet, or is just getting."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, file: _File, size: int) -> None:
+        self.file = file
         #: What the file has, ...
         self.start = size
         #: ... and what there is with the pieces.
@@ -440,32 +490,49 @@ class _Behind:
 # What is done to files, in a thread.
 
 
-def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: float) -> int:
+def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: int) -> tuple[_File, int]:
+    """Gives the file and its new size."""
     if path.exists():
         raise Conflict("The body is complete already.")
-    length = sum(map(len, pieces))
-    _check_limit(offset + length, limit_bytes)
-    # Only the first append makes it: one that comes after a deletion must not bring it back.
-    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if offset == 0 else 0)
+    _check_limit(offset + sum(map(len, pieces)), limit_bytes)
     try:
-        file = os.open(_growing(path), flags, 0o600)
+        # Only the first append makes it: one that comes after a deletion must not bring it back.
+        file = _File(_growing(path), os.O_WRONLY | (os.O_CREAT if offset == 0 else 0))
     except FileNotFoundError:
         raise OutOfRange("The body's stored size is 0: go on from there.") from None
     try:
-        size = os.fstat(file).st_size
-        if size != offset:
-            raise OutOfRange(f"The body's stored size is {size}: go on from there.")
-        try:
-            _check_room(file, length)
-            # At its place, not at the end: one that stood still since the look at the size, and whose work another
-            # process has taken over, must not spoil what that one has appended.
-            _write_all(file, pieces, size)
-        except BaseException:
-            os.ftruncate(file, size)
-            raise
-        return size + length
-    finally:
-        os.close(file)
+        return file, _extend(file, offset, pieces)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _begin(path: Path) -> tuple[_File | None, int]:
+    """The growing file and its size; None for one that is sealed."""
+    with suppress(FileNotFoundError):
+        return None, path.stat().st_size
+    file = _File(_growing(path), os.O_WRONLY | os.O_CREAT)
+    return file, os.fstat(file.file).st_size
+
+
+def _extend(file: _File, offset: int, pieces: Sequence[bytes]) -> int:
+    """Gives the new size."""
+    found = os.fstat(file.file)
+    # A file that was deleted while it was open can still be written to.
+    size = found.st_size if found.st_nlink else 0
+    if size != offset or not found.st_nlink:
+        raise OutOfRange(f"The body's stored size is {size}: go on from there.")
+    if not (length := sum(map(len, pieces))):
+        return size
+    try:
+        _check_room(file.file, length)
+        # At its place, not at the end: one that stood still since the look at the size, and whose work another
+        # process has taken over, must not spoil what that one has appended.
+        _write_all(file.file, pieces, size)
+    except BaseException:
+        os.ftruncate(file.file, size)
+        raise
+    return size + length
 
 
 def _check_room(file: int, length: int) -> None:
@@ -491,8 +558,18 @@ def _check_limit(size: int, limit_bytes: float) -> None:
         raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
 
 
-def _seal(path: Path, *, durable: bool) -> int:
+def _seal(path: Path, file: _File | None, *, durable: bool) -> int:
+    """`file`: what it has grown in just now, if that is open."""
     growing = _growing(path)
+    if file is not None:
+        if durable:
+            os.fsync(file.file)
+        with suppress(FileNotFoundError):
+            growing.rename(path)
+            if durable:
+                _flush(path.parent)
+            return os.fstat(file.file).st_size
+        # Somebody else has sealed or deleted it.
     found = _find(path)
     if found is None:
         raise NotFound
@@ -520,64 +597,45 @@ def _rename(path: Path, new_path: Path) -> None:
     _flush(new_path.parent)
 
 
-class _Whole:
-    """A sealed file, open until the last who reads it is done, be he a thread whose caller has gone."""
-
-    __slots__ = ("__weakref__", "file", "size")
-
-    def __init__(self, path: Path) -> None:
-        """Raises OSError."""
-        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self.file).st_size
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            os.close(self.file)
+#: Of a body the next bytes, how many follow them, and in what; None and None: it still grows.
+_Found: TypeAlias = tuple[bytes, int | None, _Whole | None]
 
 
-def _read(body: Path | _Whole, offset: int) -> tuple[bytes, int | None]:
-    """The next bytes, and how many follow them; None: the body still grows."""
-    with _opened(body) as (file, size, sealed):
-        if offset > size:
-            raise OutOfRange(f"The body's stored size is {size}: there is nothing at {offset} yet.")
-        data = os.pread(file, min(wire.CHUNK_BYTES, size - offset), offset)
-    return data, size - offset - len(data) if sealed else None
+def _read(body: Path | _Whole, offset: int) -> _Found:
+    """A chunk at most."""
+    file, sealed = _opened(body)
+    if offset > file.size:
+        raise OutOfRange(f"The body's stored size is {file.size}: there is nothing at {offset} yet.")
+    data = os.pread(file.file, min(wire.CHUNK_BYTES, file.size - offset), offset)
+    return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-def _read_cached(body: Path | _Whole, offset: int, page: bytearray) -> tuple[bytes, int | None]:
+def _read_cached(body: Path | _Whole, offset: int, page: bytearray) -> _Found:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
-    with _opened(body) as (file, size, sealed):
-        read = os.preadv(file, [page], offset, os.RWF_NOWAIT)
-    return bytes(memoryview(page)[:read]), size - offset - read if sealed else None
+    file, sealed = _opened(body)
+    data = bytes(memoryview(page)[: os.preadv(file.file, [page], offset, os.RWF_NOWAIT)])
+    return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-@contextmanager
-def _opened(body: Path | _Whole) -> Iterator[tuple[int, int, bool]]:
-    """The body's file, its size and whether it is sealed. Raises NotFound."""
+def _opened(body: Path | _Whole) -> tuple[_Whole, bool]:
+    """The body's file as it is now, and whether it is sealed. Raises NotFound."""
     if isinstance(body, _Whole):
-        yield body.file, body.size, True
-        return
+        return body, True
     for name in _both(body):
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            yield file, os.fstat(file).st_size, name == body
-        finally:
-            os.close(file)
-        return
+        with suppress(FileNotFoundError):
+            return _Whole(name), name == body
     raise NotFound("There is no such body, or it was given up before it was complete.")
 
 
-def _let_go(path: Path) -> None:
+def _let_go(body: Path | _Whole) -> None:
     """Out of the page cache: it was read to its end, and hardly any is read twice.
 
     The next one gets the same pages. New ones may have to come from a virtual machine's host first, at 1.2 ms a MiB.
     """
-    with suppress(NotFound, OSError), _opened(path) as (file, _, sealed):
+    with suppress(NotFound, OSError):
+        file, sealed = _opened(body)
         if sealed:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _find(path: Path) -> tuple[int, bool] | None:

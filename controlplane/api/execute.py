@@ -114,10 +114,7 @@ class Execution:
         attempt_id = message.attempt_id
         limit = await self._limit_of(addr, attempt_id)
         name = f"{attempt_id}.response"
-        size = await self._bodies.size(name)
-        if size is None:
-            size = await self._bodies.append(name, 0, b"", limit_bytes=limit)
-        complete = await self._bodies.sealed(name)
+        size, complete = await self._bodies.begin(name)
         # Only now: who is told of the head begins to read the body.
         head = translate.response_of(message.head)
         self._deliveries.begin(attempt_id, head)
