@@ -113,12 +113,10 @@ class Bodies:
 
         def append() -> tuple[_File, int]:
             with self._locks[_shard(name)]:
-                file, size = _append(path, offset, [data], limit_bytes)
-            self._grown(name)
-            return file, size
+                return _append(path, offset, [data], limit_bytes)
 
         await self._settle(name)
-        file, size = await self._run(append)
+        file, size = await self._change(append, name)
         if behind:
             self._goes_on_behind(name, file, size)
         return size
@@ -164,11 +162,9 @@ class Bodies:
 
         def seal() -> int:
             with self._locks[_shard(name)]:
-                size = _seal(path, file, durable=durable)
-            self._grown(name)
-            return size
+                return _seal(path, file, durable=durable)
 
-        return await self._run(seal)
+        return await self._change(seal, name)
 
     async def follow(
         self, name: str, offset: int = 0, *, until: asyncio.Future[Any] | None = None
@@ -227,12 +223,8 @@ class Bodies:
         """
         path, new_path = self._path(name), self._path(new_name)
 
-        def rename() -> None:
-            _rename(path, new_path)
-            # Who follows under the old name finds it gone.
-            self._grown(name)
-
-        await self._run(rename)
+        # Who follows under the old name finds it gone.
+        await self._change(lambda: _rename(path, new_path), name)
 
     async def delete(self, *names: str) -> None:
         """No error for those that are not there. Followers get NotFound."""
@@ -246,9 +238,8 @@ class Bodies:
                 with self._locks[_shard(name)]:
                     _growing(path).unlink(missing_ok=True)
                     path.unlink(missing_ok=True)
-                self._grown(name)
 
-        await self._run(delete)
+        await self._change(delete, *names)
 
     async def sweep(self, before: datetime, prefix: str = "") -> int:
         """Delete bodies last written before `before` whose name begins with `prefix`; gives how many.
@@ -370,12 +361,19 @@ class Bodies:
     async def _run(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
+        return await self._change(lambda: work(*args, **kwargs))
+
+    async def _change(self, work: Callable[[], Result], *names: str) -> Result:
+        """Do it in a thread. Who follows `names` looks at them then, also if the caller has gone away meanwhile."""
         if self._closed:
             raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
+        working = self._loop.run_in_executor(self._threads, work)
+        if names:
+            working.add_done_callback(lambda _: self._wake(*names))
         try:
-            return await self._loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
+            return await (asyncio.shield(working) if names else working)
         except OSError as error:
-            log.warning("bodies_disk_failed", work=work.__name__, error=error.strerror)
+            log.warning("bodies_disk_failed", error=error.strerror)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             message = "The control plane's disk is full" if full else "The control plane's disk does not answer"
             raise Unavailable(f"{message}; try again later.", retry_after_s=5.0) from error
@@ -392,14 +390,11 @@ class Bodies:
             if not others:
                 self._followers.pop(name, None)
 
-    def _grown(self, name: str) -> None:
-        """In a thread: the body has changed. Said from there, so that it is said even if the caller has gone away."""
-        self._loop.call_soon_threadsafe(self._wake, name)
-
-    def _wake(self, name: str) -> None:
-        for growth in self._followers.get(name, ()):
-            if not growth.done():
-                growth.set_result(None)
+    def _wake(self, *names: str) -> None:
+        for name in names:
+            for growth in self._followers.get(name, ()):
+                if not growth.done():
+                    growth.set_result(None)
 
 
 class _File:
