@@ -71,6 +71,7 @@ class Bodies:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._root = str(directory)
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="bodies")
         # Appends to one body happen one after the other, also when an abandoned one is still under way in its thread.
@@ -141,7 +142,9 @@ class Bodies:
 
     async def size(self, name: str) -> int | None:
         """Its length so far; None: there is no such body."""
-        await self._settle(name)
+        await self._settle(name, keep=True)
+        if (pieces := self._behind.get(name)) is not None:
+            return pieces.size
         found = await self._run(_find, self._path(name))
         return None if found is None else found[0]
 
@@ -152,17 +155,18 @@ class Bodies:
         found = await self._run(_find, self._path(name))
         return found is not None and found[1]
 
-    async def seal(self, name: str, *, durable: bool = True) -> int:
-        """It is complete: followers come to its end. Gives its size. Again is no error.
+    async def seal(self, name: str, new_name: str | None = None, *, durable: bool = True) -> int:
+        """It is complete, and with `new_name` is called so from now on. Gives its size. Again is no error.
 
-        `durable`: returns when it is on disk, else when it is with the kernel. Raises NotFound.
+        Followers come to its end, or find nothing by the old name. `durable`: returns when it is on disk, else when it
+        is with the kernel. Raises NotFound.
         """
-        path = self._path(name)
+        path, target = self._path(name), self._path(new_name or name)
         file = await self._settle(name)
 
         def seal() -> int:
             with self._locks[_shard(name)]:
-                return _seal(path, file, durable=durable)
+                return _seal(path, target, file, durable=durable)
 
         return await self._change(seal, name)
 
@@ -216,16 +220,6 @@ class Bodies:
         """Somebody follows it just now."""
         return name in self._readers
 
-    async def rename(self, name: str, new_name: str) -> None:
-        """Give a sealed body another name and have it on disk, however it was sealed. No error if that was done before.
-
-        Raises NotFound, Conflict (it is not sealed).
-        """
-        path, new_path = self._path(name), self._path(new_name)
-
-        # Who follows under the old name finds it gone.
-        await self._change(lambda: _rename(path, new_path), name)
-
     async def delete(self, *names: str) -> None:
         """No error for those that are not there. Followers get NotFound."""
         paths = [self._path(name) for name in names]
@@ -236,8 +230,9 @@ class Bodies:
         def delete() -> None:
             for name, path in zip(names, paths, strict=True):
                 with self._locks[_shard(name)]:
-                    _growing(path).unlink(missing_ok=True)
-                    path.unlink(missing_ok=True)
+                    for file in (path + _GROWING, path):
+                        with suppress(FileNotFoundError):
+                            os.unlink(file)
 
         await self._change(delete, *names)
 
@@ -335,7 +330,7 @@ class Bodies:
             return pieces.file
         return None
 
-    async def _read(self, body: "Path | _Whole", offset: int, *, at_hand: bool) -> "_Found":
+    async def _read(self, body: "str | _Whole", offset: int, *, at_hand: bool) -> "_Found":
         """The next bytes: `at_hand` in the event loop, which must not wait for a disk, if the page cache has them."""
         found = None
         if at_hand and not self._closed:
@@ -353,10 +348,10 @@ class Bodies:
         self._wholes.add(whole)
         return whole
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> str:
         if not _NAME.fullmatch(name) or name.endswith(_GROWING):
             raise ValueError(f"not a body's name: {name[:80]!r}")
-        return self._directory / f"{_shard(name):02x}" / name
+        return f"{self._root}/{_shard(name):02x}/{name}"
 
     async def _run(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -402,7 +397,7 @@ class _File:
 
     __slots__ = ("__weakref__", "file")
 
-    def __init__(self, path: Path, flags: int) -> None:
+    def __init__(self, path: str, flags: int) -> None:
         """Raises OSError."""
         self.file = -1
         self.file = os.open(path, flags | os.O_CLOEXEC, 0o600)
@@ -421,7 +416,7 @@ class _Whole(_File):
 
     __slots__ = ("size",)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         """Raises OSError."""
         super().__init__(path, os.O_RDONLY)
         self.size = os.fstat(self.file).st_size
@@ -485,14 +480,14 @@ class _Behind:
 # What is done to files, in a thread.
 
 
-def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: int) -> tuple[_File, int]:
+def _append(path: str, offset: int, pieces: Sequence[bytes], limit_bytes: int) -> tuple[_File, int]:
     """Gives the file and its new size."""
-    if path.exists():
+    if os.path.exists(path):
         raise Conflict("The body is complete already.")
     _check_limit(offset + sum(map(len, pieces)), limit_bytes)
     try:
         # Only the first append makes it: one that comes after a deletion must not bring it back.
-        file = _File(_growing(path), os.O_WRONLY | (os.O_CREAT if offset == 0 else 0))
+        file = _File(path + _GROWING, os.O_WRONLY | (os.O_CREAT if offset == 0 else 0))
     except FileNotFoundError:
         raise OutOfRange("The body's stored size is 0: go on from there.") from None
     try:
@@ -502,11 +497,11 @@ def _append(path: Path, offset: int, pieces: Sequence[bytes], limit_bytes: int) 
         raise
 
 
-def _begin(path: Path) -> tuple[_File | None, int]:
+def _begin(path: str) -> tuple[_File | None, int]:
     """The growing file and its size; None for one that is sealed."""
     with suppress(FileNotFoundError):
-        return None, path.stat().st_size
-    file = _File(_growing(path), os.O_WRONLY | os.O_CREAT)
+        return None, os.stat(path).st_size
+    file = _File(path + _GROWING, os.O_WRONLY | os.O_CREAT)
     return file, os.fstat(file.file).st_size
 
 
@@ -553,50 +548,34 @@ def _check_limit(size: int, limit_bytes: float) -> None:
         raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
 
 
-def _seal(path: Path, file: _File | None, *, durable: bool) -> int:
+def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> int:
     """`file`: what it has grown in just now, if that is open."""
-    growing = _growing(path)
-    if file is not None:
-        if durable:
-            os.fsync(file.file)
+    if file is None:
+        try:
+            file, _ = _opened(path)
+        except NotFound:
+            # Done before, perhaps not durably.
+            file, _ = _opened(target)
+    if durable:
+        os.fsync(file.file)
+    for name in _both(path):
         with suppress(FileNotFoundError):
-            growing.rename(path)
-            if durable:
-                _flush(path.parent)
-            return os.fstat(file.file).st_size
-        # Somebody else has sealed or deleted it.
-    found = _find(path)
-    if found is None:
-        raise NotFound
-    size, sealed = found
+            os.rename(name, target)
+            break
+    else:
+        if not os.path.exists(target):
+            raise NotFound
     if durable:
-        # Also one that was sealed before, perhaps not durably.
-        _flush(path if sealed else growing)
-    if not sealed:
-        growing.rename(path)
-    if durable:
-        _flush(path.parent)
-    return size
-
-
-def _rename(path: Path, new_path: Path) -> None:
-    try:
-        _flush(path)
-        path.rename(new_path)
-    except FileNotFoundError:
-        if _growing(path).exists():
-            raise Conflict("The body is not complete yet.") from None
-        if not new_path.exists():
-            raise NotFound from None
-    # That the old name has gone need not be on disk: should a crash bring it back, the sweep takes it away.
-    _flush(new_path.parent)
+        # That an old name has gone need not be on disk: should a crash bring it back, the sweep takes it away.
+        _flush(os.path.dirname(target))
+    return os.fstat(file.file).st_size
 
 
 #: Of a body the next bytes, how many follow them, and in what; None and None: it still grows.
 _Found: TypeAlias = tuple[bytes, int | None, _Whole | None]
 
 
-def _read(body: Path | _Whole, offset: int) -> _Found:
+def _read(body: str | _Whole, offset: int) -> _Found:
     """A chunk at most."""
     file, sealed = _opened(body)
     if offset > file.size:
@@ -605,14 +584,14 @@ def _read(body: Path | _Whole, offset: int) -> _Found:
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-def _read_cached(body: Path | _Whole, offset: int, page: bytearray) -> _Found:
+def _read_cached(body: str | _Whole, offset: int, page: bytearray) -> _Found:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
     file, sealed = _opened(body)
     data = bytes(memoryview(page)[: os.preadv(file.file, [page], offset, os.RWF_NOWAIT)])
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-def _opened(body: Path | _Whole) -> tuple[_Whole, bool]:
+def _opened(body: str | _Whole) -> tuple[_Whole, bool]:
     """The body's file as it is now, and whether it is sealed. Raises NotFound."""
     if isinstance(body, _Whole):
         return body, True
@@ -622,7 +601,7 @@ def _opened(body: Path | _Whole) -> tuple[_Whole, bool]:
     raise NotFound("There is no such body, or it was given up before it was complete.")
 
 
-def _let_go(body: Path | _Whole) -> None:
+def _let_go(body: str | _Whole) -> None:
     """Out of the page cache: it was read to its end, and hardly any is read twice.
 
     The next one gets the same pages. New ones may have to come from a virtual machine's host first, at 1.2 ms a MiB.
@@ -633,19 +612,19 @@ def _let_go(body: Path | _Whole) -> None:
             os.posix_fadvise(file.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _find(path: Path) -> tuple[int, bool] | None:
+def _find(path: str) -> tuple[int, bool] | None:
     """Its size, and whether it is sealed; None: it is not there."""
     for name in _both(path):
         try:
-            return name.stat().st_size, name == path
+            return os.stat(name).st_size, name == path
         except FileNotFoundError:
             continue
     return None
 
 
-def _both(path: Path) -> tuple[Path, ...]:
+def _both(path: str) -> tuple[str, ...]:
     """The names it may have. The sealed one twice: it may be sealed between the looks at the one and at the other."""
-    return path, _growing(path), path
+    return path, path + _GROWING, path
 
 
 def _stale(directory: Path, before: float, prefix: str) -> list[str]:
@@ -684,16 +663,12 @@ def _make(directory: Path) -> None:
     _flush(directory)
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path | str) -> None:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _growing(path: Path) -> Path:
-    return path.with_name(path.name + _GROWING)
 
 
 def _shard(name: str) -> int:

@@ -386,18 +386,21 @@ async def test_a_name_that_is_none_is_refused(bodies: Bodies, name: str) -> None
         await whole(bodies, name)
 
 
-async def test_an_upload_becomes_a_tasks_request(bodies: Bodies, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sealed", "behind"), [(False, False), (True, False), (False, True)])
+async def test_an_upload_becomes_a_tasks_request(bodies: Bodies, tmp_path: Path, sealed: bool, behind: bool) -> None:
     upload, request = "upload-" + "0" * 32, "20250102_03_04_05_00000000000000000001.request"
     await store(bodies, upload, b"abc", seal=False)
-    with pytest.raises(Conflict, match="not complete"):
-        await bodies.rename(upload, request)
-    await bodies.seal(upload)
+    if sealed:
+        await bodies.seal(upload, durable=False)
+    elif behind:
+        await bodies.append(upload, 3, b"", limit_bytes=100, behind=True)
+        await bodies.append(upload, 3, b"d", limit_bytes=100, behind=True)
     for _ in range(2):  # given twice
-        await bodies.rename(upload, request)
-    assert await whole(bodies, request) == b"abc"
+        assert await bodies.seal(upload, request) == (4 if behind else 3)
+    assert await whole(bodies, request) == (b"abcd" if behind else b"abc")
     assert files(tmp_path) == [request]
     with pytest.raises(NotFound):
-        await bodies.rename("none", "other")
+        await bodies.seal("none", "other")
 
 
 async def test_deletion(bodies: Bodies, tmp_path: Path) -> None:
