@@ -133,6 +133,8 @@ def _inside(text: bytes) -> tuple[int, bool]:
 
 def _unescaped(text: bytes) -> bytes:
     try:
-        return _STRING.decode(b'"%b"' % text).encode()
+        inside = _STRING.decode(b'"%b"' % text)
+        # Without an escape it is what it was, and need not be copied once more.
+        return inside.encode() if b"\\" in text else text
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"The body is not valid JSON: {envelope.where(error)}") from None
