@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ngpu import wire
 from ngpu.v1 import http_pb2, workspace_pb2
 from ngpu.v1 import task_pb2 as pb
 
@@ -116,13 +117,13 @@ def test_submit_finds_the_id_of_a_name(plane: FakeControlPlane, ngpu: Ngpu) -> N
 
 @pytest.mark.parametrize("stdin", [True, False])
 def test_a_large_body_is_uploaded_in_chunks(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path, stdin: bool) -> None:
-    body = bytes(range(256)) * 3000
+    body = bytes(range(256)) * 10_000
     (tmp_path / "in.png").write_bytes(body)
     plane.answers["Upload"] = lambda sent: pb.UploadResponse(upload_id="upload-1", size=sum(len(m.data) for m in sent))
     ngpu("task", "submit", "p", "-w", ID, "--file", "-" if stdin else "in.png", stdin=body if stdin else None)
     sent, asked = plane.asked
     assert b"".join(message.data for message in sent) == body
-    assert max(len(message.data) for message in sent) <= 256 * 1024
+    assert max(len(message.data) for message in sent) <= wire.CHUNK_BYTES
     assert [message.workspace_id for message in sent] == [ID, "", ""]
     assert asked.request.body == http_pb2.Body(upload_id="upload-1", size=len(body))
     kind = b"application/octet-stream" if stdin else b"image/png"
