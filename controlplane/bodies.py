@@ -30,7 +30,7 @@ from controlplane.errors import Conflict, NgpuError, NotFound, OutOfRange, TooLa
 #: Threads for file work.
 THREADS: Final = 4
 #: Pieces that come behind are written when there is so much of them, ...
-BEHIND_BYTES: Final = 2 * wire.CHUNK_BYTES
+BEHIND_BYTES: Final = 4 * wire.CHUNK_BYTES
 #: ... or after this time, in seconds, ...
 BEHIND_S: Final = 0.05
 #: ... or at once while there is so much of all bodies together; then appends wait, too.

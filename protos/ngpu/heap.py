@@ -19,7 +19,7 @@ from typing import Any, Final
 #: (malloc.h): M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
 HEAPS: Final = 2
 LARGE_BYTES: Final = 4 * 1024 * 1024
-SPARE_BYTES: Final = 8 * 1024 * 1024
+SPARE_BYTES: Final = 4 * 1024 * 1024
 _GLIBC: Final = {-8: HEAPS, -3: LARGE_BYTES, -1: SPARE_BYTES}
 #: Objects that may be made before the collector looks.
 YOUNG_OBJECTS: Final = 20_000

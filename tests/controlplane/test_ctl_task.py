@@ -117,7 +117,7 @@ def test_submit_finds_the_id_of_a_name(plane: FakeControlPlane, ngpu: Ngpu) -> N
 
 @pytest.mark.parametrize("stdin", [True, False])
 def test_a_large_body_is_uploaded_in_chunks(plane: FakeControlPlane, ngpu: Ngpu, tmp_path: Path, stdin: bool) -> None:
-    body = bytes(range(256)) * 10_000
+    body = bytes(range(256)) * 5000
     (tmp_path / "in.png").write_bytes(body)
     plane.answers["Upload"] = lambda sent: pb.UploadResponse(upload_id="upload-1", size=sum(len(m.data) for m in sent))
     ngpu("task", "submit", "p", "-w", ID, "--file", "-" if stdin else "in.png", stdin=body if stdin else None)

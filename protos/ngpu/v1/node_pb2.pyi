@@ -1171,7 +1171,7 @@ class TunnelRequest(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     data: _builtins.bytes
-    """At most 1,000 KiB."""
+    """At most 500 KiB."""
     @_builtins.property
     def head(self) -> _http_pb2.HttpResponse:
         """Status 101."""

@@ -137,7 +137,7 @@ class NodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """The body of a request that was not inline, from an offset, in chunks of at most 1,000 KiB; on a channel of its own.
+        """The body of a request that was not inline, from an offset, in chunks of at most 500 KiB; on a channel of its own.
         Errors: NOT_FOUND (attempt unknown or given up), OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

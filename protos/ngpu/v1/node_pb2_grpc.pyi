@@ -62,7 +62,7 @@ class NodeServiceStub:
     What is said of an attempt that has been given up is acknowledged and changes nothing (fencing): an attempt id is never used twice.
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_node_pb2.FetchRequest, _node_pb2.FetchResponse]
-    """The body of a request that was not inline, from an offset, in chunks of at most 1,000 KiB; on a channel of its own.
+    """The body of a request that was not inline, from an offset, in chunks of at most 500 KiB; on a channel of its own.
     Errors: NOT_FOUND (attempt unknown or given up), OUT_OF_RANGE.
     """
     Deliver: _grpc.StreamStreamMultiCallable[_node_pb2.DeliverRequest, _node_pb2.DeliverResponse]
@@ -123,7 +123,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     What is said of an attempt that has been given up is acknowledged and changes nothing (fencing): an attempt id is never used twice.
     """
     Fetch: _aio.UnaryStreamMultiCallable[_node_pb2.FetchRequest, _node_pb2.FetchResponse]  # type: ignore[assignment]
-    """The body of a request that was not inline, from an offset, in chunks of at most 1,000 KiB; on a channel of its own.
+    """The body of a request that was not inline, from an offset, in chunks of at most 500 KiB; on a channel of its own.
     Errors: NOT_FOUND (attempt unknown or given up), OUT_OF_RANGE.
     """
     Deliver: _aio.StreamStreamMultiCallable[_node_pb2.DeliverRequest, _node_pb2.DeliverResponse]  # type: ignore[assignment]
@@ -217,7 +217,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.FetchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.FetchResponse], _abc.AsyncIterator[_node_pb2.FetchResponse]]:
-        """The body of a request that was not inline, from an offset, in chunks of at most 1,000 KiB; on a channel of its own.
+        """The body of a request that was not inline, from an offset, in chunks of at most 500 KiB; on a channel of its own.
         Errors: NOT_FOUND (attempt unknown or given up), OUT_OF_RANGE.
         """
 

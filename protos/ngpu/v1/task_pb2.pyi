@@ -514,7 +514,7 @@ class UploadRequest(_message.Message):
     offset: _builtins.int
     """First message only: where `data` begins."""
     data: _builtins.bytes
-    """At most 1,000 KiB."""
+    """At most 500 KiB."""
     workspace_id: _builtins.str
     """First message only: the workspace it is for, whose limit on bodies holds. May be empty with a workspace's own token."""
     route: _builtins.str
@@ -1259,7 +1259,7 @@ class ConnectRequest(_message.Message):
     task_id: _builtins.str
     workspace_id: _builtins.str
     data: _builtins.bytes
-    """At most 1,000 KiB."""
+    """At most 500 KiB."""
     def __init__(
         self,
         *,

@@ -141,7 +141,7 @@ class TaskServiceServicer(object):
     def Upload(self, request_iterator, context):
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
-        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 1,000 KiB. The server sends its
+        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 500 KiB. The server sends its
         initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
         `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
         Schedule has used within an hour is deleted.
@@ -191,7 +191,7 @@ class TaskServiceServicer(object):
 
     def Watch(self, request, context):
         """Follow a task: an event at every change of state, the response's head, then its body from `offset` as it comes, in chunks of at
-        most 1,000 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
+        most 500 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
         The reader sets the pace; a slow one holds back nobody else.
         Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
         """

@@ -64,7 +64,7 @@ class TaskServiceStub:
     Upload: _grpc.StreamUnaryMultiCallable[_task_pb2.UploadRequest, _task_pb2.UploadResponse]
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
-    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 1,000 KiB. The server sends its
+    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 500 KiB. The server sends its
     initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
     `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
     Schedule has used within an hour is deleted.
@@ -94,7 +94,7 @@ class TaskServiceStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchRequest, _task_pb2.WatchResponse]
     """Follow a task: an event at every change of state, the response's head, then its body from `offset` as it comes, in chunks of at
-    most 1,000 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
+    most 500 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
     The reader sets the pace; a slow one holds back nobody else.
     Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
     """
@@ -155,7 +155,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     Upload: _aio.StreamUnaryMultiCallable[_task_pb2.UploadRequest, _task_pb2.UploadResponse]  # type: ignore[assignment]
     """Store a body larger than 64 KiB before the Schedule that uses it.
 
-    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 1,000 KiB. The server sends its
+    The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 500 KiB. The server sends its
     initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
     `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
     Schedule has used within an hour is deleted.
@@ -185,7 +185,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_task_pb2.WatchRequest, _task_pb2.WatchResponse]  # type: ignore[assignment]
     """Follow a task: an event at every change of state, the response's head, then its body from `offset` as it comes, in chunks of at
-    most 1,000 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
+    most 500 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
     The reader sets the pace; a slow one holds back nobody else.
     Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
     """
@@ -261,7 +261,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_pb2.UploadResponse, _abc.Awaitable[_task_pb2.UploadResponse]]:
         """Store a body larger than 64 KiB before the Schedule that uses it.
 
-        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 1,000 KiB. The server sends its
+        The first message names nothing or an `upload_id` to go on with; data follows in chunks of at most 500 KiB. The server sends its
         initial metadata once it has accepted the first message, with `ngpu-upload-id` and, in bytes, `ngpu-upload-limit`: who announces the
         `size` first and waits for that need not send a byte of what would be refused. Returns when the client half-closes and the bytes are on disk. An upload no
         Schedule has used within an hour is deleted.
@@ -321,7 +321,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_task_pb2.WatchResponse], _abc.AsyncIterator[_task_pb2.WatchResponse]]:
         """Follow a task: an event at every change of state, the response's head, then its body from `offset` as it comes, in chunks of at
-        most 1,000 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
+        most 500 KiB, and a last event with the terminal state; then the stream ends. Resumable: call again with the offset reached.
         The reader sets the pace; a slow one holds back nobody else.
         Errors: NOT_FOUND, OUT_OF_RANGE (`offset` past the end), FAILED_PRECONDITION (the body is past its retention).
         """
