@@ -25,6 +25,7 @@ from controlplane.failures import (
     CONTAINER_LOST,
     DELETED,
     LOST,
+    LOST_AT_START,
     LOST_BEFORE_SENT,
     NOT_ARRIVED,
     NOT_HELD,
@@ -347,7 +348,8 @@ class Dispatcher:
                 self._slots.release(attempt.id, node_addr, now)
                 self._life.fail(task, Delivery.NOT_SENT, LOST_BEFORE_SENT)
             else:
-                self._await_node(task, attempt, now + self._graces.reconnect_s)
+                # If it is we who leave, it comes back to whoever is started next.
+                self._await_node(task, attempt, inf if self._stopping else now + self._graces.reconnect_s)
 
     def _await_node(self, task: OpenTask, attempt: OpenAttempt, until: float) -> None:
         if not task.repeatable:
@@ -359,15 +361,16 @@ class Dispatcher:
         self._life.heed(task)
 
     def node_lost(self, node_addr: str) -> None:
-        """Do not wait for the node any longer, except with what may not be repeated.
+        """Do not wait for the node any longer, except with what may not be repeated or is since a start of ours.
 
-        Nothing happens while it is connected: what it runs there is believed to run.
+        Nothing happens while it is connected: what it runs there is believed to run. Nor if it has not been since we
+        were started: it may not have found us yet.
         """
         if self._slots.link(node_addr) is not None:
             return
         now = self._monotonic()
         for task, attempt in self._running_on(node_addr):
-            if task.repeatable:
+            if task.repeatable and attempt.lost_by is not LOST_AT_START:
                 attempt.lost_at = min(attempt.lost_at, now)
                 self._life.heed(task)
 

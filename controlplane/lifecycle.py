@@ -71,9 +71,7 @@ PLAN_S: Final = 0.05
 #: least so long.
 WAIT_TIMES: Final = 4
 LEAST_WAIT_S: Final = 1.0
-#: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
-SILENCE_S: Final = 120.0
-#: How often it is looked whether that is over.
+#: How often it is looked whether the silence of most nodes is over.
 SILENCE_LOOK_S: Final = 1.0
 
 
@@ -472,7 +470,7 @@ class Lifecycle:
     def _is_silence(self, now: float) -> bool:
         # Asked once for all tasks of a tick: in a silence that is every running task of the fleet.
         if self._silence is None:
-            self._silence = self._slots.most_are_silent(now, SILENCE_S)
+            self._silence = self._slots.most_are_silent(now)
         return self._silence
 
     # -- the end

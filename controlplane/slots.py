@@ -263,6 +263,8 @@ class Pool:
         self.ejections = 0
 
 
+#: While most nodes are silent at once the fault is likely ours: nothing is given up until one was silent for so long.
+SILENCE_S: Final = 120.0
 #: How long after most nodes were silent at once none is given up yet.
 SILENCE_END_S: Final = 10.0
 #: Since when an attempt is in flight that its node has not been given yet: no restatement can speak of it.
@@ -394,6 +396,8 @@ class Slots:
 
     def connect(self, node_addr: str, link: Link, ip: str, running: Collection[str], now: float) -> set[str]:
         """The node is there over this link and runs these attempts, no others. Gives the workspaces on it."""
+        # A silence may end with this one, and nobody have asked meanwhile.
+        self.most_are_silent(now)
         node = self._node(node_addr, now)
         node.link = link
         node.ip = ip
@@ -433,10 +437,10 @@ class Slots:
         node = self._nodes.get(node_addr)
         return None if node is None else node.link
 
-    def most_are_silent(self, now: float, within_s: float) -> bool:
-        """Have more nodes fallen silent within that time than are connected, and more than one?"""
+    def most_are_silent(self, now: float) -> bool:
+        """Have more nodes fallen silent within SILENCE_S than are connected, and more than one?"""
         up = sum(1 for node in self._nodes.values() if node.link is not None)
-        silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < within_s)
+        silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < SILENCE_S)
         if silent > max(up, 1):
             self._silence_at = now
         # It ends for one node after the other: the others have so long to come back.

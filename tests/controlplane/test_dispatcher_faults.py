@@ -3,10 +3,11 @@
 from controlplane import explain
 from controlplane.dispatcher import HELD_AFTER_S, RESULT_GRACE_S
 from controlplane.ejection import EJECTION_S, IN_A_ROW, PAUSE_S
-from controlplane.lifecycle import SILENCE_S
+from controlplane.errors import Unavailable
 from controlplane.model import Cause, Delivery, State
 from controlplane.recovery import Graces
 from controlplane.retries import PLATFORM_ATTEMPTS
+from controlplane.slots import SILENCE_S
 from tests.controlplane.fakes_dispatch import WS, FakeNode, World
 
 GRACES = Graces()
@@ -177,6 +178,18 @@ async def test_all_nodes_silent_at_once_reschedules_nothing(world: World) -> Non
             node.answer(attempt_id)
     for future in futures:
         assert (await future).attempt == 1
+
+
+async def test_who_stops_gives_no_node_up_that_it_leaves(world: World) -> None:
+    node, other = world.node("n1", r1=1), world.node("n2", r2=0)
+    future = world.submit()
+    await world.settle()
+    await world.dispatcher.stop()
+    node.disconnect()
+    other.serve("r2")
+    await world.advance(GRACES.reconnect_s)
+    assert await world.store.attempts("t1") == []
+    assert isinstance(future.exception(), Unavailable)
 
 
 async def test_silence_of_all_nodes_is_believed_in_the_end(world: World) -> None:
@@ -404,6 +417,8 @@ async def test_node_that_does_not_come_back_after_a_restart_is_lost_after_a_grac
     await world.submit(wait_s=0)
     await world.restart()
     other = world.node("n2", r2=1)
+    # That it has not reported yet says little.
+    world.dispatcher.node_lost("n1")
     await world.advance(GRACES.start_s - 1)
     assert other.given == []
     await world.advance(1)
