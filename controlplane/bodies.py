@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import structlog
 from ngpu import wire
@@ -52,7 +52,6 @@ _NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
 
 log = structlog.get_logger(__name__)
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -82,7 +81,7 @@ class Bodies:
         self._behind: dict[str, _Behind] = {}
         #: Of what came behind, all that is not in a file yet.
         self.behind_bytes = 0
-        self._wholes: weakref.WeakSet[_Whole] = weakref.WeakSet()
+        self._kept_open: weakref.WeakSet[_File] = weakref.WeakSet()
         self._page = bytearray(wire.CHUNK_BYTES)
         self._closed = False
 
@@ -117,7 +116,7 @@ class Bodies:
                 return _append(path, offset, [data], limit_bytes)
 
         await self._settle(name)
-        file, size = await self._change(append, name)
+        file, size = await self._run(append, name)
         if behind:
             self._goes_on_behind(name, file, size)
         return size
@@ -143,16 +142,14 @@ class Bodies:
     async def size(self, name: str) -> int | None:
         """Its length so far; None: there is no such body."""
         await self._settle(name, keep=True)
-        if (pieces := self._behind.get(name)) is not None:
-            return pieces.size
-        found = await self._run(_find, self._path(name))
+        found = await self._run(partial(_find, self._path(name)))
         return None if found is None else found[0]
 
     async def sealed(self, name: str) -> bool:
         """True once it is complete; False while it grows, or if it is not there."""
         if name in self._behind:
             return False
-        found = await self._run(_find, self._path(name))
+        found = await self._run(partial(_find, self._path(name)))
         return found is not None and found[1]
 
     async def seal(self, name: str, new_name: str | None = None, *, durable: bool = True) -> int:
@@ -168,7 +165,7 @@ class Bodies:
             with self._locks[_shard(name)]:
                 return _seal(path, target, file, durable=durable)
 
-        return await self._change(seal, name)
+        return await self._run(seal, name)
 
     async def follow(
         self, name: str, offset: int = 0, *, until: asyncio.Future[Any] | None = None
@@ -188,7 +185,7 @@ class Bodies:
             until.add_done_callback(wake)
         # A file that was read just now opens without a look at the disk; one that is sealed need not be opened again.
         at_hand = complete = False
-        whole: _Whole | None = None
+        whole: _File | None = None
         try:
             while until is None or not until.done():
                 # Before the read, so that no growth after it is missed.
@@ -234,7 +231,7 @@ class Bodies:
                         with suppress(FileNotFoundError):
                             os.unlink(file)
 
-        await self._change(delete, *names)
+        await self._run(delete, *names)
 
     async def sweep(self, before: datetime, prefix: str = "") -> int:
         """Delete bodies last written before `before` whose name begins with `prefix`; gives how many.
@@ -242,7 +239,7 @@ class Bodies:
         With `upload-` those that no task took; without, what a crash may have left behind.
         """
         count = 0
-        while names := await self._run(_stale, self._directory, before.timestamp(), prefix):
+        while names := await self._run(partial(_stale, self._directory, before.timestamp(), prefix)):
             await self.delete(*names)
             count += len(names)
         return count
@@ -250,7 +247,7 @@ class Bodies:
     async def unfinished(self, before: datetime) -> AsyncGenerator[list[str], None]:
         """The names of bodies that are not sealed and were last written before `before`, some at a time."""
         for shard in range(_SHARDS):
-            if names := await self._run(_unfinished, self._directory / f"{shard:02x}", before.timestamp()):
+            if names := await self._run(partial(_unfinished, self._directory / f"{shard:02x}", before.timestamp())):
                 yield names
 
     async def _append_behind(self, name: str, pieces: "_Behind", offset: int, data: bytes, limit_bytes: int) -> int:
@@ -273,11 +270,11 @@ class Bodies:
         """Begin to write what waits, unless that is under way."""
         if pieces.writing is not None or not pieces.waiting_bytes:
             return
-        file, start, batch = pieces.file, pieces.start, pieces.begin()
+        path, file, start, batch = self._path(name), pieces.file, pieces.start, pieces.begin()
 
         def write() -> None:
             with self._locks[_shard(name)]:
-                _extend(file, start, batch)
+                _extend(path, file, start, batch)
 
         pieces.writing = asyncio.create_task(self._run(write), name=f"write-{name}")
         pieces.writing.add_done_callback(partial(self._written, name, pieces))
@@ -330,22 +327,22 @@ class Bodies:
             return pieces.file
         return None
 
-    async def _read(self, body: "str | _Whole", offset: int, *, at_hand: bool) -> "_Found":
+    async def _read(self, body: "str | _File", offset: int, *, at_hand: bool) -> "_Found":
         """The next bytes: `at_hand` in the event loop, which must not wait for a disk, if the page cache has them."""
         found = None
         if at_hand and not self._closed:
             with suppress(OSError):
                 found = _read_cached(body, offset, self._page)
         if found is None:
-            found = await self._run(_read, body, offset)
+            found = await self._run(partial(_read, body, offset))
         data, left, whole = found
         return data, left, self._kept(whole)
 
-    def _kept(self, whole: "_Whole | None") -> "_Whole | None":
+    def _kept(self, whole: "_File | None") -> "_File | None":
         """The same, to be kept open; None if too many are."""
-        if whole is None or (whole not in self._wholes and len(self._wholes) >= KEPT_OPEN):
+        if whole is None or (whole not in self._kept_open and len(self._kept_open) >= KEPT_OPEN):
             return None
-        self._wholes.add(whole)
+        self._kept_open.add(whole)
         return whole
 
     def _path(self, name: str) -> str:
@@ -353,12 +350,7 @@ class Bodies:
             raise ValueError(f"not a body's name: {name[:80]!r}")
         return f"{self._root}/{_shard(name):02x}/{name}"
 
-    async def _run(
-        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        return await self._change(lambda: work(*args, **kwargs))
-
-    async def _change(self, work: Callable[[], Result], *names: str) -> Result:
+    async def _run(self, work: Callable[[], Result], *names: str) -> Result:
         """Do it in a thread. Who follows `names` looks at them then, also if the caller has gone away meanwhile."""
         if self._closed:
             raise Unavailable("The control plane is stopping.", retry_after_s=1.0)
@@ -395,12 +387,16 @@ class Bodies:
 class _File:
     """An open file, closed when the last who has it is done, be he a thread whose caller has gone."""
 
-    __slots__ = ("__weakref__", "file")
+    __slots__ = ("__weakref__", "file", "inode", "size")
 
-    def __init__(self, path: str, flags: int) -> None:
+    def __init__(self, path: str, flags: int = os.O_RDONLY) -> None:
         """Raises OSError."""
         self.file = -1
         self.file = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        found = os.fstat(self.file)
+        #: When it was opened, which for one that is sealed is its size.
+        self.size = found.st_size
+        self.inode = found.st_ino
 
     def close(self) -> None:
         """At once: who has it may be the traceback of an error."""
@@ -409,17 +405,6 @@ class _File:
             os.close(file)
 
     __del__ = close
-
-
-class _Whole(_File):
-    """One that is read, and how long it was when it was opened, which for a sealed one is its size."""
-
-    __slots__ = ("size",)
-
-    def __init__(self, path: str) -> None:
-        """Raises OSError."""
-        super().__init__(path, os.O_RDONLY)
-        self.size = os.fstat(self.file).st_size
 
 
 class _Behind:
@@ -491,7 +476,7 @@ def _append(path: str, offset: int, pieces: Sequence[bytes], limit_bytes: int) -
     except FileNotFoundError:
         raise OutOfRange("The body's stored size is 0: go on from there.") from None
     try:
-        return file, _extend(file, offset, pieces)
+        return file, _extend(path, file, offset, pieces)
     except BaseException:
         file.close()
         raise
@@ -502,15 +487,20 @@ def _begin(path: str) -> tuple[_File | None, int]:
     with suppress(FileNotFoundError):
         return None, os.stat(path).st_size
     file = _File(path + _GROWING, os.O_WRONLY | os.O_CREAT)
-    return file, os.fstat(file.file).st_size
+    return file, file.size
 
 
-def _extend(file: _File, offset: int, pieces: Sequence[bytes]) -> int:
+def _extend(path: str, file: _File, offset: int, pieces: Sequence[bytes]) -> int:
     """Gives the new size."""
-    found = os.fstat(file.file)
-    # A file that was deleted while it was open can still be written to.
-    size = found.st_size if found.st_nlink else 0
-    if size != offset or not found.st_nlink:
+    try:
+        found = os.stat(path + _GROWING)
+    except FileNotFoundError:
+        if os.path.exists(path):
+            raise Conflict("The body is complete already.") from None
+        raise OutOfRange("The body's stored size is 0: go on from there.") from None
+    size = found.st_size
+    # What was deleted by another process, and perhaps made anew, can still be written to.
+    if size != offset or found.st_ino != file.inode:
         raise OutOfRange(f"The body's stored size is {size}: go on from there.")
     if not (length := sum(map(len, pieces))):
         return size
@@ -572,10 +562,10 @@ def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> int:
 
 
 #: Of a body the next bytes, how many follow them, and in what; None and None: it still grows.
-_Found: TypeAlias = tuple[bytes, int | None, _Whole | None]
+_Found: TypeAlias = tuple[bytes, int | None, _File | None]
 
 
-def _read(body: str | _Whole, offset: int) -> _Found:
+def _read(body: str | _File, offset: int) -> _Found:
     """A chunk at most."""
     file, sealed = _opened(body)
     if offset > file.size:
@@ -584,24 +574,24 @@ def _read(body: str | _Whole, offset: int) -> _Found:
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-def _read_cached(body: str | _Whole, offset: int, page: bytearray) -> _Found:
+def _read_cached(body: str | _File, offset: int, page: bytearray) -> _Found:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
     file, sealed = _opened(body)
     data = bytes(memoryview(page)[: os.preadv(file.file, [page], offset, os.RWF_NOWAIT)])
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
 
-def _opened(body: str | _Whole) -> tuple[_Whole, bool]:
+def _opened(body: str | _File) -> tuple[_File, bool]:
     """The body's file as it is now, and whether it is sealed. Raises NotFound."""
-    if isinstance(body, _Whole):
+    if isinstance(body, _File):
         return body, True
     for name in _both(body):
         with suppress(FileNotFoundError):
-            return _Whole(name), name == body
+            return _File(name), name == body
     raise NotFound("There is no such body, or it was given up before it was complete.")
 
 
-def _let_go(body: str | _Whole) -> None:
+def _let_go(body: str | _File) -> None:
     """Out of the page cache: it was read to its end, and hardly any is read twice.
 
     The next one gets the same pages. New ones may have to come from a virtual machine's host first, at 1.2 ms a MiB.

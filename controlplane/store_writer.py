@@ -144,8 +144,7 @@ class Writer:
             self._release(key)
         future: DirectFuture[Result] = DirectFuture(loop=self._loop)
         self._queue.append(Write(kind, item, key, size_bytes, future, first))
-        if not self._busy:
-            self._begin_soon()
+        self._begin_soon()
         return future
 
     def hold(self, kind: Kind[Item, Result], item: Item, *, key: str, size_bytes: int = 0) -> asyncio.Future[Result]:
@@ -188,13 +187,13 @@ class Writer:
                 return
             del self._held[key]
             self._queue.append(write)
-            if not self._busy:
-                self._begin_soon()
+            self._begin_soon()
 
     def _begin_soon(self) -> None:
-        # In the next round, with all that is put in this one.
-        self._busy = True
-        self._loop.call_soon(self._begin)
+        # In the next round, with all that is put in this one; if the thread has a batch, after that.
+        if not self._busy:
+            self._busy = True
+            self._loop.call_soon(self._begin)
 
     def _begin(self) -> None:
         """Give the thread what waits; or, if nothing does and nothing will, its end."""
@@ -231,8 +230,7 @@ class Writer:
         if self._release_timer is not None:
             self._release_timer.cancel()
         self._closing.set()
-        if not self._busy:
-            self._begin_soon()
+        self._begin_soon()
         await asyncio.shield(self._ended)
 
     # In the writer's thread.

@@ -14,6 +14,7 @@ from controlplane.api import translate
 from controlplane.api.deliveries import Deliveries, Progress
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.nodes import session_of
+from controlplane.api.requests import chunk_of
 from controlplane.api.stored import body_of_request
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher
@@ -128,9 +129,7 @@ class Execution:
                     caller.check()
                     if not self._dispatcher.attempt_is_current(addr, attempt_id):
                         raise StaleAttempt
-                    data = message.data  # a copy each time
-                    if len(data) > wire.CHUNK_BYTES:
-                        raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+                    data = chunk_of(message)
                     size = await self._bodies.append(name, message.offset, data, limit_bytes=limit, behind=True)
                     if message.last:
                         size = await self._bodies.seal(name)

@@ -5,7 +5,7 @@ A path reaches the container as it was given, so it is judged both as written an
 
 import re
 import urllib.parse
-from typing import Final
+from typing import Final, Protocol
 
 from ngpu import wire
 from ngpu.v1 import http_pb2
@@ -13,6 +13,15 @@ from ngpu.v1 import http_pb2
 from controlplane.errors import InvalidArgument, TooLarge
 from controlplane.slots import Headers, Request
 from controlplane.spec import Spec
+
+
+class Chunk(Protocol):
+    """A message of a stream of bytes."""
+
+    @property
+    def data(self) -> bytes:
+        """A copy each time."""
+
 
 #: Longest path and query together.
 TARGET_BYTES: Final = 16 * 1024
@@ -124,3 +133,11 @@ def headers_of(message: http_pb2.HttpRequest, *, streamed: bool = False) -> Head
     # `Connection` names further headers that are of this hop only.
     named.discard(_UPGRADE)
     return tuple(header for header in kept if header[0].lower() not in named) if named else tuple(kept)
+
+
+def chunk_of(message: Chunk) -> bytes:
+    """What it carries, looked at once. Raises InvalidArgument if that is more than a chunk."""
+    data = message.data
+    if len(data) > wire.CHUNK_BYTES:
+        raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+    return data

@@ -17,7 +17,7 @@ from controlplane.api import translate
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.owners import Owners
 from controlplane.api.questions import Questions
-from controlplane.api.requests import TARGET_BYTES, check_size, request_of
+from controlplane.api.requests import TARGET_BYTES, check_size, chunk_of, request_of
 from controlplane.api.stored import body_of_request, body_of_response, read_whole
 from controlplane.bodies import Bodies
 from controlplane.destinations import Rules
@@ -187,29 +187,29 @@ class TaskApi:
         if new.request.body:
             raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
         _check_upload_id(upload_id)
-        size = await self._bodies.size(upload_id)
-        if size is None:
-            raise _no_upload()
+        try:
+            # On disk it is with its new name.
+            size = await self._bodies.seal(upload_id, durable=False)
+        except NotFound:
+            raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
         if expected not in {0, size}:
             raise InvalidArgument(f"request.body.size: the upload has {size} bytes, not {expected}.")
         check_size(size, spec)
         if size <= wire.INLINE_BYTES:
-            await self._bodies.seal(upload_id, durable=False)
             data = await read_whole(self._bodies, upload_id)
             new = structs.replace(new, request=structs.replace(new.request, body=data, size=size))
             view = await self._dispatcher.submit(new, **waiting)
             await self._bodies.delete(upload_id)
             return view
         new = structs.replace(new, request=structs.replace(new.request, size=size))
-        # The body first: a row must never speak of one that is not there. A crash between the two leaves a file that
-        # no row names, which the retention of bodies finds by its age.
-        name = body_of_request(new.task_id)
-        await self._take_upload(upload_id, name, size)
         if new.request_hash is not None:
             digest = hashlib.sha256(new.request_hash)
-            async for chunk in self._bodies.follow(name):
+            async for chunk in self._bodies.follow(upload_id):
                 digest.update(chunk)
             new = structs.replace(new, request_hash=digest.digest())
+        # The body first: a row must never speak of one that is not there. A crash between the two leaves a file that
+        # no row names, which the retention of bodies finds by its age.
+        await self._bodies.seal(upload_id, body_of_request(new.task_id))
         try:
             view = await self._dispatcher.submit(new, **waiting)
         except NgpuError:
@@ -217,17 +217,8 @@ class TaskApi:
             raise
         if view.task_id != new.task_id:
             # The idempotency key has led to an earlier task, which has its own.
-            await self._bodies.delete(name)
+            await self._bodies.delete(body_of_request(new.task_id))
         return view
-
-    async def _take_upload(self, upload_id: str, name: str, size: int) -> None:
-        try:
-            sealed = await self._bodies.seal(upload_id, name)
-        except NotFound:
-            raise _no_upload() from None
-        if sealed != size:
-            await self._bodies.delete(name)
-            raise InvalidArgument("request.body.upload_id: the upload was still under way.")
 
     async def _drop_request(self, task_id: str) -> None:
         """Delete the body of a task that was refused; not of one whose fate is only unknown to us."""
@@ -276,9 +267,7 @@ class TaskApi:
         keep = not message.discard
         try:
             while message is not None:
-                data = message.data  # a copy each time
-                if len(data) > wire.CHUNK_BYTES:
-                    raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
+                data = chunk_of(message)
                 size = await self._bodies.append(upload_id, size, data, limit_bytes=limit, behind=True)
                 keep = keep or message.last
                 message = await stream.read()
@@ -352,7 +341,3 @@ def _hash_of(port: int, request: Request, callback_url: str) -> bytes:
     digest = hashlib.sha256("\0".join(parts).encode() + b"\0" + b"\0".join(kinds) + b"\0")
     digest.update(request.body)
     return digest.digest()
-
-
-def _no_upload() -> NotFound:
-    return NotFound("request.body.upload_id: there is no such upload, or a task has taken it.")

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from ngpu import wire
 from ngpu.v1 import node_pb2
 from ngpu.v1 import task_pb2 as pb
 
@@ -18,6 +17,7 @@ from controlplane.api import translate
 from controlplane.api.gate import Caller, Stream
 from controlplane.api.nodes import session_of
 from controlplane.api.owners import Owners
+from controlplane.api.requests import chunk_of
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, NotFound, StaleAttempt
 from controlplane.tasks import Meter
@@ -116,7 +116,4 @@ class _Tunnel:
 
 async def _carry(stream: Stream[Any, Any], give: Callable[[bytes], Awaitable[None]]) -> None:
     while (message := await stream.read()) is not None:
-        data = message.data  # a copy each time
-        if len(data) > wire.CHUNK_BYTES:
-            raise InvalidArgument(f"data: more than {wire.CHUNK_BYTES} bytes in one message.")
-        await give(data)
+        await give(chunk_of(message))

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -236,6 +236,27 @@ async def test_a_reader_can_be_ended(bodies: Bodies) -> None:
     await asyncio.sleep(0)
     over.set_result(None)
     assert await more == b"nothing"
+
+
+@pytest.mark.parametrize(
+    ("happens", "error"),
+    [
+        (lambda part: part.rename(part.with_suffix("")), Conflict),
+        (lambda part: part.unlink(), OutOfRange),
+        (lambda part: (part.rename(part.with_suffix(".old")), part.write_bytes(b"abc")), OutOfRange),
+    ],
+    ids=["sealed", "deleted", "made anew"],
+)
+async def test_what_another_process_has_taken_over_is_not_written_to(
+    bodies: Bodies, tmp_path: Path, happens: Callable[[Path], object], error: type[Exception]
+) -> None:
+    await behind(bodies, b"abc")
+    (part,) = tmp_path.rglob(f"{NAME}.part")
+    happens(part)
+    await bodies.append(NAME, 3, b"def", limit_bytes=100, behind=True)
+    with pytest.raises(error):
+        await bodies.flush(NAME)
+    assert {path.read_bytes() for path in tmp_path.rglob(f"{NAME}*")} <= {b"abc"}
 
 
 # Following.

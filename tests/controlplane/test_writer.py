@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -227,13 +228,14 @@ async def test_a_locked_database_is_unavailable_and_recovers(database: Database)
     assert database.lines() == ["before", "after"]
 
 
-async def test_a_full_disk_is_unavailable_and_recovers(database: Database) -> None:
+@pytest.mark.parametrize("quick", [(), QUICK], ids=["", "quick"])
+async def test_a_full_disk_is_unavailable_and_recovers(database: Database, quick: tuple[Any, ...]) -> None:
     limits = ["max_page_count = 40"]
 
     def connect() -> sa.Connection:
         return connecting(database, *limits)()
 
-    writer = Writer(connect, backoff_s=AT_ONCE)
+    writer = Writer(connect, quick=quick, backoff_s=AT_ONCE)
     await writer.put(insert, "before")
     with pytest.raises(Unavailable):
         await writer.put(insert, "x" * 1_000_000)
@@ -376,22 +378,6 @@ async def test_a_lock_is_not_waited_for_in_the_loop(database: Database, monkeypa
     await writer.put(insert, "after")
     await writer.close()
     assert database.lines() == ["before", "meanwhile", "after"]
-
-
-async def test_a_disk_that_fills_up_is_unavailable_to_quick_ones_too(database: Database) -> None:
-    limits = ["max_page_count = 40"]
-
-    def connect() -> sa.Connection:
-        return connecting(database, *limits)()
-
-    writer = Writer(connect, quick=QUICK, backoff_s=AT_ONCE)
-    await writer.put(insert, "before")
-    with pytest.raises(Unavailable):
-        await writer.put(insert, "x" * 1_000_000)
-    limits.clear()
-    await writer.put(insert, "after")
-    await writer.close()
-    assert database.lines() == ["before", "after"]
 
 
 async def test_a_commit_that_fails_is_nobodys_success(database: Database) -> None:
