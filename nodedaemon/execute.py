@@ -477,7 +477,7 @@ class Executor:
     def _open_body(self, attempt: Attempt, head: http_pb2.HttpResponse) -> Body:
         """The answer's body needs a place of its own."""
         try:
-            body = self._spool.begin_body(attempt.id)
+            body = self._spool.begin_body(attempt.id, head.body.size)
         except OSError as fault:
             words = f"The node could not store the container's answer: {fault.strerror}."
             raise NoAnswer("INTERNAL", PLATFORM, words) from None

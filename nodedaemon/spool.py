@@ -3,7 +3,7 @@
 A result lives in memory while its acknowledgement is awaited, which takes milliseconds; one that has waited longer than
 SETTLE_S, or that is there when the daemon stops, is written to a file of its own and survives the daemon. So it is with
 bodies, as long as they are small and few: past HELD_BYTES, or ALL_HELD_BYTES of all together, a body is an append-only
-file. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a result is of an attempt that a
+file, and from its beginning if it is said to become as large. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a result is of an attempt that a
 killed daemon left (see `journal`) and is deleted.
 
 Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk, bodies in memory counted
@@ -42,7 +42,7 @@ MEMORY_BYTES: Final = 64 * 1024 * 1024
 #: A body is held in memory up to this size, ...
 HELD_BYTES: Final = 8 * 1024 * 1024
 #: ... and as long as all that are held have no more than this.
-ALL_HELD_BYTES: Final = 16 * 1024 * 1024
+ALL_HELD_BYTES: Final = 48 * 1024 * 1024
 #: A write or read of this size or less is done in the event loop: the page cache takes it faster than a thread wakes.
 IN_LOOP_BYTES: Final = 16 * 1024
 #: At the beginning of a result's file, before its CRC-32 (4 bytes, big-endian) and the message.
@@ -106,16 +106,15 @@ class Body:
         async with self._storing:
             if self._held is None:
                 return
-            # What was left by a try that failed must go first.
-            self._path.unlink(missing_ok=True)
-            self._path.touch(mode=0o600)
+            _make(self._path)
             await self._spool.in_thread(_append, self._path, self._held)
             self._let_go()
 
     def delete(self) -> None:
         """Give its room back. What still writes or reads it fails with OSError."""
-        # Taking a large file's pages away takes a while, and nobody waits for it.
-        self._spool.in_thread(self._path.unlink, True)
+        if self._held is None or self._storing.locked():
+            # Taking a large file's pages away takes a while, and nobody waits for it.
+            self._spool.in_thread(self._path.unlink, True)
         self._let_go()
         self._spool.used_bytes -= self.size
         self.size = 0
@@ -198,9 +197,12 @@ class Spool:
             return None
         return entry.result or _load_result(self._path(attempt_id, "result")) or _lost(attempt_id)
 
-    def begin_body(self, attempt_id: str) -> Body:
-        """A new body, empty. Raises OSError."""
-        body = self._bodies[attempt_id] = Body(self, self._path(attempt_id, "body"), 0, ended=False)
+    def begin_body(self, attempt_id: str, expected_bytes: int = 0) -> Body:
+        """A new body, empty; 0: its size is not known yet. Raises OSError."""
+        path, large = self._path(attempt_id, "body"), expected_bytes > HELD_BYTES
+        if large:
+            _make(path)
+        body = self._bodies[attempt_id] = Body(self, path, 0, ended=False, on_disk=large)
         return body
 
     def hold(self, body: Body, size: int) -> bool:
@@ -342,6 +344,12 @@ def _chunk_at(pieces: list[bytes], offset: int) -> bytes:
                 break
         offset = max(0, offset - len(piece))
     return found[0] if len(found) == 1 else b"".join(found)
+
+
+def _make(path: Path) -> None:
+    """Empty; what was left by a try that failed goes."""
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
 
 
 def _append(path: Path, pieces: list[bytes]) -> None:

@@ -229,15 +229,30 @@ async def test_small_bodies_are_held_in_memory_and_large_ones_are_not(
     assert (spool.used_bytes, spool.held_bytes) == (0, 0)
 
 
+async def test_a_body_that_is_said_to_become_large_is_never_held(make: Callable[..., Spool], tmp_path: Path) -> None:
+    spool = make(limit_bytes=1 << 30)
+    held, body = spool.begin_body(A, HELD_BYTES), spool.begin_body(B, HELD_BYTES + 1)
+    for one in (held, body):
+        await one.write(b"abc")
+    assert (stored(tmp_path), spool.held_bytes) == ([3], 3)
+    body.end()
+    assert await body.read(1) == b"bc"
+    for attempt_id in (A, B):
+        spool.forget(attempt_id)
+    spool.close()
+    assert (stored(tmp_path), spool.used_bytes, spool.held_bytes) == ([], 0, 0)
+
+
 async def test_all_bodies_together_are_held_up_to_a_limit(make: Callable[..., Spool], tmp_path: Path) -> None:
     spool = make(limit_bytes=1 << 30)
     piece = b"x" * MIB
-    for number in range(40):
+    bodies = ALL_HELD_BYTES // MIB + 3
+    for number in range(bodies):
         body = spool.begin_body(f"{A}{number}")
         await body.write(piece)
         assert spool.held_bytes <= ALL_HELD_BYTES
-    assert spool.used_bytes == 40 * MIB == sum(stored(tmp_path)) + spool.held_bytes
-    for number in range(40):
+    assert spool.used_bytes == bodies * MIB == sum(stored(tmp_path)) + spool.held_bytes
+    for number in range(bodies):
         spool.forget(f"{A}{number}")
     assert (spool.used_bytes, spool.held_bytes) == (0, 0)
 
