@@ -55,12 +55,16 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._token = ""
+        self._version: tuple[int, int, int] | None = None
         self()
 
     def __call__(self) -> str:
         """The token. Raises ConfigFault if there never was one."""
         try:
-            self._token = self._path.read_text().strip() or self._token
+            found = self._path.stat()
+            if (version := (found.st_mtime_ns, found.st_ino, found.st_size)) != self._version:
+                self._token = self._path.read_text().strip() or self._token
+                self._version = version
         except OSError as error:
             log.warning("token_file_unreadable", reason=str(error))
         if not self._token:
