@@ -3,8 +3,8 @@
 A result lives in memory while its acknowledgement is awaited, which takes milliseconds; one that has waited longer than
 SETTLE_S, or that is there when the daemon stops, is written to a file of its own and survives the daemon. So it is with
 bodies, as long as they are small and few: past HELD_BYTES, or ALL_HELD_BYTES of all together, a body is an append-only
-file, and from its beginning if it is said to become as large. The directory holds `<attempt>.result` and `<attempt>.body`; a body without a result is of an attempt that a
-killed daemon left (see `journal`) and is deleted.
+file, and from its beginning if it is said to become as large. The directory holds `<attempt>.result` and
+`<attempt>.body`; a body without a result is of an attempt that a killed daemon left (see `journal`) and is deleted.
 
 Nothing here is unbounded. Bodies and result files together take at most `limit_bytes` of disk, bodies in memory counted
 as if they were there; past that the writer of a body waits, and so its container does. One exception keeps a full spool
