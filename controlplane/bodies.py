@@ -172,8 +172,9 @@ class Bodies:
     ) -> AsyncGenerator[bytes, None]:
         """Its bytes from `offset` to its end, in chunks of at most wire.CHUNK_BYTES; waits for growth till sealed.
 
-        Ends early once `until` is done. Raises NotFound (there is no such body, or it was deleted before it was whole
-        or read from), OutOfRange (`offset` is past its size).
+        Of one that grows `offset` may be past its size: what came behind and was read may have been lost with an
+        earlier process, and comes again. Ends early once `until` is done. Raises NotFound (there is no such body, or it
+        was deleted before it was whole or read from), OutOfRange (it is whole, and `offset` past its end).
         """
         path = self._path(name)
         self._readers[name] += 1
@@ -451,9 +452,7 @@ class _Behind:
         return size
 
     def read(self, offset: int) -> bytes:
-        """The piece at `offset` from there on; empty at the end. Raises OutOfRange."""
-        if offset > self.size:
-            raise OutOfRange(f"The body's stored size is {self.size}: there is nothing at {offset} yet.")
+        """The piece at `offset` from there on; empty at the end, and past it."""
         at = self.start
         for piece in self._pieces:
             if offset < at + len(piece):
@@ -569,7 +568,9 @@ def _read(body: str | _File, offset: int) -> _Found:
     """A chunk at most."""
     file, sealed = _opened(body)
     if offset > file.size:
-        raise OutOfRange(f"The body's stored size is {file.size}: there is nothing at {offset} yet.")
+        if sealed:
+            raise OutOfRange(f"The body has {file.size} bytes: there is nothing at {offset}.")
+        return b"", None, None
     data = os.pread(file.file, min(wire.CHUNK_BYTES, file.size - offset), offset)
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 
@@ -577,6 +578,8 @@ def _read(body: str | _File, offset: int) -> _Found:
 def _read_cached(body: str | _File, offset: int, page: bytearray) -> _Found:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
     file, sealed = _opened(body)
+    if offset > file.size:
+        return _read(body, offset)
     data = bytes(memoryview(page)[: os.preadv(file.file, [page], offset, os.RWF_NOWAIT)])
     return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
 

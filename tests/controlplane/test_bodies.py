@@ -311,6 +311,17 @@ async def test_a_reader_gets_what_is_there_before_more_comes(bodies: Bodies) -> 
         assert await more == b"d"
 
 
+@pytest.mark.parametrize("goes_on_behind", [True, False])
+async def test_a_reader_may_know_more_than_the_file_has_after_a_kill(bodies: Bodies, *, goes_on_behind: bool) -> None:
+    await store(bodies, NAME, b"abc", seal=False)
+    async with aclosing(bodies.follow(NAME, 5)) as chunks:
+        reading = asyncio.create_task(anext(chunks))
+        await waiting(bodies, reading)
+        assert await bodies.append(NAME, 3, b"de", limit_bytes=100, behind=goes_on_behind) == 5
+        assert await bodies.append(NAME, 5, b"fg", limit_bytes=100, behind=goes_on_behind) == 7
+        assert await reading == b"fg"
+
+
 async def test_many_readers_and_a_writer_lose_nothing(bodies: Bodies) -> None:
     data = os.urandom(300_000)
     await store(bodies, NAME, b"", seal=False)
@@ -378,7 +389,7 @@ async def test_what_is_not_there_cannot_be_followed(bodies: Bodies) -> None:
     with pytest.raises(NotFound):
         await whole(bodies, NAME)
     await store(bodies, NAME, b"abc")
-    with pytest.raises(OutOfRange, match="size is 3"):
+    with pytest.raises(OutOfRange, match="has 3 bytes"):
         await whole(bodies, NAME, 4)
 
 
