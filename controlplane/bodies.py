@@ -567,21 +567,23 @@ _Found: TypeAlias = tuple[bytes, int | None, _File | None]
 def _read(body: str | _File, offset: int) -> _Found:
     """A chunk at most."""
     file, sealed = _opened(body)
-    if offset > file.size:
-        if sealed:
-            raise OutOfRange(f"The body has {file.size} bytes: there is nothing at {offset}.")
-        return b"", None, None
-    data = os.pread(file.file, min(wire.CHUNK_BYTES, file.size - offset), offset)
-    return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
+    data = os.pread(file.file, min(wire.CHUNK_BYTES, max(0, file.size - offset)), offset)
+    return _found(file, offset, data, sealed=sealed)
 
 
 def _read_cached(body: str | _File, offset: int, page: bytearray) -> _Found:
     """The same, a page at most, into `page` first. Raises OSError if that would have to wait for a disk."""
     file, sealed = _opened(body)
-    if offset > file.size:
-        return _read(body, offset)
     data = bytes(memoryview(page)[: os.preadv(file.file, [page], offset, os.RWF_NOWAIT)])
-    return (data, file.size - offset - len(data), file) if sealed else (data, None, None)
+    return _found(file, offset, data, sealed=sealed)
+
+
+def _found(file: _File, offset: int, data: bytes, *, sealed: bool) -> _Found:
+    if not sealed:
+        return data, None, None
+    if offset > file.size:
+        raise OutOfRange(f"The body has {file.size} bytes: there is nothing at {offset}.")
+    return data, file.size - offset - len(data), file
 
 
 def _opened(body: str | _File) -> tuple[_File, bool]:

@@ -397,7 +397,7 @@ class Slots:
     def connect(self, node_addr: str, link: Link, ip: str, running: Collection[str], now: float) -> set[str]:
         """The node is there over this link and runs these attempts, no others. Gives the workspaces on it."""
         # A silence may end with this one, and nobody have asked meanwhile.
-        self.most_are_silent(now)
+        self._notice_silence(now)
         node = self._node(node_addr, now)
         node.link = link
         node.ip = ip
@@ -439,12 +439,15 @@ class Slots:
 
     def most_are_silent(self, now: float) -> bool:
         """Have more nodes fallen silent within SILENCE_S than are connected, and more than one?"""
+        self._notice_silence(now)
+        # It ends for one node after the other: the others have so long to come back.
+        return now - self._silence_at < SILENCE_END_S
+
+    def _notice_silence(self, now: float) -> None:
         up = sum(1 for node in self._nodes.values() if node.link is not None)
         silent = sum(1 for node in self._nodes.values() if node.link is None and now - node.down_since < SILENCE_S)
         if silent > max(up, 1):
             self._silence_at = now
-        # It ends for one node after the other: the others have so long to come back.
-        return now - self._silence_at < SILENCE_END_S
 
     def _node(self, addr: str, now: float) -> Node:
         node = self._nodes.get(addr)

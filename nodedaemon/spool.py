@@ -63,6 +63,7 @@ class Body:
         self._grown: asyncio.Future[None] | None = None
         # None once it is on disk.
         self._held: list[bytes] | None = None if on_disk else []
+        self._has_file = on_disk
         self._storing = asyncio.Lock()
         self.size = size
         self.ended = ended
@@ -106,13 +107,14 @@ class Body:
         async with self._storing:
             if self._held is None:
                 return
+            self._has_file = True
             _make(self._path)
             await self._spool.in_thread(_append, self._path, self._held)
             self._let_go()
 
     def delete(self) -> None:
         """Give its room back. What still writes or reads it fails with OSError."""
-        if self._held is None or self._storing.locked():
+        if self._has_file:
             # Taking a large file's pages away takes a while, and nobody waits for it.
             self._spool.in_thread(self._path.unlink, True)
         self._let_go()

@@ -14,15 +14,6 @@ from controlplane.errors import InvalidArgument, TooLarge
 from controlplane.slots import Headers, Request
 from controlplane.spec import Spec
 
-
-class Chunk(Protocol):
-    """A message of a stream of bytes."""
-
-    @property
-    def data(self) -> bytes:
-        """A copy each time."""
-
-
 #: Longest path and query together.
 TARGET_BYTES: Final = 16 * 1024
 HEADERS: Final = 100
@@ -133,6 +124,14 @@ def headers_of(message: http_pb2.HttpRequest, *, streamed: bool = False) -> Head
     # `Connection` names further headers that are of this hop only.
     named.discard(_UPGRADE)
     return tuple(header for header in kept if header[0].lower() not in named) if named else tuple(kept)
+
+
+class Chunk(Protocol):
+    """A message of a stream of bytes."""
+
+    @property
+    def data(self) -> bytes:
+        """A copy each time."""
 
 
 def chunk_of(message: Chunk) -> bytes:

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Protocol, TypedDict
 
 from msgspec import structs
@@ -187,16 +188,15 @@ class TaskApi:
         if new.request.body:
             raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
         _check_upload_id(upload_id)
-        try:
+        with _upload_there():
             # On disk it is with its new name.
             size = await self._bodies.seal(upload_id, durable=False)
-        except NotFound:
-            raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
         if expected not in {0, size}:
             raise InvalidArgument(f"request.body.size: the upload has {size} bytes, not {expected}.")
         check_size(size, spec)
         if size <= wire.INLINE_BYTES:
-            data = await read_whole(self._bodies, upload_id)
+            with _upload_there():
+                data = await read_whole(self._bodies, upload_id)
             new = structs.replace(new, request=structs.replace(new.request, body=data, size=size))
             view = await self._dispatcher.submit(new, **waiting)
             await self._bodies.delete(upload_id)
@@ -204,12 +204,14 @@ class TaskApi:
         new = structs.replace(new, request=structs.replace(new.request, size=size))
         if new.request_hash is not None:
             digest = hashlib.sha256(new.request_hash)
-            async for chunk in self._bodies.follow(upload_id):
-                digest.update(chunk)
+            with _upload_there():
+                async for chunk in self._bodies.follow(upload_id):
+                    digest.update(chunk)
             new = structs.replace(new, request_hash=digest.digest())
         # The body first: a row must never speak of one that is not there. A crash between the two leaves a file that
         # no row names, which the retention of bodies finds by its age.
-        await self._bodies.seal(upload_id, body_of_request(new.task_id))
+        with _upload_there():
+            await self._bodies.seal(upload_id, body_of_request(new.task_id))
         try:
             view = await self._dispatcher.submit(new, **waiting)
         except NgpuError:
@@ -326,6 +328,15 @@ def _wait_of(message: pb.ScheduleRequest | pb.QueryRequest) -> float:
     if not 0 <= wait_s <= WAIT_S:
         raise InvalidArgument(f"wait: must be from 0 to {WAIT_S:g} s.")
     return wait_s
+
+
+@contextmanager
+def _upload_there() -> Iterator[None]:
+    """Another task may take an upload at any moment."""
+    try:
+        yield
+    except NotFound:
+        raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
 
 
 def _check_upload_id(upload_id: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -286,6 +287,23 @@ async def test_a_held_body_that_the_disk_does_not_take_stays(make: Callable[...,
     (tmp_path / "away").rename(home)
     await spool.settle()
     assert len(stored(tmp_path)) == 2
+
+
+async def test_what_a_full_disk_took_of_a_body_goes_with_it(make: Callable[..., Spool], tmp_path: Path) -> None:
+    spool = make()
+    body = spool.begin_body(A)
+    await body.write(b"x" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            await body.store()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stored(tmp_path) == [50_000]
+    spool.drop_body(A)
+    spool.close()
+    assert stored(tmp_path) == []
 
 
 async def read_all(body: Body) -> AsyncIterator[bytes]:

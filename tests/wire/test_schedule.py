@@ -12,7 +12,7 @@ from ngpu import wire
 from ngpu.v1 import http_pb2, node_pb2, workspace_pb2
 from ngpu.v1 import task_pb2 as pb
 
-from tests.wire.house import DEADLINE_S, POOR, RICH, Client, House, house, refused, request, seconds, until
+from tests.wire.house import DEADLINE_S, POOR, RICH, Client, House, error_of, house, refused, request, seconds, until
 from tests.wire.node import Node, answered, hold
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
@@ -398,6 +398,17 @@ async def test_upload_in_pieces_becomes_the_body(there: House, node: Node) -> No
     # An upload is for one task.
     with refused(*NOT_FOUND, "upload"):
         await there.bridge.schedule(sent)
+
+
+async def test_of_two_tasks_at_once_one_has_the_upload(there: House) -> None:
+    workspace = await there.operator.workspace()
+    body = [b"x" * wire.CHUNK_BYTES]
+    sent = request(workspace)
+    sent.request.body.upload_id = (await upload(there.bridge, body, workspace_id=workspace.id)).upload_id
+
+    said = await asyncio.gather(*(there.bridge.schedule(sent) for _ in range(4)), return_exceptions=True)
+    refusals = [error_of(one).message for one in said if isinstance(one, grpc.aio.AioRpcError)]
+    assert refusals == ["request.body.upload_id: there is no such upload, or a task has taken it."] * 3
 
 
 async def test_upload_of_another_size_than_said_is_refused(there: House) -> None:
