@@ -7,13 +7,15 @@ so that small calls stay fast beside them; the rest is plain unary calls and ser
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from math import inf
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from ngpu import dial, streams, wire
+from ngpu import dial, parcels, streams, wire
+from ngpu.parcels import Parcel
 from ngpu.v1 import asset_pb2, asset_pb2_grpc, http_pb2, task_pb2_grpc, workspace_pb2, workspace_pb2_grpc
 from ngpu.v1 import task_pb2 as pb
 
@@ -37,9 +39,9 @@ RESUME_PAUSE_S: Final = 0.5
 _SMALL_OPTIONS: Final[wire.ChannelOptions] = [*wire.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 Answer = TypeVar("Answer")
-#: Bytes both ways.
 #: Of a response as it comes: its head, then bytes of its body.
 Part: TypeAlias = http_pb2.HttpResponse | bytes
+#: Bytes both ways.
 Connection: TypeAlias = "grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]"
 
 log = structlog.get_logger(__name__)
@@ -154,6 +156,16 @@ class ControlPlane:
         self._large = _channel(address, self._credentials, wire.BULK_CLIENT_OPTIONS)
         self._tasks = task_pb2_grpc.TaskServiceStub(self._small)
         self._bodies = task_pb2_grpc.TaskServiceStub(self._large)
+        self._upload = self._large.stream_unary(
+            "/ngpu.v1.TaskService/Upload",
+            request_serializer=parcels.writer(pb.UploadRequest),
+            response_deserializer=pb.UploadResponse.FromString,
+        )
+        self._watch = self._large.unary_stream(
+            "/ngpu.v1.TaskService/Watch",
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=parcels.reader(pb.WatchResponse),
+        )
         self._workspaces = workspace_pb2_grpc.WorkspaceServiceStub(self._small)
         self._assets = asset_pb2_grpc.AssetServiceStub(self._small)
 
@@ -240,15 +252,15 @@ class ControlPlane:
     async def upload(self, body: bytes | bytearray, *, workspace_id: str = "", route: str = "") -> str:
         """TaskService.Upload: store a body; returns the id under which a Schedule may use it."""
         view = memoryview(body)
-        first = pb.UploadRequest(workspace_id=workspace_id, route=route, data=bytes(view[: wire.CHUNK_BYTES]))
+        first = Parcel(pb.UploadRequest(workspace_id=workspace_id, route=route), bytes(view[: wire.CHUNK_BYTES]))
         chunks = itertools.chain(
             [first],
             (
-                pb.UploadRequest(data=bytes(view[at : at + wire.CHUNK_BYTES]))
+                Parcel(pb.UploadRequest(), bytes(view[at : at + wire.CHUNK_BYTES]))
                 for at in range(wire.CHUNK_BYTES, len(body), wire.CHUNK_BYTES)
             ),
         )
-        response = await _answer(self._bodies.Upload(chunks, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S))
+        response = await _answer(self._upload(chunks, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S))
         return response.upload_id
 
     async def body(
@@ -261,10 +273,10 @@ class ControlPlane:
         broken = 0
         while offset < size:
             request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, part=part, offset=offset)
-            events = self._bodies.Watch(request, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
+            events = self._watch(request, metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
             try:
-                async for event in streams.messages(events):
-                    if data := _data(event, offset, task_id):
+                async for event, piece in streams.messages(events):
+                    if data := _in_step(piece, event, offset, task_id):
                         offset += len(data)
                         broken = 0
                         yield data
@@ -291,9 +303,9 @@ class ControlPlane:
 
         `rest` is not asked for a piece before the control plane has agreed; its own errors pass.
         """
-        call = self._bodies.Upload(metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
+        call = self._upload(metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
         try:
-            await call.write(pb.UploadRequest(workspace_id=workspace_id, route=route, size=size, discard=True))
+            await call.write(Parcel(pb.UploadRequest(workspace_id=workspace_id, route=route, size=size, discard=True)))
             agreed = dict(await call.initial_metadata())
             # It comes with a refusal, too, and then has nothing in it.
             if wire.UPLOAD_ID in agreed:
@@ -323,9 +335,9 @@ class ControlPlane:
         while True:
             began, begun_at = loop.time(), offset
             request = pb.WatchRequest(task_id=task_id, workspace_id=workspace_id, offset=offset, cancel_on_hangup=True)
-            events = self._bodies.Watch(request, metadata=self._metadata())
+            events = self._watch(request, metadata=self._metadata())
             try:
-                async for event in streams.messages(events):
+                async for event, piece in streams.messages(events):
                     if event.HasField("task"):
                         running, state = event.task.attempt, event.task.state
                         if state in (pb.TASK_STATE_FAILED, pb.TASK_STATE_CANCELLED):
@@ -335,7 +347,7 @@ class ControlPlane:
                     if event.HasField("head"):
                         attempt = running
                         yield event.head
-                    if data := _data(event, offset, task_id):
+                    if data := _in_step(piece, event, offset, task_id):
                         offset += len(data)
                         yield data
                 if state == pb.TASK_STATE_COMPLETED:
@@ -404,9 +416,8 @@ async def _answer(call: Awaitable[Answer]) -> Answer:
         raise translated(error) from None
 
 
-def _data(event: pb.WatchResponse, offset: int, task_id: str) -> bytes:
-    """The bytes in it, if any, which are those at `offset`. Each look at a message's bytes is a copy."""
-    data = event.data
+def _in_step(data: bytes, event: pb.WatchResponse, offset: int, task_id: str) -> bytes:
+    """The same, if there are any the bytes at `offset`."""
     if data and event.offset != offset:
         log.error("body_out_of_step", task_id=task_id, wanted=offset, got=event.offset)
         raise errors.BridgeError
@@ -416,20 +427,31 @@ def _data(event: pb.WatchResponse, offset: int, task_id: str) -> bytes:
 async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, limit: int) -> None:
     """All of a body. Raises TooLarge: of a refusal that comes while we write, grpc.aio may not tell the reason."""
     size = 0
-
-    async def write(piece: bytes) -> None:
-        nonlocal size
-        size += len(piece)
-        if size > limit:
-            raise errors.TooLarge(f"The body is larger than {limit} bytes, the most that this workspace takes")
-        for at in range(0, len(piece), wire.CHUNK_BYTES):
-            await call.write(pb.UploadRequest(data=piece[at : at + wire.CHUNK_BYTES]))
-
-    await write(begun)
-    async for piece in rest:
-        await write(piece)
-    await call.write(pb.UploadRequest(last=True))
+    async with aclosing(_chunks(begun, rest)) as chunks:
+        async for data in chunks:
+            size += len(data)
+            if size > limit:
+                raise errors.TooLarge(f"The body is larger than {limit} bytes, the most that this workspace takes")
+            await call.write(Parcel(pb.UploadRequest(), data))
+    await call.write(Parcel(pb.UploadRequest(last=True)))
     await call.done_writing()
+
+
+async def _chunks(begun: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The same in chunks that are full, but for the last: a message costs what a third of a chunk does."""
+    pieces, size = [begun], len(begun)
+    async for piece in rest:
+        pieces.append(piece)
+        size += len(piece)
+        if size >= wire.CHUNK_BYTES:
+            data = b"".join(pieces)
+            full = size - size % wire.CHUNK_BYTES
+            for at in range(0, full, wire.CHUNK_BYTES):
+                yield data[at : at + wire.CHUNK_BYTES]
+            pieces, size = [data[full:]], size - full
+    data = b"".join(pieces)
+    for at in range(0, size, wire.CHUNK_BYTES):
+        yield data[at : at + wire.CHUNK_BYTES]
 
 
 def _raise_error(answer: pb.Answer) -> None:

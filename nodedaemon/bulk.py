@@ -11,6 +11,8 @@ from typing import Final, TypeAlias
 
 import grpc
 import structlog
+from ngpu import parcels
+from ngpu.parcels import Parcel
 from ngpu.v1 import http_pb2, node_pb2
 
 from nodedaemon.course import CUSTOMER, PLATFORM, NoAnswer
@@ -29,7 +31,7 @@ from nodedaemon.dial import (
 )
 from nodedaemon.spool import Body
 
-DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.DeliverRequest, node_pb2.DeliverResponse]"
+DeliverCall: TypeAlias = "grpc.aio.StreamStreamCall[Parcel[node_pb2.DeliverRequest], node_pb2.DeliverResponse]"
 TunnelCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.TunnelRequest, node_pb2.TunnelResponse]"
 
 log = structlog.get_logger()
@@ -89,17 +91,30 @@ class Bulk:
     """Fetches and delivers bodies over `channel`, which outlives sessions: they come and go beside it."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-        self._stub = stub_of(channel)
+        self._use(channel)
         self._metadata: Metadata = ()
         self._open = asyncio.Event()
         self._backlog = asyncio.Semaphore(BACKLOG_AT_ONCE)
 
     async def move(self, channel: grpc.aio.Channel) -> None:
         """Over this one from now on: it is another control plane. What was under way goes on there."""
-        old, self._channel = self._channel, channel
-        self._stub = stub_of(channel)
+        old = self._channel
+        self._use(channel)
         await old.close()
+
+    def _use(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._stub = stub_of(channel)
+        self._fetch = channel.unary_stream(
+            "/ngpu.v1.NodeService/Fetch",
+            request_serializer=node_pb2.FetchRequest.SerializeToString,
+            response_deserializer=parcels.reader(node_pb2.FetchResponse),
+        )
+        self._deliveries = channel.stream_stream(
+            "/ngpu.v1.NodeService/Deliver",
+            request_serializer=parcels.writer(node_pb2.DeliverRequest),
+            response_deserializer=node_pb2.DeliverResponse.FromString,
+        )
 
     async def shut(self) -> None:
         """Nothing more."""
@@ -121,9 +136,7 @@ class Bulk:
         backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S)
         while offset < size:
             await self._open.wait()
-            call = self._stub.Fetch(
-                node_pb2.FetchRequest(attempt_id=attempt_id, offset=offset), metadata=self._metadata
-            )
+            call = self._fetch(node_pb2.FetchRequest(attempt_id=attempt_id, offset=offset), metadata=self._metadata)
             try:
                 while offset < size:
                     data = (await read(call)).data
@@ -172,10 +185,10 @@ class Bulk:
         return tunnel
 
     async def _deliver(self, attempt_id: str, head: http_pb2.HttpResponse, body: Body) -> None:
-        call = self._stub.Deliver(metadata=self._metadata)
+        call = self._deliveries(metadata=self._metadata)
         tasks: list[asyncio.Task[None]] = []
         try:
-            await write(call, node_pb2.DeliverRequest(attempt_id=attempt_id, head=head))
+            await write(call, Parcel(node_pb2.DeliverRequest(attempt_id=attempt_id, head=head)))
             answer = await read(call)
             if answer.complete:
                 return
@@ -206,7 +219,7 @@ async def _tell(call: DeliverCall, body: Body, offset: int) -> None:
         while not last:
             data = await body.read(offset)
             last = body.ended and offset + len(data) >= body.size
-            await write(call, node_pb2.DeliverRequest(offset=offset, data=data, last=last))
+            await write(call, Parcel(node_pb2.DeliverRequest(offset=offset, last=last), data))
             offset += len(data)
 
 

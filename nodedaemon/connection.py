@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from ngpu import wire
+
 from nodedaemon.course import CUSTOMER, Course, NoAnswer
 from nodedaemon.held import Hold, Taken
 from nodedaemon.http1 import Malformed, ResponseParser
@@ -17,11 +19,11 @@ from nodedaemon.http1 import Malformed, ResponseParser
 #: How long an unused connection is kept: less than servers commonly do, so that we are the one who closes.
 IDLE_S: Final = 1.0
 #: Body bytes that wait in a connection for their reader; past it the container waits.
-BUFFER_BYTES: Final = 256 * 1024
+BUFFER_BYTES: Final = wire.CHUNK_BYTES
 
 #: What any connection's socket has, until it is looked at, which is at once. Without it each look would make, and give
 #: back, memory for the most that there could be, which costs as much as all else that is done with a small answer.
-_RECEIVED: Final = memoryview(bytearray(BUFFER_BYTES))
+_RECEIVED: Final = memoryview(bytearray(256 * 1024))
 #: (host, port).
 Address = tuple[str, int]
 
@@ -179,10 +181,14 @@ class Connection(asyncio.BufferedProtocol):
             raise self._fault
 
     def take(self) -> bytes:
-        """The body bytes that have come since."""
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self.buffered_bytes = 0
+        """The body bytes that have come since, a chunk at most."""
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if len(data) > wire.CHUNK_BYTES:
+            pieces.append(data[wire.CHUNK_BYTES :])
+            data = data[: wire.CHUNK_BYTES]
+        self.buffered_bytes -= len(data)
         if not self._reading:
             self._reading = True
             self._transport.resume_reading()

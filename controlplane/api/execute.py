@@ -7,6 +7,7 @@ from typing import Final
 
 from msgspec import structs
 from ngpu import wire
+from ngpu.parcels import Parcel
 from ngpu.v1 import node_pb2 as pb
 
 from controlplane import ids
@@ -97,39 +98,39 @@ class Execution:
         failure = Failure(Cause.PLATFORM, "BAD_RESPONSE", "The node did not deliver the whole response.")
         return structs.replace(result, response=None, failure=failure)
 
-    async def fetch(self, request: pb.FetchRequest, caller: Caller) -> AsyncIterator[pb.FetchResponse]:
+    async def fetch(self, request: pb.FetchRequest, caller: Caller) -> AsyncIterator[Parcel[pb.FetchResponse]]:
         """See node.proto."""
         addr = session_of(caller).node_addr
         if not self._dispatcher.attempt_is_current(addr, request.attempt_id):
             raise StaleAttempt
         task_id, _ = ids.split_attempt_id(request.attempt_id)
         async for chunk in self._bodies.follow(body_of_request(task_id), request.offset):
-            yield pb.FetchResponse(data=chunk)
+            yield Parcel(pb.FetchResponse(), chunk)
 
-    async def deliver(self, stream: Stream[pb.DeliverRequest, pb.DeliverResponse], caller: Caller) -> None:
+    async def deliver(self, stream: Stream[Parcel[pb.DeliverRequest], pb.DeliverResponse], caller: Caller) -> None:
         """See node.proto."""
         addr = session_of(caller).node_addr
-        message = await stream.read()
-        if message is None:
+        parcel = await stream.read()
+        if parcel is None:
             raise InvalidArgument("The first message must name the attempt and have the head.")
-        attempt_id = message.attempt_id
+        attempt_id = parcel.message.attempt_id
         limit = await self._limit_of(addr, attempt_id)
         name = f"{attempt_id}.response"
         size, complete = await self._bodies.begin(name)
         # Only now: who is told of the head begins to read the body.
-        head = translate.response_of(message.head)
+        head = translate.response_of(parcel.message.head)
         self._deliveries.begin(attempt_id, head)
         self._dispatcher.answering(addr, attempt_id, head)
         try:
             async with Progress(lambda stored: stream.write(pb.DeliverResponse(stored_bytes=stored))) as progress:
                 while not complete:
                     progress.tell(size)
-                    if (message := await stream.read()) is None:
+                    if (parcel := await stream.read()) is None:
                         return
                     caller.check()
                     if not self._dispatcher.attempt_is_current(addr, attempt_id):
                         raise StaleAttempt
-                    data = chunk_of(message)
+                    message, data = parcel.message, chunk_of(parcel)
                     size = await self._bodies.append(name, message.offset, data, limit_bytes=limit, behind=True)
                     if message.last:
                         size = await self._bodies.seal(name)

@@ -18,7 +18,7 @@ import grpc
 import structlog
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from ngpu import wire
+from ngpu import parcels, wire
 from ngpu.v1 import http_pb2
 
 from controlplane.access import Access, Kind, Principal
@@ -208,8 +208,8 @@ class Gate:
         }[method.client_streaming, method.server_streaming]
         return make(
             behaviour,
-            GetMessageClass(method.input_type).FromString,
-            GetMessageClass(method.output_type).SerializeToString,
+            _reader(GetMessageClass(method.input_type)),
+            _writer(GetMessageClass(method.output_type)),
         )
 
     async def _run(
@@ -297,6 +297,14 @@ def ip_of(peer: str) -> str:
     """The address in gRPC's name of a peer: `ipv4:192.0.2.1:1234`, `ipv6:%5B::1%5D:1234`; else empty."""
     family, _, rest = urllib.parse.unquote(peer).partition(":")
     return rest.rpartition(":")[0].strip("[]") if family in {"ipv4", "ipv6"} else ""
+
+
+def _reader(kind: type[Any]) -> Callable[[bytes], Any]:
+    return parcels.reader(kind) if kind in parcels.CARRIERS else kind.FromString
+
+
+def _writer(kind: type[Any]) -> Callable[[Any], bytes]:
+    return parcels.writer(kind) if kind in parcels.CARRIERS else kind.SerializeToString
 
 
 def _behaviour(apis: Sequence[object], method: str) -> Callable[..., Any]:

@@ -127,11 +127,11 @@ def headers_of(message: http_pb2.HttpRequest, *, streamed: bool = False) -> Head
 
 
 class Chunk(Protocol):
-    """A message of a stream of bytes."""
+    """A piece of a stream of bytes."""
 
     @property
     def data(self) -> bytes:
-        """A copy each time."""
+        """Of a message: a copy each time."""
 
 
 def chunk_of(message: Chunk) -> bytes:

@@ -9,6 +9,7 @@ from typing import Final, Protocol, TypedDict
 
 from msgspec import structs
 from ngpu import wire
+from ngpu.parcels import Parcel
 from ngpu.v1 import http_pb2
 from ngpu.v1 import task_pb2 as pb
 
@@ -247,11 +248,12 @@ class TaskApi:
 
     # Upload.
 
-    async def upload(self, stream: Stream[pb.UploadRequest, None], caller: Caller) -> pb.UploadResponse:
+    async def upload(self, stream: Stream[Parcel[pb.UploadRequest], None], caller: Caller) -> pb.UploadResponse:
         """See task.proto."""
-        message = await stream.read()
-        if message is None:
+        parcel = await stream.read()
+        if parcel is None:
             raise InvalidArgument("The first message is missing.")
+        message = parcel.message
         if message.route:
             named = self._target(pb.ScheduleRequest(route=message.route), caller.principal)[0]
         else:
@@ -268,11 +270,10 @@ class TaskApi:
         await stream.accept(((wire.UPLOAD_ID, upload_id), (wire.UPLOAD_LIMIT, str(limit))))
         keep = not message.discard
         try:
-            while message is not None:
-                data = chunk_of(message)
-                size = await self._bodies.append(upload_id, size, data, limit_bytes=limit, behind=True)
-                keep = keep or message.last
-                message = await stream.read()
+            while parcel is not None:
+                size = await self._bodies.append(upload_id, size, chunk_of(parcel), limit_bytes=limit, behind=True)
+                keep = keep or parcel.message.last
+                parcel = await stream.read()
             await self._bodies.flush(upload_id)
         finally:
             if not keep:

@@ -10,6 +10,7 @@ from contextlib import aclosing, nullcontext
 from typing import Any, Final, TypeAlias, TypeVar
 
 from ngpu import wire
+from ngpu.parcels import Parcel
 from ngpu.v1 import task_pb2 as pb
 
 from controlplane import ids
@@ -30,8 +31,7 @@ WAIT_S: Final = 3600.0
 #: ... and the pause before the next, should it have answered without news.
 PAUSE_S: Final = 1.0
 
-#: What is sent, and where the data in it ends: to ask the message for its data is to copy it.
-Event: TypeAlias = tuple[pb.WatchResponse, int]
+Event: TypeAlias = Parcel[pb.WatchResponse]
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Watch:
         self._bodies = bodies
         self._deliveries = deliveries
 
-    async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[pb.WatchResponse]:
+    async def watch(self, request: pb.WatchRequest, caller: Caller) -> AsyncIterator[Event]:
         """See task.proto. Unavailable besides: what was read is of an attempt that was lost; begin anew."""
         view = await self._owners.task(request.task_id, request.workspace_id, caller.principal)
         promised = sent = 0
@@ -56,10 +56,10 @@ class Watch:
         try:
             with reading:
                 async with aclosing(self._watch(view, request.part, request.offset)) as events:
-                    async for event, end in events:
-                        if event.HasField("head"):
-                            promised = event.head.body.size
-                        sent = max(sent, end)
+                    async for event in events:
+                        if event.message.HasField("head"):
+                            promised = event.message.head.body.size
+                        sent = max(sent, _end(event))
                         yield event
         except BaseException:
             # Many hang up as soon as they have all that was promised: that cancels nothing.
@@ -81,7 +81,7 @@ class Watch:
                 if part == pb.WatchRequest.PART_UNSPECIFIED and view.state is State.RUNNING:
                     async for event in self._live(view, offset, changed):
                         begun = view.attempt
-                        offset = max(offset, event[1])
+                        offset = max(offset, _end(event))
                         yield event
                 view = await changed
             finally:
@@ -177,15 +177,20 @@ async def _unless(changed: asyncio.Task[TaskView], what: Coroutine[Any, Any, T])
 def _state(view: TaskView) -> Event:
     event = pb.WatchResponse()
     translate.fill_task(event.task, view)
-    return event, 0
+    return Parcel(event)
 
 
 def _head(response: Response) -> Event:
     event = pb.WatchResponse()
     translate.fill_response(event.head, response, 0)
     event.head.body.inline = b""
-    return event, 0
+    return Parcel(event)
 
 
 def _data(chunk: bytes, offset: int) -> Event:
-    return pb.WatchResponse(data=chunk, offset=offset), offset + len(chunk)
+    return Parcel(pb.WatchResponse(offset=offset), chunk)
+
+
+def _end(event: Event) -> int:
+    """Where the data in it ends; 0: it has none."""
+    return event.message.offset + len(event.data)
