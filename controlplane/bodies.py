@@ -37,8 +37,10 @@ BEHIND_S: Final = 0.05
 ALL_BEHIND_BYTES: Final = 16 * 1024 * 1024
 #: Pieces given to the kernel in one call, which takes no more than 1024.
 WRITTEN_AT_ONCE: Final = 256
-#: Sealed files that readers keep open; further ones are opened for each piece.
+#: Sealed files that are kept open for who reads them; further ones are opened for each piece.
 KEPT_OPEN: Final = 128
+#: Of these so many for a first reader, who mostly comes at once.
+FRESH: Final = 64
 #: Bodies leave so much of their disk free, or RESERVE_SHARE of it if that is less: the database may be there, too.
 RESERVE_BYTES: Final = 512 * 1024 * 1024
 RESERVE_SHARE: Final = 0.05
@@ -82,6 +84,8 @@ class Bodies:
         #: Of what came behind, all that is not in a file yet.
         self.behind_bytes = 0
         self._kept_open: weakref.WeakSet[_File] = weakref.WeakSet()
+        # Just sealed and not read since, oldest first.
+        self._fresh: dict[str, _File] = {}
         self._page = bytearray(wire.CHUNK_BYTES)
         self._closed = False
 
@@ -139,8 +143,10 @@ class Bodies:
         """What came `behind` is with the kernel."""
         await self._settle(name, keep=True)
 
-    async def size(self, name: str) -> int | None:
-        """Its length so far; None: there is no such body."""
+    async def size(self, name: str, *, written: bool = True) -> int | None:
+        """Its length so far; None: there is no such body. `written`: what came behind is with the kernel."""
+        if not written and (pieces := self._behind.get(name)) is not None and pieces.fault is None:
+            return pieces.size
         await self._settle(name, keep=True)
         found = await self._run(partial(_find, self._path(name)))
         return None if found is None else found[0]
@@ -161,11 +167,16 @@ class Bodies:
         path, target = self._path(name), self._path(new_name or name)
         file = await self._settle(name)
 
-        def seal() -> int:
+        def seal() -> _File:
             with self._locks[_shard(name)]:
                 return _seal(path, target, file, durable=durable)
 
-        return await self._run(seal, name)
+        sealed = await self._run(seal, name)
+        if len(self._fresh) >= FRESH:
+            del self._fresh[next(iter(self._fresh))]
+        if (kept := self._kept(sealed)) is not None:
+            self._fresh[new_name or name] = kept
+        return sealed.size
 
     async def follow(
         self, name: str, offset: int = 0, *, until: asyncio.Future[Any] | None = None
@@ -185,8 +196,8 @@ class Bodies:
         if until is not None:
             until.add_done_callback(wake)
         # A file that was read just now opens without a look at the disk; one that is sealed need not be opened again.
-        at_hand = complete = False
-        whole: _File | None = None
+        whole = self._fresh.pop(name, None)
+        at_hand, complete = whole is not None, False
         try:
             while until is None or not until.done():
                 # Before the read, so that no growth after it is missed.
@@ -222,6 +233,7 @@ class Bodies:
         """No error for those that are not there. Followers get NotFound."""
         paths = [self._path(name) for name in names]
         for name in names:
+            self._fresh.pop(name, None)
             with suppress(NgpuError):
                 await self._settle(name, write=False)
 
@@ -395,7 +407,7 @@ class _File:
         self.file = -1
         self.file = os.open(path, flags | os.O_CLOEXEC, 0o600)
         found = os.fstat(self.file)
-        #: When it was opened, which for one that is sealed is its size.
+        #: When it was opened or sealed, which for one that is sealed is its size.
         self.size = found.st_size
         self.inode = found.st_ino
 
@@ -471,7 +483,7 @@ def _append(path: str, offset: int, pieces: Sequence[bytes], limit_bytes: int) -
     _check_limit(offset + sum(map(len, pieces)), limit_bytes)
     try:
         # Only the first append makes it: one that comes after a deletion must not bring it back.
-        file = _File(path + _GROWING, os.O_WRONLY | (os.O_CREAT if offset == 0 else 0))
+        file = _File(path + _GROWING, os.O_RDWR | (os.O_CREAT if offset == 0 else 0))
     except FileNotFoundError:
         raise OutOfRange("The body's stored size is 0: go on from there.") from None
     try:
@@ -485,7 +497,7 @@ def _begin(path: str) -> tuple[_File | None, int]:
     """The growing file and its size; None for one that is sealed."""
     with suppress(FileNotFoundError):
         return None, os.stat(path).st_size
-    file = _File(path + _GROWING, os.O_WRONLY | os.O_CREAT)
+    file = _File(path + _GROWING, os.O_RDWR | os.O_CREAT)
     return file, file.size
 
 
@@ -537,8 +549,8 @@ def _check_limit(size: int, limit_bytes: float) -> None:
         raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
 
 
-def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> int:
-    """`file`: what it has grown in just now, if that is open."""
+def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> _File:
+    """`file`: what it has grown in just now, if that is open. Gives it, with its size."""
     if file is None:
         try:
             file, _ = _opened(path)
@@ -557,7 +569,8 @@ def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> int:
     if durable:
         # That an old name has gone need not be on disk: should a crash bring it back, the sweep takes it away.
         _flush(os.path.dirname(target))
-    return os.fstat(file.file).st_size
+    file.size = os.fstat(file.file).st_size
+    return file
 
 
 #: Of a body the next bytes, how many follow them, and in what; None and None: it still grows.

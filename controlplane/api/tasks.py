@@ -3,8 +3,7 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, Protocol, TypedDict
 
 from msgspec import structs
@@ -27,6 +26,7 @@ from controlplane.dispatcher import Dispatcher, NewTask, TaskView
 from controlplane.errors import (
     AssetMissing,
     AssetUnknown,
+    Conflict,
     InvalidArgument,
     NgpuError,
     NotFound,
@@ -189,30 +189,31 @@ class TaskApi:
         if new.request.body:
             raise InvalidArgument("request.body: give `inline` or `upload_id`, not both.")
         _check_upload_id(upload_id)
-        with _upload_there():
-            # On disk it is with its new name.
-            size = await self._bodies.seal(upload_id, durable=False)
+        size = await self._bodies.size(upload_id, written=False)
+        if size is None:
+            raise _no_upload()
         if expected not in {0, size}:
             raise InvalidArgument(f"request.body.size: the upload has {size} bytes, not {expected}.")
         check_size(size, spec)
         if size <= wire.INLINE_BYTES:
-            with _upload_there():
-                data = await read_whole(self._bodies, upload_id)
+            await self._seal_upload(upload_id, upload_id, size)
+            data = await read_whole(self._bodies, upload_id)
+            if len(data) != size:
+                raise _no_upload()
             new = structs.replace(new, request=structs.replace(new.request, body=data, size=size))
             view = await self._dispatcher.submit(new, **waiting)
             await self._bodies.delete(upload_id)
             return view
         new = structs.replace(new, request=structs.replace(new.request, size=size))
-        if new.request_hash is not None:
-            digest = hashlib.sha256(new.request_hash)
-            with _upload_there():
-                async for chunk in self._bodies.follow(upload_id):
-                    digest.update(chunk)
-            new = structs.replace(new, request_hash=digest.digest())
         # The body first: a row must never speak of one that is not there. A crash between the two leaves a file that
         # no row names, which the retention of bodies finds by its age.
-        with _upload_there():
-            await self._bodies.seal(upload_id, body_of_request(new.task_id))
+        name = body_of_request(new.task_id)
+        await self._seal_upload(upload_id, name, size)
+        if new.request_hash is not None:
+            digest = hashlib.sha256(new.request_hash)
+            async for chunk in self._bodies.follow(name):
+                digest.update(chunk)
+            new = structs.replace(new, request_hash=digest.digest())
         try:
             view = await self._dispatcher.submit(new, **waiting)
         except NgpuError:
@@ -220,8 +221,18 @@ class TaskApi:
             raise
         if view.task_id != new.task_id:
             # The idempotency key has led to an earlier task, which has its own.
-            await self._bodies.delete(body_of_request(new.task_id))
+            await self._bodies.delete(name)
         return view
+
+    async def _seal_upload(self, upload_id: str, name: str, size: int) -> None:
+        """Make it the body of that name. Raises NotFound: it is not there any more; Conflict: it has another size."""
+        try:
+            sealed = await self._bodies.seal(upload_id, name, durable=name != upload_id)
+        except NotFound:
+            raise _no_upload() from None
+        if sealed != size:
+            await self._bodies.delete(name)
+            raise Conflict("request.body.upload_id: the upload was still growing; send it again.")
 
     async def _drop_request(self, task_id: str) -> None:
         """Delete the body of a task that was refused; not of one whose fate is only unknown to us."""
@@ -331,13 +342,9 @@ def _wait_of(message: pb.ScheduleRequest | pb.QueryRequest) -> float:
     return wait_s
 
 
-@contextmanager
-def _upload_there() -> Iterator[None]:
+def _no_upload() -> NotFound:
     """Another task may take an upload at any moment."""
-    try:
-        yield
-    except NotFound:
-        raise NotFound("request.body.upload_id: there is no such upload, or a task has taken it.") from None
+    return NotFound("request.body.upload_id: there is no such upload, or a task has taken it.")
 
 
 def _check_upload_id(upload_id: str) -> None:

@@ -271,12 +271,27 @@ async def test_who_reads_a_sealed_body_keeps_its_file_whatever_becomes_of_its_na
         assert begin + b"".join([chunk async for chunk in reader]) == data
 
 
+async def test_what_is_sealed_is_kept_open_until_it_is_read_or_deleted(
+    bodies: Bodies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlplane.bodies.FRESH", 2)
+    opened = open_files()
+    for name in ("upload-1", "upload-2", "upload-3"):
+        await store(bodies, name, b"abc")
+    assert open_files() == opened + 2
+    await bodies.delete("upload-2")
+    assert open_files() == opened + 1
+    assert [await whole(bodies, name) for name in ("upload-1", "upload-3")] == [b"abc", b"abc"]
+    await bodies.close()  # a thread may still be at the last
+    assert open_files() == opened
+
+
 async def test_only_so_many_files_are_kept_open(bodies: Bodies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controlplane.bodies.KEPT_OPEN", 2)
     names, data = [f"upload-{number}" for number in range(4)], os.urandom(2 * wire.CHUNK_BYTES)
+    opened = open_files()
     for name in names:
         await store(bodies, name, data)
-    opened = open_files()
     readers = [bodies.follow(name) for name in names]
     read = [await anext(reader) for reader in readers]
     while open_files() > opened + 2:  # a thread may still be at the last

@@ -201,6 +201,8 @@ async def test_body_past_its_retention_is_said_to_be(there: House, busy: Any) ->
     await delivery.send(0, BODY[:200_000], last=True)
     node.end(answered(f"{task_id}.1", size=200_000))
     await until(lambda: f"{task_id}.1" in node.acked)
+    # Its first reader need not open it.
+    assert b"".join([event.data async for event in watch(there.bridge, task_id)]) == BODY[:200_000]
     store = await Store.open(f"sqlite:///{there.state_dir / 'ngpu.db'}")
     bodies = await Bodies.open(there.state_dir / "bodies")
     later = datetime.now(UTC) + timedelta(days=8)
