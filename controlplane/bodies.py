@@ -37,10 +37,15 @@ BEHIND_S: Final = 0.05
 ALL_BEHIND_BYTES: Final = 16 * 1024 * 1024
 #: Pieces given to the kernel in one call, which takes no more than 1024.
 WRITTEN_AT_ONCE: Final = 256
-#: Sealed files that are kept open for who reads them; further ones are opened for each piece.
+#: Sealed files that readers keep open; further ones are opened for each piece.
 KEPT_OPEN: Final = 128
-#: Of these so many for a first reader, who mostly comes at once.
-FRESH: Final = 64
+#: What came behind of a body up to this size, in so many pieces at most, is held in memory for its first reader, who
+#: mostly comes at once, ...
+HELD_BYTES: Final = 8 * 1024 * 1024
+HELD_PIECES: Final = 256
+#: ... as long as there is no more of all bodies together, and for so long after it is sealed, in seconds.
+ALL_HELD_BYTES: Final = 32 * 1024 * 1024
+HELD_S: Final = 2.0
 #: Bodies leave so much of their disk free, or RESERVE_SHARE of it if that is less: the database may be there, too.
 RESERVE_BYTES: Final = 512 * 1024 * 1024
 RESERVE_SHARE: Final = 0.05
@@ -84,8 +89,9 @@ class Bodies:
         #: Of what came behind, all that is not in a file yet.
         self.behind_bytes = 0
         self._kept_open: weakref.WeakSet[_File] = weakref.WeakSet()
-        # Just sealed and not read since, oldest first.
-        self._fresh: dict[str, _File] = {}
+        self._memory = _Memory()
+        # Just sealed and not read since.
+        self._fresh: dict[str, _Held] = {}
         self._page = bytearray(wire.CHUNK_BYTES)
         self._closed = False
 
@@ -98,6 +104,11 @@ class Bodies:
         for name in list(self._followers):
             self._wake(name)
         await asyncio.to_thread(self._threads.shutdown)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of bodies, growing and just sealed, what is in memory for their first readers."""
+        return self._memory.used_bytes
 
     @property
     def followers(self) -> int:
@@ -122,7 +133,7 @@ class Bodies:
         await self._settle(name)
         file, size = await self._run(append, name)
         if behind:
-            self._goes_on_behind(name, file, size)
+            self._goes_on_behind(name, file, size, data)
         return size
 
     async def begin(self, name: str) -> tuple[int, bool]:
@@ -136,7 +147,7 @@ class Bodies:
         await self._settle(name)
         file, size = await self._run(begin)
         if file is not None:
-            self._goes_on_behind(name, file, size)
+            self._goes_on_behind(name, file, size, b"")
         return size, file is None
 
     async def flush(self, name: str) -> None:
@@ -165,18 +176,23 @@ class Bodies:
         is with the kernel. Raises NotFound.
         """
         path, target = self._path(name), self._path(new_name or name)
-        file = await self._settle(name)
+        behind = await self._settle(name)
+        file = held = None
+        if behind is not None:
+            file, held, behind.held = behind.file, behind.held, None
+        # Who reads it from memory needs no page cache; who has begun to read the file does.
+        forget = durable and held is not None and name not in self._readers
 
-        def seal() -> _File:
+        def seal() -> int:
             with self._locks[_shard(name)]:
-                return _seal(path, target, file, durable=durable)
+                return _seal(path, target, file, durable=durable, forget=forget)
 
-        sealed = await self._run(seal, name)
-        if len(self._fresh) >= FRESH:
-            del self._fresh[next(iter(self._fresh))]
-        if (kept := self._kept(sealed)) is not None:
-            self._fresh[new_name or name] = kept
-        return sealed.size
+        size = await self._run(seal, name)
+        if held is not None and held.size == size:
+            held.is_cached = not forget
+            self._fresh[new_name or name] = held
+            self._loop.call_later(HELD_S, self._let_fresh_go, new_name or name, weakref.ref(held))
+        return size
 
     async def follow(
         self, name: str, offset: int = 0, *, until: asyncio.Future[Any] | None = None
@@ -196,15 +212,18 @@ class Bodies:
         if until is not None:
             until.add_done_callback(wake)
         # A file that was read just now opens without a look at the disk; one that is sealed need not be opened again.
-        whole = self._fresh.pop(name, None)
-        at_hand, complete = whole is not None, False
+        at_hand = complete = False
+        whole: _File | None = None
         try:
             while until is None or not until.done():
                 # Before the read, so that no growth after it is missed.
                 with self._following(name) as growth:
-                    pieces = self._behind.get(name)
-                    if pieces is not None and offset >= pieces.start:
+                    pieces, fresh = self._behind.get(name), self._fresh.get(name)
+                    if pieces is not None and pieces.has(offset):
                         data, complete = pieces.read(offset), False
+                    elif fresh is not None and offset <= fresh.size:
+                        data = fresh.read(offset)
+                        complete = offset + len(data) == fresh.size
                     else:
                         data, left, whole = await self._read(whole or path, offset, at_hand=at_hand)
                         complete, at_hand = left == 0, True
@@ -222,7 +241,8 @@ class Bodies:
             self._readers[name] -= 1
             if not self._readers[name]:
                 del self._readers[name]
-                if complete and not self._closed:
+                fresh = self._fresh.pop(name, None) if complete else None
+                if complete and (fresh is None or fresh.is_cached) and not self._closed:
                     self._threads.submit(_let_go, whole or path)
 
     def is_read(self, name: str) -> bool:
@@ -297,8 +317,13 @@ class Bodies:
         self.behind_bytes -= pieces.end(fault)
         self._wake(name)
 
-    def _goes_on_behind(self, name: str, file: "_File", size: int) -> None:
-        self._behind[name] = pieces = _Behind(file, size)
+    def _let_fresh_go(self, name: str, held: "weakref.ref[_Held]") -> None:
+        if (fresh := self._fresh.get(name)) is not None and fresh is held():
+            del self._fresh[name]
+
+    def _goes_on_behind(self, name: str, file: "_File", size: int, last: bytes) -> None:
+        held = _Held(self._memory) if size == len(last) else None
+        self._behind[name] = pieces = _Behind(file, size, held if held is not None and held.add(last) else None)
         self._write_later(name, pieces)
 
     def _write_later(self, name: str, pieces: "_Behind") -> None:
@@ -317,10 +342,10 @@ class Bodies:
 
         self._loop.call_later(BEHIND_S, look)
 
-    async def _settle(self, name: str, *, write: bool = True, keep: bool = False) -> "_File | None":
+    async def _settle(self, name: str, *, write: bool = True, keep: bool = False) -> "_Behind | None":
         """What came behind is in the file, or with `write=False` given up. Raises what went wrong with it.
 
-        Gives the file, if something had come; with `keep` more may.
+        Gives what there was, if something had come; with `keep` more may.
         """
         while (pieces := self._behind.get(name)) is not None:
             if write:
@@ -331,13 +356,13 @@ class Bodies:
             if self._behind.get(name) is not pieces:
                 continue
             if keep and pieces.fault is None:
-                return pieces.file
+                return pieces
             del self._behind[name]
             if pieces.fault is not None:
                 pieces.file.close()
                 raise pieces.fault
             self.behind_bytes -= pieces.waiting_bytes
-            return pieces.file
+            return pieces
         return None
 
     async def _read(self, body: "str | _File", offset: int, *, at_hand: bool) -> "_Found":
@@ -407,7 +432,7 @@ class _File:
         self.file = -1
         self.file = os.open(path, flags | os.O_CLOEXEC, 0o600)
         found = os.fstat(self.file)
-        #: When it was opened or sealed, which for one that is sealed is its size.
+        #: When it was opened, which for one that is sealed is its size.
         self.size = found.st_size
         self.inode = found.st_ino
 
@@ -420,11 +445,52 @@ class _File:
     __del__ = close
 
 
-class _Behind:
-    """The last pieces of a growing body: what its file does not have yet, or is just getting."""
+class _Memory:
+    """What all bodies together hold."""
 
-    def __init__(self, file: _File, size: int) -> None:
+    used_bytes = 0
+
+
+class _Held:
+    """All pieces of a body, from its first byte on; counted as long as somebody has them."""
+
+    __slots__ = ("__weakref__", "_memory", "_pieces", "is_cached", "size")
+
+    def __init__(self, memory: _Memory) -> None:
+        self._memory = memory
+        self._pieces: list[bytes] = []
+        self.size = 0
+        #: Its file is in the page cache, too.
+        self.is_cached = True
+
+    def add(self, data: bytes) -> bool:
+        """The next piece. False: there is no room for it, and so no use for the others."""
+        size = len(data)
+        if self.size + size > HELD_BYTES or self._memory.used_bytes + size > ALL_HELD_BYTES:
+            return False
+        if size:
+            self._memory.used_bytes += size
+            self.size += size
+            self._pieces.append(data)
+        return len(self._pieces) <= HELD_PIECES
+
+    def read(self, offset: int) -> bytes:
+        """From `offset` on, a chunk at most; empty at the end."""
+        return wire.chunk_at(self._pieces, offset)
+
+    def __del__(self) -> None:
+        self._memory.used_bytes -= self.size
+
+
+class _Behind:
+    """The last pieces of a growing body: what its file does not have yet, or is just getting.
+
+    `held`: these and all before them.
+    """
+
+    def __init__(self, file: _File, size: int, held: _Held | None) -> None:
         self.file = file
+        self.held = held
         #: What the file has, ...
         self.start = size
         #: ... and what there is with the pieces.
@@ -442,6 +508,8 @@ class _Behind:
             self._pieces.append(data)
             self.size += len(data)
             self.waiting_bytes += len(data)
+            if self.held is not None and not self.held.add(data):
+                self.held = None
 
     def begin(self) -> list[bytes]:
         """What is to be written now."""
@@ -454,7 +522,7 @@ class _Behind:
         self.writing = None
         if fault is not None:
             # The writer will be told; what he sends again comes from the file's size on.
-            self.fault, self._begun = fault, len(self._pieces)
+            self.fault, self._begun, self.held = fault, len(self._pieces), None
         size = sum(map(len, self._pieces[: self._begun]))
         del self._pieces[: self._begun]
         if fault is not None:
@@ -463,8 +531,14 @@ class _Behind:
             self.start += size
         return size
 
+    def has(self, offset: int) -> bool:
+        """Whether it can be read from there on."""
+        return offset >= self.start or self.held is not None
+
     def read(self, offset: int) -> bytes:
-        """The piece at `offset` from there on; empty at the end, and past it."""
+        """What is at `offset`, a piece or more; empty at the end, and past it."""
+        if self.held is not None:
+            return self.held.read(offset)
         at = self.start
         for piece in self._pieces:
             if offset < at + len(piece):
@@ -483,7 +557,7 @@ def _append(path: str, offset: int, pieces: Sequence[bytes], limit_bytes: int) -
     _check_limit(offset + sum(map(len, pieces)), limit_bytes)
     try:
         # Only the first append makes it: one that comes after a deletion must not bring it back.
-        file = _File(path + _GROWING, os.O_RDWR | (os.O_CREAT if offset == 0 else 0))
+        file = _File(path + _GROWING, os.O_WRONLY | (os.O_CREAT if offset == 0 else 0))
     except FileNotFoundError:
         raise OutOfRange("The body's stored size is 0: go on from there.") from None
     try:
@@ -497,7 +571,7 @@ def _begin(path: str) -> tuple[_File | None, int]:
     """The growing file and its size; None for one that is sealed."""
     with suppress(FileNotFoundError):
         return None, os.stat(path).st_size
-    file = _File(path + _GROWING, os.O_RDWR | os.O_CREAT)
+    file = _File(path + _GROWING, os.O_WRONLY | os.O_CREAT)
     return file, file.size
 
 
@@ -549,8 +623,8 @@ def _check_limit(size: int, limit_bytes: float) -> None:
         raise TooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
 
 
-def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> _File:
-    """`file`: what it has grown in just now, if that is open. Gives it, with its size."""
+def _seal(path: str, target: str, file: _File | None, *, durable: bool, forget: bool) -> int:
+    """`file`: what it has grown in just now, if that is open. `forget`: it need not be in the page cache."""
     if file is None:
         try:
             file, _ = _opened(path)
@@ -569,8 +643,9 @@ def _seal(path: str, target: str, file: _File | None, *, durable: bool) -> _File
     if durable:
         # That an old name has gone need not be on disk: should a crash bring it back, the sweep takes it away.
         _flush(os.path.dirname(target))
-    file.size = os.fstat(file.file).st_size
-    return file
+    if forget:
+        os.posix_fadvise(file.file, 0, 0, os.POSIX_FADV_DONTNEED)
+    return os.fstat(file.file).st_size
 
 
 #: Of a body the next bytes, how many follow them, and in what; None and None: it still grows.

@@ -97,7 +97,7 @@ class Body:
         if wanted <= 0:
             return b""
         if self._held is not None:
-            return _chunk_at(self._held, offset)
+            return wire.chunk_at(self._held, offset)
         if wanted <= IN_LOOP_BYTES:
             return _read_at(self._path, offset, wanted)
         return await self._spool.in_thread(_read_at, self._path, offset, wanted)
@@ -332,20 +332,6 @@ def _lost(attempt_id: str) -> node_pb2.Result:
         message="The container answered, but the answer was damaged on the node's disk.",
     )
     return node_pb2.Result(attempt_id=attempt_id, delivery=task_pb2.DELIVERY_SENT, failure=failure)
-
-
-def _chunk_at(pieces: list[bytes], offset: int) -> bytes:
-    """From `offset` on, as much as a chunk may have."""
-    found: list[bytes] = []
-    room = wire.CHUNK_BYTES
-    for piece in pieces:
-        if part := piece[offset : offset + room]:
-            found.append(part)
-            room -= len(part)
-            if not room:
-                break
-        offset = max(0, offset - len(piece))
-    return found[0] if len(found) == 1 else b"".join(found)
 
 
 def _make(path: Path) -> None:

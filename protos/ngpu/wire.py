@@ -5,6 +5,7 @@ travel in batches; a stream takes 1.1 ms of CPU a MiB at both ends together in c
 with which eight large bodies at once take too much memory.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 #: Largest piece of a body in one message.
@@ -81,3 +82,17 @@ SERVER_OPTIONS: Final[ChannelOptions] = [
     # Two control planes on one port would each get half of the calls without knowing.
     ("grpc.so_reuseport", 0),
 ]
+
+
+def chunk_at(pieces: Sequence[bytes], offset: int) -> bytes:
+    """Of a body in pieces, the chunk that begins at that offset; shorter at its end, empty there and past it."""
+    found: list[bytes] = []
+    room = CHUNK_BYTES
+    for piece in pieces:
+        if part := piece[offset : offset + room]:
+            found.append(part)
+            room -= len(part)
+            if not room:
+                break
+        offset = max(0, offset - len(piece))
+    return found[0] if len(found) == 1 else b"".join(found)

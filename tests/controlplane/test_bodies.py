@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 from ngpu import wire
 
-from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, RESERVE_SHARE, Bodies
+from controlplane.bodies import (
+    ALL_BEHIND_BYTES,
+    ALL_HELD_BYTES,
+    BEHIND_BYTES,
+    BEHIND_S,
+    HELD_BYTES,
+    HELD_PIECES,
+    RESERVE_SHARE,
+    Bodies,
+)
 from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
 
 MIB = 1024 * 1024
@@ -176,11 +185,73 @@ async def test_what_came_behind_is_counted_before_it_is_written(bodies: Bodies, 
 async def test_readers_have_what_came_behind_from_memory(bodies: Bodies, tmp_path: Path) -> None:
     async with aclosing(bodies.follow(NAME)) as chunks, aclosing(bodies.follow(NAME, 4)) as late:
         await behind(bodies, b"abc", b"def")
-        assert [await anext(chunks), await anext(chunks)] == [b"abc", b"def"]
+        assert await anext(chunks) == b"abcdef"
         assert await anext(late) == b"ef"
         assert written(tmp_path) == 3
         await behind(bodies, b"ghi")
         assert [await anext(chunks), await anext(late)] == [b"ghi", b"ghi"]
+
+
+async def test_what_came_behind_is_read_from_memory_once_more_when_it_is_sealed(bodies: Bodies, tmp_path: Path) -> None:
+    await behind(bodies, b"abc", b"", b"def")
+    await bodies.seal(NAME)
+    (path,) = tmp_path.rglob(NAME)
+    with pytest.raises(OutOfRange):
+        await whole(bodies, NAME, 7)
+    kept = path.rename(path.with_name("kept"))
+    assert await whole(bodies, NAME, 2) == b"cdef"
+    kept.rename(path)
+    assert await whole(bodies, NAME) == b"abcdef"
+    path.write_bytes(b"ABCDEF")
+    assert await whole(bodies, NAME) == b"ABCDEF"
+
+
+async def test_what_nobody_reads_soon_is_not_held(
+    bodies: Bodies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlplane.bodies.HELD_S", 0.0)
+    await behind(bodies, b"abc")
+    await bodies.seal(NAME)
+    assert bodies.held_bytes == 3
+    while bodies.held_bytes:
+        await asyncio.sleep(0.001)
+    (path,) = tmp_path.rglob(NAME)
+    path.unlink()
+    with pytest.raises(NotFound):
+        await whole(bodies, NAME)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "held"),
+    [
+        ([b"x" * HELD_BYTES], True),
+        ([b"x" * HELD_BYTES, b"y"], False),
+        ([b"x"] * HELD_PIECES, True),
+        ([b"x"] * (HELD_PIECES + 1), False),
+    ],
+)
+async def test_of_a_body_only_so_much_is_held(bodies: Bodies, pieces: list[bytes], *, held: bool) -> None:
+    await behind(bodies, *pieces)
+    data = b"".join(pieces)
+    assert bodies.held_bytes == (len(data) if held else 0)
+    await bodies.seal(NAME)
+    assert await whole(bodies, NAME) == data
+    assert await whole(bodies, NAME, len(data) - 1) == data[-1:]
+    assert bodies.held_bytes == 0
+
+
+async def test_of_all_bodies_only_so_much_is_held(bodies: Bodies) -> None:
+    data = b"x" * HELD_BYTES
+    names = [f"upload-{number}" for number in range(ALL_HELD_BYTES // HELD_BYTES + 1)]
+    for name in names:
+        await bodies.append(name, 0, data, limit_bytes=1 << 40, behind=True)
+        await bodies.seal(name, durable=False)
+        assert bodies.held_bytes <= ALL_HELD_BYTES
+    assert bodies.held_bytes == ALL_HELD_BYTES
+    await bodies.delete(names[0])
+    assert bodies.held_bytes == ALL_HELD_BYTES - HELD_BYTES
+    assert [await whole(bodies, name) for name in names[1:]] == [data] * (len(names) - 1)
+    assert bodies.held_bytes == 0
 
 
 async def test_many_bodies_behind_wait_for_the_disk(bodies: Bodies) -> None:
@@ -271,27 +342,12 @@ async def test_who_reads_a_sealed_body_keeps_its_file_whatever_becomes_of_its_na
         assert begin + b"".join([chunk async for chunk in reader]) == data
 
 
-async def test_what_is_sealed_is_kept_open_until_it_is_read_or_deleted(
-    bodies: Bodies, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("controlplane.bodies.FRESH", 2)
-    opened = open_files()
-    for name in ("upload-1", "upload-2", "upload-3"):
-        await store(bodies, name, b"abc")
-    assert open_files() == opened + 2
-    await bodies.delete("upload-2")
-    assert open_files() == opened + 1
-    assert [await whole(bodies, name) for name in ("upload-1", "upload-3")] == [b"abc", b"abc"]
-    await bodies.close()  # a thread may still be at the last
-    assert open_files() == opened
-
-
 async def test_only_so_many_files_are_kept_open(bodies: Bodies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controlplane.bodies.KEPT_OPEN", 2)
     names, data = [f"upload-{number}" for number in range(4)], os.urandom(2 * wire.CHUNK_BYTES)
-    opened = open_files()
     for name in names:
         await store(bodies, name, data)
+    opened = open_files()
     readers = [bodies.follow(name) for name in names]
     read = [await anext(reader) for reader in readers]
     while open_files() > opened + 2:  # a thread may still be at the last
