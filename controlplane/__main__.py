@@ -170,7 +170,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, lease: Lease | Non
             timeout_s=settings.node_timeout,
             stopping=stop.is_set,
         )
-        execution = Execution(dispatcher=dispatcher, fleet=fleet, bodies=bodies, deliveries=deliveries)
+        execution = Execution(dispatcher=dispatcher, bodies=bodies, deliveries=deliveries)
         tunnels = Tunnels(owners, dispatcher)
         flights_api = FlightsApi(owners, dispatcher, store, flights)
         fleet_api = FleetApi(

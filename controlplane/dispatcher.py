@@ -312,6 +312,11 @@ class Dispatcher:
             and task.attempt.node_addr == node_addr
         )
 
+    def response_limit(self, attempt_id: str) -> int:
+        """How long the response of an attempt that is current may be."""
+        # Asked of memory: the task itself may be recorded only with its end.
+        return self._life.attempts[attempt_id].limits.response_body_bytes
+
     def node_up(
         self, node_addr: str, link: Link, running: Collection[str], ended: Collection[str], *, node_ip: str = ""
     ) -> None:

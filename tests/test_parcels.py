@@ -21,7 +21,7 @@ def varint(value: int) -> bytes:
     return written + bytes([value])
 
 
-kinds = pytest.mark.parametrize("kind", sorted(parcels.CARRIERS, key=lambda kind: kind.__name__))
+kinds = pytest.mark.parametrize("kind", sorted(parcels.CARRIERS, key=str))
 pieces = st.one_of(st.binary(max_size=300), st.binary(min_size=SMALL_BYTES, max_size=SMALL_BYTES * 5))
 #: What follows a field's number: anything that fits its wire type.
 values = {

@@ -20,7 +20,6 @@ from controlplane.api.stored import body_of_request
 from controlplane.bodies import Bodies
 from controlplane.dispatcher import Dispatcher
 from controlplane.errors import InvalidArgument, StaleAttempt, Unavailable
-from controlplane.fleet import Fleet
 from controlplane.model import Cause
 from controlplane.slots import AttemptResult, Failure, Start
 
@@ -36,9 +35,8 @@ _START_BYTES: Final = 512
 class Execution:
     """Execute, Fetch and Deliver."""
 
-    def __init__(self, *, dispatcher: Dispatcher, fleet: Fleet, bodies: Bodies, deliveries: Deliveries) -> None:
+    def __init__(self, *, dispatcher: Dispatcher, bodies: Bodies, deliveries: Deliveries) -> None:
         self._dispatcher = dispatcher
-        self._fleet = fleet
         self._bodies = bodies
         self._deliveries = deliveries
 
@@ -114,7 +112,9 @@ class Execution:
         if parcel is None:
             raise InvalidArgument("The first message must name the attempt and have the head.")
         attempt_id = parcel.message.attempt_id
-        limit = await self._limit_of(addr, attempt_id)
+        if not self._dispatcher.attempt_is_current(addr, attempt_id):
+            raise StaleAttempt
+        limit = self._dispatcher.response_limit(attempt_id)
         name = f"{attempt_id}.response"
         size, complete = await self._bodies.begin(name)
         # Only now: who is told of the head begins to read the body.
@@ -142,14 +142,6 @@ class Execution:
                 await self._bodies.delete(name)
         self._deliveries.complete(attempt_id, size)
         await stream.write(pb.DeliverResponse(stored_bytes=size, complete=True))
-
-    async def _limit_of(self, addr: str, attempt_id: str) -> int:
-        """How long the response may be. Raises StaleAttempt."""
-        if not self._dispatcher.attempt_is_current(addr, attempt_id):
-            raise StaleAttempt
-        task_id, _ = ids.split_attempt_id(attempt_id)
-        view = await self._dispatcher.query(task_id)
-        return self._fleet.workspace(view.workspace_uid).spec.limits.response_body_bytes
 
 
 class Outbox:

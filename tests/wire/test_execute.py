@@ -244,6 +244,22 @@ async def test_delivery_of_an_attempt_that_was_given_up_ends(there: House, busy:
         await delivery.send(0, b"x")
 
 
+async def test_delivery_does_not_wait_for_a_task_that_is_recorded_with_its_end(
+    there: House, busy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, start, workspace = busy
+    node.end(answered(start.attempt_id))
+    await until(lambda: start.attempt_id in node.acked)
+    monkeypatch.setattr("controlplane.store_writer.HOLD_S", 2 * DEADLINE_S)
+    calling = asyncio.create_task(there.bridge.schedule(request(workspace, wait_s=DEADLINE_S)))
+    (start,) = await node.started()
+    delivery = Delivery(node, start.attempt_id)
+    await delivery.begin()
+    await delivery.send(0, BODY[:100_000], last=True)
+    node.end(answered(start.attempt_id, size=100_000))
+    assert (await calling).response.body.inline == BODY[:100_000]
+
+
 async def test_fetch_of_what_was_inline_or_past_the_end_is_refused(there: House, busy: Any) -> None:
     node, start, workspace = busy
     fetch: Any = node.client.nodes.Fetch(
