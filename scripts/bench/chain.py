@@ -30,7 +30,7 @@ from scripts.programs import Failed
 
 CONCURRENCIES = (1, 4, 16, 64, 256)
 #: Work, path and connections.
-WORKS = (("w1_c64", "w1", 64), ("w1_c1", "w1", 1), ("w2_c200", "w2", 200), ("w3_c8", "w3", 8))
+WORKS = (("w1_c64", "w1", 64), ("w1_c1", "w1", 1), ("w2_c200", "w2", 200), ("w3_c8", "w3", 8), ("w3_c1", "w3", 1))
 W2_LIMIT_RPS = 200 / 0.02
 
 GOALS = (
@@ -208,6 +208,7 @@ def works_table(chain: Chain) -> str:
         ("W2 c=200 req/s", "w2_c200_rps"),
         ("p99 ms", "w2_c200_p99_ms"),
         ("W3 c=8 req/s", "w3_c8_rps"),
+        ("W3 c=1 p50 ms", "w3_c1_p50_ms"),
     )
     rows = []
     for key, name in chain.seen.items():
