@@ -40,6 +40,7 @@ SECTIONS = (
     Section("durable", "durable"),
     Section("memory", "memory"),
     Section("soak", "soak", full_only=True),
+    Section("coldstart", "coldstart"),
     Section("heartbeats", "heartbeats"),
     Section("placement", "placement", ("--plot", str(ROOT / "docs" / "benchmarks-placement.png"))),
     Section("routing", "routing"),
