@@ -439,19 +439,21 @@ async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, lim
 
 async def _chunks(begun: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     """The same in chunks that are full, but for the last: a message costs what a third of a chunk does."""
-    pieces, size = [begun], len(begun)
+    # Not a list: pieces may be as small as a caller likes.
+    waiting = bytearray(begun)
     async for piece in rest:
-        pieces.append(piece)
-        size += len(piece)
-        if size >= wire.CHUNK_BYTES:
-            data = b"".join(pieces)
-            full = size - size % wire.CHUNK_BYTES
-            for at in range(0, full, wire.CHUNK_BYTES):
-                yield data[at : at + wire.CHUNK_BYTES]
-            pieces, size = [data[full:]], size - full
-    data = b"".join(pieces)
-    for at in range(0, size, wire.CHUNK_BYTES):
-        yield data[at : at + wire.CHUNK_BYTES]
+        waiting += piece
+        while len(waiting) >= wire.CHUNK_BYTES:
+            yield _cut(waiting)
+    while waiting:
+        yield _cut(waiting)
+
+
+def _cut(waiting: bytearray) -> bytes:
+    """Take a chunk off its front."""
+    data = bytes(memoryview(waiting)[: wire.CHUNK_BYTES])
+    del waiting[: wire.CHUNK_BYTES]
+    return data
 
 
 def _raise_error(answer: pb.Answer) -> None:
