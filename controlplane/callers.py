@@ -54,6 +54,9 @@ class Fleet(Protocol):
     def node(self, key: str) -> Node:
         """By address."""
 
+    def call(self, workspace_uid: str) -> None:
+        """A task waits, and no slot is free."""
+
 
 class Callers:
     """Waits, answers and views.

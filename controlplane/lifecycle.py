@@ -182,9 +182,13 @@ class Lifecycle:
             return
         pool = self._slots.pool(workspace_uid)
         if not pool.replicas:
+            self._fleet.call(workspace_uid)
             return
         now = self._monotonic()
         plan = routing.plan(queue.ready(), pool.replicas.values(), mean_s=pool.mean_s, now=now)
+        if not plan.bindings:
+            # Those that are left may be on their way out.
+            self._fleet.call(workspace_uid)
         for task, replica_id, reason in plan.bindings:
             self._assign(task, pool.replicas[replica_id], reason)
         for task, replica_id, wait_s in routing.ahead(

@@ -59,6 +59,9 @@ class Picture:
         self.news = asyncio.Event()
         #: Nodes that said something of themselves that is worth keeping.
         self._unsaved: set[str] = set()
+        self._called: set[str] = set()
+        #: `take_called` has some to give.
+        self.calls = asyncio.Event()
 
     # Who there is.
 
@@ -140,6 +143,21 @@ class Picture:
     def image_bytes(self, reference: str) -> int | None:
         """The size of an image by normalised reference, if a node has told of it."""
         return self._image_bytes.get(reference)
+
+    # What tasks call for.
+
+    def call(self, workspace_uid: str) -> None:
+        """A task waits. If the workspace follows the load and has been without replicas, it is one of `take_called`."""
+        workspace = self._workspaces[workspace_uid]
+        if workspace.spec.scale.max_replicas and not workspace.deployment.target:
+            self._called.add(workspace_uid)
+            self.calls.set()
+
+    def take_called(self) -> set[str]:
+        """Uids of the workspaces that were called for since this was asked last."""
+        called, self._called = self._called, set()
+        self.calls.clear()
+        return called
 
     # What nodes say.
 

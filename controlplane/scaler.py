@@ -1,6 +1,7 @@
 """Makes the number of replicas follow the load, for the workspaces that want that: looks, asks `autoscale`, writes."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -10,11 +11,11 @@ import structlog
 from controlplane import autoscale
 from controlplane.autoscale import Course, Load
 from controlplane.errors import NgpuError
-from controlplane.fleet import Fleet
+from controlplane.fleet import Fleet, Workspace
 
 _log = structlog.get_logger(__name__)
 
-#: How often is looked: so long at most a call waits until a replica is begun for it.
+#: How often all are looked at. One that tasks call for while it has no replicas is looked at at once.
 LOOK_S: Final = 1.0
 #: After a failed write.
 RETRY_S: Final = 1.0
@@ -39,28 +40,49 @@ class Scaler:
 
     async def run(self) -> None:
         """Look for ever, until cancelled."""
+        look_at = self._monotonic()
         while True:
+            called = self._fleet.take_called()
             try:
-                await self.look()
-                await asyncio.sleep(LOOK_S)
+                if self._monotonic() < look_at:
+                    for uid in called:
+                        await self._look_at(self._fleet.workspace(uid))
+                else:
+                    await self.look()
+                    look_at = self._monotonic() + LOOK_S
             except NgpuError as error:
                 _log.warning("scaling_failed", error=type(error).__name__, reason=str(error))
                 await asyncio.sleep(RETRY_S)
+                # At all, those that were called for among them.
+                look_at = self._monotonic()
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(look_at - self._monotonic()):
+                    await self._fleet.calls.wait()
 
     async def look(self) -> None:
-        """Once. Raises as the store does."""
-        now_s = self._monotonic()
+        """Once, at all. Raises as the store does."""
         following = [workspace for workspace in self._fleet.workspaces() if workspace.spec.scale.max_replicas]
-        self._courses = {
-            workspace.uid: self._courses.get(workspace.uid) or autoscale.begun(now_s) for workspace in following
-        }
+        self._courses = {workspace.uid: self._course(workspace.uid) for workspace in following}
         for workspace in following:
-            spec, course = workspace.spec, self._courses[workspace.uid]
-            load = self._tasks.load(workspace.uid)
-            target, course, why = autoscale.scaled(
-                spec.scale, spec.concurrency, workspace.deployment.target, load, course, now_s=now_s
-            )
-            if target != workspace.deployment.target:
-                await self._fleet.follow_load(workspace.uid, target)
-                _log.info("workspace_followed_load", workspace=workspace.uid, replicas=target, reason=why)
-            self._courses[workspace.uid] = course
+            await self._look_at(workspace)
+
+    def _course(self, uid: str) -> Course:
+        return self._courses.get(uid) or autoscale.begun(self._monotonic())
+
+    async def _look_at(self, workspace: Workspace) -> None:
+        if workspace.deleted:
+            return
+        spec, load = workspace.spec, self._tasks.load(workspace.uid)
+        target, course, why = autoscale.scaled(
+            spec.scale,
+            spec.concurrency,
+            workspace.deployment.target,
+            load,
+            self._course(workspace.uid),
+            now_s=self._monotonic(),
+        )
+        if target != workspace.deployment.target:
+            await self._fleet.follow_load(workspace.uid, target)
+            _log.info("workspace_followed_load", workspace=workspace.uid, replicas=target, reason=why)
+        self._courses[workspace.uid] = course

@@ -20,6 +20,11 @@ Stub: TypeAlias = "node_pb2_grpc.NodeServiceAsyncStub"
 
 #: To answer a unary call.
 CALL_LIMIT_S: Final = 10.0
+#: What grpc.aio says of a call that the other side ended while something was being sent on it (grpcio 1.85). The status
+#: with which it was ended follows in a moment: it is looked for so often, so far apart.
+UNTOLD: Final = "Internal error from Core"
+LOOKS: Final = 20
+LOOK_S: Final = 0.005
 
 
 class LinkLost(Exception):
@@ -89,7 +94,10 @@ async def read(
 ) -> Answered:
     """The next message of a stream. Raises LinkLost at its end, AioRpcError."""
     with _cancelled_by_other_side():
-        message = await streams.read(call)
+        try:
+            message = await streams.read(call)
+        except grpc.aio.AioRpcError as fault:
+            raise await _told(call, fault) from None
     if message is grpc.aio.EOF:
         raise LinkLost("the control plane ended it")
     return cast("Answered", message)
@@ -107,7 +115,22 @@ async def write(call: grpc.aio.StreamStreamCall[Asked, Answered], message: Asked
         try:
             await call.write(message)
         except asyncio.InvalidStateError:
+            if call.done():
+                # Whoever reads has yet to be told why.
+                await read(call)
             raise LinkLost("it has ended") from None
+        except grpc.aio.AioRpcError as fault:
+            raise await _told(call, fault) from None
+
+
+async def _told(call: grpc.aio.Call, fault: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+    """With what the other side ended the call."""
+    for _ in range(LOOKS if fault.details() == UNTOLD else 0):
+        await asyncio.sleep(LOOK_S)
+        if (details := await call.details()) != UNTOLD:
+            first, last = await call.initial_metadata(), await call.trailing_metadata()
+            return grpc.aio.AioRpcError(await call.code(), first, last, details)
+    return fault
 
 
 @contextlib.contextmanager

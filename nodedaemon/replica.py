@@ -38,7 +38,7 @@ HEALTHY_S = 600.0
 #: A new container's port is looked at again after this share of the time that it has taken so far ...
 PROBE_SHARE = 0.05
 #: ... but not more and not less often than this.
-PROBE_S, PROBE_LIMIT_S = 0.01, 1.0
+PROBE_S, PROBE_LIMIT_S = 0.005, 1.0
 #: How often a lost engine is tried, and the ports of its containers meanwhile.
 RETRY_S = 1.0
 #: How much of a container's last words goes into the message.

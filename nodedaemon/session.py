@@ -10,6 +10,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Final, Protocol, TypeAlias
 
 import grpc
@@ -45,8 +46,9 @@ HeartbeatCall: TypeAlias = "grpc.aio.StreamStreamCall[node_pb2.HeartbeatRequest,
 
 log = structlog.get_logger()
 
-#: Least time between two reports, whatever changes.
+#: Least time between two reports, whatever changes, but for so many in a row: a replica that comes up has news thrice.
 REPORT_INTERVAL_S: Final = 0.25
+REPORTS_IN_A_ROW: Final = 8
 #: When to report before the control plane has said so, and the most it may ask for.
 REPORT_AFTER_S: Final = 5.0
 REPORT_AFTER_CAP_S: Final = 60.0
@@ -115,6 +117,21 @@ class Caches(Protocol):
 
     def bury(self, workspace_uids: Iterable[str]) -> None:
         """These workspaces are no more."""
+
+
+class Pace:
+    """One per `interval_s` in the long run, but up to `in_a_row` at once by whoever was below that before."""
+
+    def __init__(self, interval_s: float, in_a_row: int) -> None:
+        self._interval_s = interval_s
+        self._in_a_row = in_a_row
+        self._due_at = -inf
+
+    def pause_s(self, now: float) -> float:
+        """One was done: how long to wait, at most `interval_s`, until the next may be. Takes it that this is heeded."""
+        earliest = now - self._in_a_row * self._interval_s
+        self._due_at = max(self._due_at, earliest) + self._interval_s
+        return max(0.0, self._due_at - now)
 
 
 async def enroll(stub: Stub, identity: Identity, token: str, name: str) -> str:
@@ -284,15 +301,17 @@ class Session:
     async def _tell(self, call: HeartbeatCall) -> None:
         """Report at the control plane's pace, and at once when something has changed."""
         sequence = 0
+        pace = Pace(REPORT_INTERVAL_S, REPORTS_IN_A_ROW)
         while not self._leaving.is_set():
             self._news.clear()
             sequence += 1
             readings = self._gpus.readings()
             self._unanswered.append((sequence, self._monotonic(), readings))
             await write(call, self._report(sequence, readings))
-            await asyncio.sleep(REPORT_INTERVAL_S)
+            pause_s = pace.pause_s(self._monotonic())
+            await asyncio.sleep(pause_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._report_after_s, self._answer_limit_s) - REPORT_INTERVAL_S):
+                async with asyncio.timeout(min(self._report_after_s, self._answer_limit_s) - pause_s):
                     await self._news.wait()
             if self._unanswered and self._monotonic() - self._unanswered[0][1] >= self._answer_limit_s:
                 raise LinkLost(f"the control plane has not answered for {self._answer_limit_s:g} s")

@@ -20,7 +20,7 @@ from controlplane.fleet import Fleet, Node
 from controlplane.flights import Flights
 from controlplane.report import Report
 
-#: Changes of what a node should run are told after this long, so that a plan's many changes go in one message.
+#: A change of what a node should run is told at once, others after it so much later, so that many go in one message.
 DEBOUNCE_S: Final = 0.05
 #: A wait that lasts so much longer than asked for says that we were stopped meanwhile.
 STALL_S: Final = 2.0
@@ -243,8 +243,8 @@ class _Heart:
         version = self._nodes.desired_version(self._addr)
         while True:
             version = await self._nodes.newer_desired(self._addr, version)
-            await asyncio.sleep(DEBOUNCE_S)
             self._due.set()
+            await asyncio.sleep(DEBOUNCE_S)
 
     async def watch_silence(self) -> None:
         """Give the node up once it has been silent for too long."""

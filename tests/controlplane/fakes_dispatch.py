@@ -53,6 +53,8 @@ class FakeFleet:
         self.workspaces: dict[str, Workspace] = {}
         self.replicas: dict[str, Replica] = {}
         self.reports: dict[str, ReplicaReport] = {}
+        #: Workspaces that were called for, as often as they were.
+        self.called: list[str] = []
 
     def add_workspace(self, uid: str, **limits: Any) -> None:
         spec = Spec(name=f"name-of-{uid}", image="img", ports=(80,), limits=Limits(**limits))
@@ -82,6 +84,9 @@ class FakeFleet:
 
     def node(self, key: str) -> Node:
         return Node(key, f"name-of-{key}", START)
+
+    def call(self, workspace_uid: str) -> None:
+        self.called.append(workspace_uid)
 
 
 class FakeLink:

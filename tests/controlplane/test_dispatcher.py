@@ -133,6 +133,16 @@ async def test_waiting_task_says_what_its_replicas_do(world: World) -> None:
     assert (view.waiting_for, view.expected_wait_s) == (words, 0)
 
 
+async def test_task_without_a_free_slot_calls_for_one(world: World) -> None:
+    world.submit()
+    assert world.fleet.called == [WS]
+    world.node("n1", r1=1)
+    await world.settle()
+    assert world.fleet.called == [WS]
+    world.submit()
+    assert world.fleet.called == [WS, WS]
+
+
 async def test_full_queue_refuses_and_says_when_to_try_again(world: World) -> None:
     world.fleet.add_workspace(WS, queue_length=2)
     world.node("n1", r1=1)

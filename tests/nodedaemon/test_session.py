@@ -21,7 +21,7 @@ from nodedaemon.identity import Identity
 from nodedaemon.journal import Journal
 from nodedaemon.machine import Machine
 from nodedaemon.relay import Relay
-from nodedaemon.session import Session
+from nodedaemon.session import Pace, Session
 from nodedaemon.spool import Spool
 from nodedaemon.statement import assignment
 from tests.nodedaemon.fakes import SOON_S, FakeControlPlane, FakeGpus, FakeReplicas, container, control_plane, echo
@@ -394,6 +394,14 @@ async def test_leaving_does_not_wait_for_a_control_plane_that_is_gone(boot: Boot
     node.session.leave()
     async with asyncio.timeout(SOON_S):
         await node.speaking
+
+
+def test_some_reports_may_come_in_a_row_and_more_at_their_pace() -> None:
+    pace = Pace(0.25, 3)
+    assert [pace.pause_s(10.0) for _ in range(4)] == [0, 0, 0, 0.25]
+    assert [pace.pause_s(10.25 + 0.25 * n) for n in range(3)] == [0.25] * 3
+    # Two intervals of quiet give two of them back.
+    assert [pace.pause_s(11.5) for _ in range(3)] == [0, 0, 0.25]
 
 
 def test_backoff_grows_to_its_cap_and_begins_anew() -> None:
