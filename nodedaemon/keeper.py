@@ -73,8 +73,10 @@ class Keeper:
     def _serve(self, daemon: socket.socket) -> bool:
         """True: it told us to end. False: it has gone."""
         self._poll.register(daemon, select.EPOLLIN)
+        spoken = False
         while True:
-            ready = [descriptor for descriptor, _ in self._poll.poll()]
+            # Before it has taken what there is, what is dead is for it to see.
+            ready = [descriptor for descriptor, _ in self._poll.poll()] if spoken else [daemon.fileno()]
             if daemon.fileno() not in ready:
                 # Closed in both directions, by the daemon or by a container's reset.
                 for descriptor in ready:
@@ -86,6 +88,7 @@ class Keeper:
                 return False
             if message[0] == END:
                 return True
+            spoken = True
             self._hear(daemon, message, descriptors)
 
     def _hear(self, daemon: socket.socket, message: bytes, descriptors: list[int]) -> None:

@@ -180,6 +180,28 @@ async def test_a_container_that_broke_off_while_no_daemon_was_there_is_seen_to_h
         read(taken.hold.sock)
 
 
+async def test_what_broke_off_is_there_for_a_daemon_that_is_slow_to_take_it(
+    boot: Boot, server: Server, tmp_path: Path
+) -> None:
+    first = boot()
+    hold, other = first.connect(server)
+    first.note(hold, errand())
+    (pid,) = keepers(first)
+    hold.sock.send(REQUEST)
+    await first.kill()
+    other.close()
+    with contextlib.closing(keeper_link.connect(tmp_path)) as link:
+        async with asyncio.timeout(SOON_S):
+            # Until the keeper has that daemon, too, and waits for what it says.
+            while sockets(pid) < 3:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        found = keeper_link.Found()
+        found.take(link)
+    ((_, _, sock),) = found.socks
+    sock.close()
+
+
 async def test_daemons_may_be_killed_one_after_the_other(boot: Boot, server: Server) -> None:
     daemon = boot()
     hold, other = daemon.connect(server)
