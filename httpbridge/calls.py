@@ -35,6 +35,9 @@ FOLLOW_LIMIT_S: Final = 30.0
 RESUMES: Final = 3
 RESUME_PAUSE_S: Final = 0.5
 
+#: Bodies that fill chunks before they are sent, at a time; others go on as they come, since each holds up to a chunk.
+FILLING: Final = 128
+
 #: With a socket of its own, and so with no memory of earlier failures to connect.
 _SMALL_OPTIONS: Final[wire.ChannelOptions] = [*wire.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
@@ -135,6 +138,7 @@ class ControlPlane:
         self._credentials = credentials
         #: Of those that were left, to be closed when what is under way there has ended.
         self._leaving: set[asyncio.Task[None]] = set()
+        self._storing = 0
         self._use(self._addresses[0], self._dial(self._addresses[0]))
         self.batch = Batch(self._open_batch, outstanding=outstanding)
 
@@ -304,12 +308,14 @@ class ControlPlane:
         `rest` is not asked for a piece before the control plane has agreed; its own errors pass.
         """
         call = self._upload(metadata=self._metadata(), timeout=TRANSFER_LIMIT_S)
+        self._storing += 1
+        least = wire.CHUNK_BYTES if self._storing <= FILLING else 1
         try:
             await call.write(Parcel(pb.UploadRequest(workspace_id=workspace_id, route=route, size=size, discard=True)))
             agreed = dict(await call.initial_metadata())
             # It comes with a refusal, too, and then has nothing in it.
             if wire.UPLOAD_ID in agreed:
-                await _write_all(call, begun, rest, limit=int(agreed[wire.UPLOAD_LIMIT]))
+                await _write_all(call, _chunks(begun, rest, least), limit=int(agreed[wire.UPLOAD_LIMIT]))
             return await _answer(call)
         except asyncio.InvalidStateError:
             # It ended under us; it says why.
@@ -320,6 +326,7 @@ class ControlPlane:
                 raise errors.Unavailable("The body could not be stored; send it again") from None
             raise translated(error) from None
         finally:
+            self._storing -= 1
             call.cancel()
 
     async def follow(self, task_id: str, workspace_id: str, *, attempt: int) -> AsyncGenerator[Part, None]:
@@ -424,10 +431,10 @@ def _in_step(data: bytes, event: pb.WatchResponse, offset: int, task_id: str) ->
     return data
 
 
-async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, limit: int) -> None:
+async def _write_all(call: Any, pieces: AsyncGenerator[bytes, None], *, limit: int) -> None:
     """All of a body. Raises TooLarge: of a refusal that comes while we write, grpc.aio may not tell the reason."""
     size = 0
-    async with aclosing(_chunks(begun, rest)) as chunks:
+    async with aclosing(pieces) as chunks:
         async for data in chunks:
             size += len(data)
             if size > limit:
@@ -437,13 +444,13 @@ async def _write_all(call: Any, begun: bytes, rest: AsyncIterator[bytes], *, lim
     await call.done_writing()
 
 
-async def _chunks(begun: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The same in chunks that are full, but for the last: a message costs what a third of a chunk does."""
+async def _chunks(begun: bytes, rest: AsyncIterator[bytes], least: int) -> AsyncGenerator[bytes, None]:
+    """The same in chunks of so many bytes at least, but for the last: a message costs what a third of a chunk does."""
     # Not a list: pieces may be as small as a caller likes.
     waiting = bytearray(begun)
     async for piece in rest:
         waiting += piece
-        while len(waiting) >= wire.CHUNK_BYTES:
+        while len(waiting) >= least:
             yield _cut(waiting)
     while waiting:
         yield _cut(waiting)

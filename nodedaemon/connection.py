@@ -20,6 +20,8 @@ from nodedaemon.http1 import Malformed, ResponseParser
 IDLE_S: Final = 1.0
 #: Body bytes that wait in a connection for their reader; past it the container waits.
 BUFFER_BYTES: Final = wire.CHUNK_BYTES
+#: They are kept in pieces, which are no smaller however little the container writes at a time: a byte alone takes 34.
+PIECE_BYTES: Final = 4096
 
 #: What any connection's socket has, until it is looked at, which is at once. Without it each look would make, and give
 #: back, memory for the most that there could be, which costs as much as all else that is done with a small answer.
@@ -261,13 +263,20 @@ class Connection(asyncio.BufferedProtocol):
             return
         course.heard(answered=response.head_complete, ended=response.complete)
         if body:
-            self._pieces.append(body)
+            self._keep(body)
             self.buffered_bytes += len(body)
             course.received_bytes += len(body)
             if self.buffered_bytes >= BUFFER_BYTES and self._reading:
                 self._reading = False
                 self._transport.pause_reading()
         self._wake()
+
+    def _keep(self, body: bytes) -> None:
+        pieces = self._pieces
+        if pieces and len(pieces[-1]) < PIECE_BYTES:
+            pieces[-1] += body
+        else:
+            pieces.append(body)
 
     def eof_received(self) -> None:
         """The container closed its side."""
