@@ -37,6 +37,7 @@ SECTIONS = (
     Section("chain", "chain"),
     Section("curves", "chain", ("--plot", str(PLOT), "--seconds", "5"), full_only=True),
     Section("profile", "chain", ("--profile", "--seconds", "15"), full_only=True),
+    Section("profile-w3", "chain", ("--profile", "w3_c8", "--seconds", "15"), full_only=True),
     Section("durable", "durable"),
     Section("memory", "memory"),
     Section("soak", "soak", full_only=True),

@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from scripts.programs import Failed
 CONCURRENCIES = (1, 4, 16, 64, 256)
 #: Work, path and connections.
 WORKS = (("w1_c64", "w1", 64), ("w1_c1", "w1", 1), ("w2_c200", "w2", 200), ("w3_c8", "w3", 8), ("w3_c1", "w3", 1))
+CURVES = tuple((f"w1_c{connections}", "w1", connections) for connections in CONCURRENCIES)
 W2_LIMIT_RPS = 200 / 0.02
 
 GOALS = (
@@ -152,11 +153,11 @@ class Chain:
             time.sleep(1)
             self.figures.keep("small_beside_large_p50_ms", self.load(self.ngpu, "w1", 4).p50_ms)
 
-    def peer(self, peer: Peer) -> None:
-        """All works of a peer, which is up only for that long."""
+    def peer(self, peer: Peer, works: Sequence[tuple[str, str, int]]) -> None:
+        """All these works of a peer, which is up only for that long."""
         with self.peer_up(peer) as one:
             self.load(one, "w1", 16, 1)  # warm
-            for work, path, connections in self.works:
+            for work, path, connections in works:
                 self.measure(one, work, path, connections)
 
     @contextmanager
@@ -191,10 +192,10 @@ class Chain:
         return steps
 
     def curves(self) -> None:
-        """W1 over concurrency."""
-        for connections in CONCURRENCIES:
+        """W1 over concurrency, but for the peers."""
+        for work, path, connections in CURVES:
             for one in self.steady:
-                self.measure(one, f"w1_c{connections}", "w1", connections)
+                self.measure(one, work, path, connections)
 
 
 def works_table(chain: Chain) -> str:
@@ -251,7 +252,9 @@ def plot(chain: Chain, target: Path) -> None:
 def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figures:
     """What the options ask for."""
     wanted = options.peers.split(",") if options.peers else []
-    rivals = [] if options.quick or options.plot or options.profile else [peer for peer in PEERS if peer.key in wanted]
+    rivals = [peer for peer in PEERS if peer.key in wanted and not (options.plot and peer.alone)]
+    if options.quick or options.profile:
+        rivals = []
     tools = dict.fromkeys(peer.tool for peer in rivals)
     for tool in tools:
         tool.install()
@@ -276,12 +279,13 @@ def measure(state: Path, options: argparse.Namespace, busy: float) -> sheet.Figu
                 time.sleep(1)
                 print(hotspots.tables(ours.programs, options.seconds, state))
         elif options.plot:
-            sheet.rounds(options.rounds, [("curves", chain.curves)])
+            curves = [(peer.name, partial(chain.peer, peer, CURVES)) for peer in rivals]
+            sheet.rounds(options.rounds, [("curves", chain.curves), *curves])
             plot(chain, options.plot)
             print(curves_table(chain))
         else:
             steps = chain.steps(options.quick)
-            steps += [(peer.name, partial(chain.peer, peer)) for peer in rivals]
+            steps += [(peer.name, partial(chain.peer, peer, chain.works)) for peer in rivals]
             with Memory(ours.pids) as memory:
                 sheet.rounds(options.rounds, steps)
             chain.figures.keep("peak_mib", memory.peak_mib)
