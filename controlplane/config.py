@@ -5,7 +5,6 @@ Only `__main__` reads them; every part gets what it needs by its constructor. Fa
 
 import ipaddress
 import os
-import re
 import zoneinfo
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, tzinfo
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 import pydantic_settings
+from ngpu.settings import address, address_or_none, duration, is_loopback, size, split_address, words
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -21,58 +21,18 @@ ENV_PREFIX: Final = "NGPU_CONTROLPLANE_"
 #: The one variable with that prefix that is no setting: where the settings' file is.
 ENV_FILE: Final = f"{ENV_PREFIX}CONFIG"
 
-_SIZES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _size(value: object) -> object:
-    """`1048576`, `"64 MiB"`, `"2G"`: bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", value.strip().lower())
-    if match is None:
-        raise ValueError(f"{value!r} is no size: write 1048576, 64MiB or 2GiB")
-    return int(match[1]) * _SIZES[match[2]]
-
 
 class ConfigFault(Exception):
     """Settings that cannot be used; the message names every fault, a line each."""
 
 
-def _duration(value: object) -> object:
-    """`15`, `"15s"`, `"10m"`, `"1h30m"`, `"7d"`: seconds."""
-    if not isinstance(value, str):
-        return value
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text := value.strip().lower())
-    if parts and "".join(number + unit for number, unit in parts) == text:
-        return sum(float(number) * _UNITS[unit] for number, unit in parts)
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{value!r} is no duration: write 15s, 10m, 1h30m or 7d") from None
-
-
-def _words(value: object) -> object:
-    """`"AINN,ORDI"`: a list."""
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
-
-
-def _address(value: str) -> str:
-    split_address(value)
-    return value
-
-
-def _optional_address(value: str) -> str:
-    return _address(value) if value else value
-
-
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
-SecondsOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
-Bytes = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(duration), Field(gt=0)]
+SecondsOrNone = Annotated[float, BeforeValidator(duration), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(size), Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, le=100)]
-Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
-Address = Annotated[str, pydantic.AfterValidator(_address)]
-OptionalAddress = Annotated[str, pydantic.AfterValidator(_optional_address)]
+Words = Annotated[list[str], NoDecode, BeforeValidator(words)]
+Address = Annotated[str, pydantic.AfterValidator(address)]
+OptionalAddress = Annotated[str, pydantic.AfterValidator(address_or_none)]
 
 
 class _Section(BaseModel):
@@ -371,26 +331,6 @@ def settings() -> list[tuple[str, str, str]]:
 def env_name(setting: str) -> str:
     """The environment variable of a setting: `assets.tickers` -> NGPU_CONTROLPLANE_ASSETS__TICKERS."""
     return ENV_PREFIX + setting.replace(".", "__").upper()
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT`, IPv6 in brackets. Raises ValueError."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{address!r} is no HOST:PORT")
-    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
-        raise ValueError(f"{address!r} is no HOST:PORT: an IPv6 address goes in brackets")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _env_names() -> frozenset[str]:

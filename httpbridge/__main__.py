@@ -15,6 +15,7 @@ import grpc
 import structlog
 import typer
 from ngpu import heap
+from ngpu.settings import split_address
 
 from httpbridge import config as configuration
 from httpbridge import log as logs
@@ -98,7 +99,7 @@ async def _listen(config: Config, app: App, about: About, batch: "asyncio.Task[N
     await asyncio.wait(begun, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
     for waiting in begun:
         waiting.cancel()
-    host, port = configuration.split_address(config.listen)
+    host, port = split_address(config.listen)
     connections = app.server()
     server = await loop.create_server(
         connections, host, port, ssl=_server_tls(config), reuse_port=config.reuse_port or None, backlog=1024

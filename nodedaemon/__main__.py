@@ -14,6 +14,7 @@ import grpc
 import structlog
 import typer
 from ngpu import heap
+from ngpu.settings import split_address
 
 from nodedaemon import config, log
 from nodedaemon.bulk import Bulk
@@ -117,7 +118,7 @@ async def serve(settings: config.Config, stop: asyncio.Event, *, stop_containers
     # Life.
     try:
         if settings.metrics_listen:
-            _publish(address_file, await metrics.start(*config.split_address(settings.metrics_listen)))
+            _publish(address_file, await metrics.start(*split_address(settings.metrics_listen)))
         _log.info("node_started", node=identity.address, engine=kind, state_dir=str(settings.state_dir))
         async with asyncio.TaskGroup() as group:
             loops = [

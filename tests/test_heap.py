@@ -14,8 +14,8 @@ LOADED = "import sys, {program}.__main__; print(*{{name.partition('.')[0] for na
     ("program", "unneeded"),
     [
         ("controlplane", {"rich", "pygments", "aiohttp", "alembic", "docker"}),
-        ("nodedaemon", {"rich", "pygments", "aiohttp", "docker", "requests", "sqlalchemy"}),
-        ("httpbridge", {"rich", "pygments", "yaml", "docker", "sqlalchemy"}),
+        ("nodedaemon", {"rich", "pygments", "aiohttp", "docker", "requests", "sqlalchemy", "pydantic"}),
+        ("httpbridge", {"rich", "pygments", "yaml", "docker", "sqlalchemy", "pydantic"}),
     ],
 )
 def test_a_program_starts_without_what_it_may_never_need(program: str, unneeded: set[str]) -> None:

@@ -9,10 +9,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from ngpu import wire
+from ngpu.settings import split_address
 from ngpu.v1 import asset_pb2, fleet_pb2, node_pb2, task_pb2, usage_pb2, workspace_pb2
 
 from controlplane.api.gate import Gate
-from controlplane.config import split_address
 
 #: Calls at once, streams among them; past it gRPC answers RESOURCE_EXHAUSTED.
 CONCURRENT_CALLS: Final = 20_000

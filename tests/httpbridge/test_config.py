@@ -63,7 +63,7 @@ def test_every_fault_is_told_at_once(tmp_path: Path, token_file: Path, monkeypat
         ({"tls_key": "/nonexistent"}, "cannot be read"),
         ({"token_file": "/nonexistent"}, "cannot be read"),
         ({"body_memory": "1MiB"}, "body_memory is smaller"),
-        ({"sync_wait": "2h"}, "less than or equal to 3600"),
+        ({"sync_wait": "2h"}, "sync_wait: expected float <= 3600"),
         ({"listen": "::1:80"}, "brackets"),
     ],
 )
