@@ -7,22 +7,28 @@ import sys
 import pytest
 from ngpu import heap
 
-LOADED = "import sys, {program}.__main__; print(*{{name.partition('.')[0] for name in sys.modules}})"
+#: Once it has read its options.
+LOADED = """
+import contextlib, sys, {program}.__main__
+with contextlib.suppress(SystemExit):
+    {program}.__main__.main()
+print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
+"""
 
 
 @pytest.mark.parametrize(
-    ("program", "unneeded"),
+    ("program", "option", "unneeded"),
     [
-        ("controlplane", {"rich", "pygments", "aiohttp", "alembic", "docker"}),
-        ("nodedaemon", {"rich", "pygments", "aiohttp", "docker", "requests", "sqlalchemy", "pydantic"}),
-        ("httpbridge", {"rich", "pygments", "yaml", "docker", "sqlalchemy", "pydantic"}),
+        ("controlplane", "settings", {"rich", "pygments", "aiohttp", "alembic", "docker"}),
+        ("nodedaemon", "settings", {"rich", "pygments", "aiohttp", "docker", "requests", "sqlalchemy", "pydantic"}),
+        ("httpbridge", "--settings", {"rich", "pygments", "yaml", "docker", "sqlalchemy", "pydantic"}),
     ],
 )
-def test_a_program_starts_without_what_it_may_never_need(program: str, unneeded: set[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED.format(program=program)], capture_output=True, text=True, check=True
-    )
-    assert not unneeded & set(done.stdout.split())
+def test_a_program_starts_without_what_it_may_never_need(program: str, option: str, unneeded: set[str]) -> None:
+    command = [sys.executable, "-c", LOADED.format(program=program), option]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "listen" in done.stdout
+    assert not unneeded & set(done.stderr.split())
 
 
 def test_the_command_line_has_its_colours_all_the_same() -> None:
