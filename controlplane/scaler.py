@@ -11,7 +11,7 @@ import structlog
 from controlplane import autoscale
 from controlplane.autoscale import Course, Load
 from controlplane.errors import NgpuError
-from controlplane.fleet import Fleet, Workspace
+from controlplane.fleet import Fleet
 
 _log = structlog.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class Scaler:
             try:
                 if self._monotonic() < look_at:
                     for uid in called:
-                        await self._look_at(self._fleet.workspace(uid))
+                        await self._look_at(uid)
                 else:
                     await self.look()
                     look_at = self._monotonic() + LOOK_S
@@ -62,27 +62,29 @@ class Scaler:
 
     async def look(self) -> None:
         """Once, at all. Raises as the store does."""
-        following = [workspace for workspace in self._fleet.workspaces() if workspace.spec.scale.max_replicas]
-        self._courses = {workspace.uid: self._course(workspace.uid) for workspace in following}
-        for workspace in following:
-            await self._look_at(workspace)
+        following = [one.uid for one in self._fleet.workspaces() if one.spec.scale.max_replicas]
+        self._courses = {uid: self._course(uid) for uid in following}
+        for uid in following:
+            await self._look_at(uid)
 
     def _course(self, uid: str) -> Course:
         return self._courses.get(uid) or autoscale.begun(self._monotonic())
 
-    async def _look_at(self, workspace: Workspace) -> None:
+    async def _look_at(self, uid: str) -> None:
+        # As it is now: it may have changed while another's number was written.
+        workspace = self._fleet.workspace(uid)
         if workspace.deleted:
             return
-        spec, load = workspace.spec, self._tasks.load(workspace.uid)
+        spec, load = workspace.spec, self._tasks.load(uid)
         target, course, why = autoscale.scaled(
             spec.scale,
             spec.concurrency,
             workspace.deployment.target,
             load,
-            self._course(workspace.uid),
+            self._course(uid),
             now_s=self._monotonic(),
         )
         if target != workspace.deployment.target:
-            await self._fleet.follow_load(workspace.uid, target)
-            _log.info("workspace_followed_load", workspace=workspace.uid, replicas=target, reason=why)
-        self._courses[workspace.uid] = course
+            await self._fleet.follow_load(uid, target)
+            _log.info("workspace_followed_load", workspace=uid, replicas=target, reason=why)
+        self._courses[uid] = course
