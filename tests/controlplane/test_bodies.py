@@ -14,16 +14,9 @@ from pathlib import Path
 import pytest
 from ngpu import wire
 
-from controlplane.bodies import (
-    ALL_BEHIND_BYTES,
-    ALL_HELD_BYTES,
-    BEHIND_BYTES,
-    BEHIND_S,
-    HELD_BYTES,
-    HELD_PIECES,
-    RESERVE_SHARE,
-    Bodies,
-)
+from controlplane.bodies import ALL_BEHIND_BYTES, BEHIND_BYTES, BEHIND_S, Bodies
+from controlplane.body_files import RESERVE_SHARE
+from controlplane.body_pieces import ALL_HELD_BYTES, HELD_BYTES, HELD_PIECES
 from controlplane.errors import Conflict, NotFound, OutOfRange, TooLarge, Unavailable
 
 MIB = 1024 * 1024
