@@ -194,12 +194,13 @@ class Session:
         self._monotonic = monotonic
         self._backoff = Backoff(FIRST_RETRY_S, RETRY_CAP_S, chance=chance)
         self._answer_limit_s = answer_limit_s
-        self._report_after_s = REPORT_AFTER_S
+        # When the next report is due if nothing happens.
+        self._next_report: asyncio.TimerHandle | None = None
         # Reports that were not answered: sequence, when sent, readings in it.
         self._unanswered: deque[tuple[int, float, tuple[GpuReading, ...]]] = deque()
         # What the last report of this stream said, but for its readings; empty: there was none.
         self._said = node_pb2.HeartbeatRequest()
-        # Something is to be reported before its time.
+        # A report is due.
         self._news = asyncio.Event()
         self._leaving = asyncio.Event()
         if gpu_tests:
@@ -290,13 +291,19 @@ class Session:
         return await ask(stub.Login(request, timeout=CALL_LIMIT_S))
 
     async def _heartbeat(self, call: HeartbeatCall) -> None:
-        self._report_after_s = REPORT_AFTER_S
         self._unanswered.clear()
         self._said = node_pb2.HeartbeatRequest()
-        self._news.set()
+        self._report_in(0)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear(call), name="heartbeat: hear")
             group.create_task(self._tell(call), name="heartbeat: tell")
+
+    def _report_in(self, after_s: float) -> None:
+        """At the latest. An answer that is overdue is to be seen, too."""
+        if self._next_report is not None:
+            self._next_report.cancel()
+        loop = asyncio.get_running_loop()
+        self._next_report = loop.call_later(min(after_s, self._answer_limit_s), self._news.set)
 
     async def _tell(self, call: HeartbeatCall) -> None:
         """Report at the control plane's pace, and at once when something has changed."""
@@ -307,12 +314,11 @@ class Session:
             sequence += 1
             readings = self._gpus.readings()
             self._unanswered.append((sequence, self._monotonic(), readings))
+            # Its answer will say when.
+            self._report_in(REPORT_AFTER_S)
             await write(call, self._report(sequence, readings))
-            pause_s = pace.pause_s(self._monotonic())
-            await asyncio.sleep(pause_s)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._report_after_s, self._answer_limit_s) - pause_s):
-                    await self._news.wait()
+            await asyncio.sleep(pace.pause_s(self._monotonic()))
+            await self._news.wait()
             if self._unanswered and self._monotonic() - self._unanswered[0][1] >= self._answer_limit_s:
                 raise LinkLost(f"the control plane has not answered for {self._answer_limit_s:g} s")
         report = self._report(sequence + 1, self._gpus.readings())
@@ -327,8 +333,10 @@ class Session:
     async def _hear(self, call: HeartbeatCall) -> None:
         while True:
             answer = await read(call)
-            after_s = answer.report_after_ms / 1000 or REPORT_AFTER_S
-            self._report_after_s = min(max(after_s, REPORT_INTERVAL_S), REPORT_AFTER_CAP_S)
+            if answer.sequence:
+                # What else it says, as often as it likes, must not put the next report off.
+                after_s = answer.report_after_ms / 1000 or REPORT_AFTER_S
+                self._report_in(min(max(after_s, REPORT_INTERVAL_S), REPORT_AFTER_CAP_S))
             while self._unanswered and self._unanswered[0][0] <= answer.sequence:
                 self._gpus.acknowledge(self._unanswered.popleft()[2])
             if self._caches and answer.sequence:

@@ -157,8 +157,9 @@ class FakeReplicas:
         return self.exits.get(replica_id)
 
     def apply(self, assignments: Iterable[Assignment]) -> None:
-        self.applied = list(assignments)
-        self.change()
+        before, self.applied = self.applied, list(assignments)
+        if self.applied != (before or []):
+            self.change()
 
     def change(self) -> None:
         self.version += 1
@@ -249,6 +250,8 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         self.dead: list[str] = []
         self.report_after_ms = 60_000
         self.answering = True
+        #: How long it waits for a report before it says on its own account what should be, again and again.
+        self.quiet_s: float | None = None
         self.news = asyncio.Event()
         self._endings: list[tuple[grpc.StatusCode, str]] = []
         # Execute.
@@ -326,21 +329,32 @@ class FakeControlPlane(node_pb2_grpc.NodeServiceServicer):
         queue: asyncio.Queue[node_pb2.HeartbeatRequest | None] = asyncio.Queue()
         reader = asyncio.create_task(self._hear(requests, queue))
         try:
-            while (report := await queue.get()) is not None:
+            while True:
+                try:
+                    async with asyncio.timeout(self.quiet_s):
+                        report = await queue.get()
+                except TimeoutError:
+                    yield self._answer(0)
+                    continue
+                if report is None:
+                    break
                 self.reports.put_nowait(report)
                 if report.goodbye:
                     return
                 if self.answering:
-                    yield node_pb2.HeartbeatResponse(
-                        sequence=report.sequence,
-                        assignments=self.desired,
-                        report_after_ms=self.report_after_ms,
-                        dead_workspaces=self.dead,
-                    )
+                    yield self._answer(report.sequence)
             while self._endings:
                 await fail(context, *self._endings.pop())
         finally:
             reader.cancel()
+
+    def _answer(self, sequence: int) -> node_pb2.HeartbeatResponse:
+        return node_pb2.HeartbeatResponse(
+            sequence=sequence,
+            assignments=self.desired,
+            report_after_ms=self.report_after_ms,
+            dead_workspaces=self.dead,
+        )
 
     async def _hear(
         self,

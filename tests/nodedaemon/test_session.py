@@ -286,9 +286,16 @@ async def test_what_is_as_before_is_said_once_a_stream(boot: Boot, plane: FakeCo
     assert anew.replicas[0].replica_id == "r-1"
 
 
-async def test_pace_is_the_control_planes(boot: Boot, plane: FakeControlPlane) -> None:
+async def test_pace_is_the_control_planes(boot: Boot, plane: FakeControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodedaemon.session.REPORT_AFTER_S", 3600.0)
     plane.report_after_ms = 300
-    boot()
+    boot(answer_limit_s=3600.0)
+    assert [(await plane.report()).sequence for _ in range(3)] == [1, 2, 3]
+
+
+async def test_what_else_a_control_plane_says_does_not_put_reports_off(boot: Boot, plane: FakeControlPlane) -> None:
+    plane.report_after_ms, plane.quiet_s = 300, 0.02
+    boot(answer_limit_s=3600.0)
     assert [(await plane.report()).sequence for _ in range(3)] == [1, 2, 3]
 
 

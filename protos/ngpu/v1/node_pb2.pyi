@@ -651,7 +651,7 @@ class HeartbeatResponse(_message.Message):
     sequence: _builtins.int
     """The sequence of the report answered; 0: on the control plane's own account."""
     report_after_ms: _builtins.int
-    """When to report next."""
+    """When to report next; in an answer to a report."""
     @_builtins.property
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """Every replica this node should run; what is not listed is to be stopped."""

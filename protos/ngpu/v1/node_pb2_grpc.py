@@ -116,8 +116,8 @@ class NodeServiceServicer(object):
 
     def Heartbeat(self, request_iterator, context):
         """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
-        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
-        when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
+        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer to a report is over, and at once (four times
+        a second in the long run) when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
         Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

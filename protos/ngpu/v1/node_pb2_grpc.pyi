@@ -49,8 +49,8 @@ class NodeServiceStub:
     """
     Heartbeat: _grpc.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]
     """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
-    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
-    when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
+    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer to a report is over, and at once (four times
+    a second in the long run) when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
     Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
     """
     Execute: _grpc.StreamStreamMultiCallable[_node_pb2.ExecuteRequest, _node_pb2.ExecuteResponse]
@@ -110,8 +110,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """
     Heartbeat: _aio.StreamStreamMultiCallable[_node_pb2.HeartbeatRequest, _node_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
-    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
-    when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
+    be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer to a report is over, and at once (four times
+    a second in the long run) when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
     Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
     """
     Execute: _aio.StreamStreamMultiCallable[_node_pb2.ExecuteRequest, _node_pb2.ExecuteResponse]  # type: ignore[assignment]
@@ -192,8 +192,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.HeartbeatResponse], _abc.AsyncIterator[_node_pb2.HeartbeatResponse]]:
         """One for the daemon's life. Level-triggered both ways: each report says all that is (or that it is as before), each answer all that should
-        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer is over, and at once (at most four times a second)
-        when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
+        be, so that losing a stream loses nothing. The node reports when `report_after_ms` of the last answer to a report is over, and at once (four times
+        a second in the long run) when a replica or GPU changes. A report with `goodbye` announces a clean end; a stream that just ends is a lost node.
         Errors: UNAUTHENTICATED, ABORTED with reason SUPERSEDED.
         """
 
