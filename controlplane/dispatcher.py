@@ -32,7 +32,8 @@ from controlplane.failures import (
     UNSAID,
 )
 from controlplane.intake import Intake
-from controlplane.lifecycle import RUN_GRACE_S, UNREAD_S, Lifecycle, Metrics, Recorder
+from controlplane.ledger import Recorder
+from controlplane.lifecycle import RUN_GRACE_S, UNREAD_S, Lifecycle, Metrics
 from controlplane.model import ENDED, Attempt, Delivery, State
 from controlplane.queues import HELD_BYTES, Queues
 from controlplane.quotas import ACCOUNT_QUEUE_LENGTH, Quotas
@@ -245,7 +246,7 @@ class Dispatcher:
     def decision(self, task_id: str) -> Decision | None:
         """Why the task's present attempt is where it is; None: it has none, or there was no choice, or before us."""
         task = self._life.tasks.get(task_id)
-        return None if task is None else self._life.decision(task)
+        return None if task is None else self._life.ledger.decision(task)
 
     def waiting(self, task_id: str) -> TaskView | None:
         """The task with its place in the queue and why it waits; None unless it is queued."""

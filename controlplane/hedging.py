@@ -14,11 +14,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Final, Protocol
+from typing import Final
 
 from controlplane import routing
 from controlplane.errors import NgpuError, Unavailable
 from controlplane.failures import HEDGE_OPEN, HEDGE_UNUSED
+from controlplane.ledger import Ledger
 from controlplane.model import Attempt, Delivery
 from controlplane.queues import Queues
 from controlplane.slots import AttemptResult, Failure, Replica, Request, Slots, Start
@@ -33,20 +34,6 @@ LEAST_S: Final = 0.1
 LOOK_S: Final = 1.0
 #: A row that the store did not take is given to it again after this.
 AGAIN_S: Final = 1.0
-
-
-class Receipt(Protocol):
-    """Makes the row of an attempt; see lifecycle."""
-
-    def __call__(
-        self,
-        task: OpenTask,
-        attempt: OpenAttempt,
-        delivery: Delivery,
-        result: AttemptResult | None,
-        failure: Failure | None,
-    ) -> Attempt:
-        """Of that attempt of the task."""
 
 
 class Hedges:
@@ -64,8 +51,7 @@ class Hedges:
         monotonic: Callable[[], float],
         later: Callable[[Callable[[], Awaitable[None]]], None],
         fill: Callable[[str], None],
-        place: Callable[[OpenTask, Replica, str, int], OpenAttempt],
-        receipt: Receipt,
+        ledger: Ledger,
         begun: Callable[[OpenTask], None],
     ) -> None:
         self._store = store
@@ -74,8 +60,7 @@ class Hedges:
         self._monotonic = monotonic
         self._later = later
         self._fill = fill
-        self._place = place
-        self._receipt = receipt
+        self._ledger = ledger
         self._begun = begun
         #: By the second attempt's id.
         self.tasks: dict[str, OpenTask] = {}
@@ -123,11 +108,11 @@ class Hedges:
         (binding,) = bindings
         replica = next(replica for replica in replicas if replica.id == binding.replica_id)
         why = f"a second attempt, since the first has run for {now - attempt.given_at:.3g} s: {binding.reason}"
-        hedge = task.hedge = self._place(task, replica, why, attempt.number + HEDGE)
+        hedge = task.hedge = self._ledger.begin(task, replica, why, attempt.number + HEDGE)
         self.tasks[hedge.id] = task
         self._slots.reserve(hedge.id, replica)
         try:
-            await self._store.put_attempt(self._receipt(task, hedge, Delivery.SENT_PARTLY, None, HEDGE_OPEN))
+            await self._store.put_attempt(self._ledger.row(task, hedge, Delivery.SENT_PARTLY, None, HEDGE_OPEN))
         except NgpuError:
             self.drop(task)
             return
@@ -168,7 +153,7 @@ class Hedges:
                 self._fill(uid)
         elif result is None and (link := self._slots.link(hedge.node_addr)) is not None:
             link.cancel(hedge.id)
-        self._put(self._receipt(task, hedge, delivery, result, failure))
+        self._put(self._ledger.row(task, hedge, delivery, result, failure))
 
     def take(self, task: OpenTask) -> OpenAttempt | None:
         """Its second attempt, which it has no longer."""

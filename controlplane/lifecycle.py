@@ -14,16 +14,13 @@ from typing import Any, Final, Protocol
 
 from msgspec import structs
 
-from controlplane import explain, ids, routing
+from controlplane import routing
 from controlplane.callers import Callers, Fleet, refuse
 from controlplane.doubts import Doubts
 from controlplane.errors import NgpuError, NotFound, Unavailable
-from controlplane.explain import Decision
 from controlplane.failures import (
     BUSY,
-    CANCELLED,
     DELETED,
-    HEDGED,
     HUNG_UP,
     LOST_BEFORE_SENT,
     NODE_LOST,
@@ -36,8 +33,8 @@ from controlplane.failures import (
 from controlplane.hedging import Hedges
 from controlplane.job_writes import JobWrites
 from controlplane.jobs import begun_by
-from controlplane.lineup import FRESH_S, Lineup, decision, line_up
-from controlplane.model import Attempt, Cause, Delivery, Job, State
+from controlplane.ledger import Ledger, Recorder
+from controlplane.model import Cause, Delivery, Job, State
 from controlplane.queues import Queue, Queues
 from controlplane.receipts import TermsOf
 from controlplane.retries import after, backoff_s, judge
@@ -49,7 +46,6 @@ from controlplane.tasks import (
     OpenTask,
     Phase,
     end_of,
-    ledger_row,
     request_of_row,
     webhook_of,
 )
@@ -61,10 +57,6 @@ RUN_GRACE_S: Final = 30.0
 #: A response that is passed on as it comes waits so long for its caller, whose bridge may have died between its head
 #: and its body. Longer than a bridge takes to find a control plane that was away (30 s, httpbridge/calls.py).
 UNREAD_S: Final = 45.0
-#: An attempt is slow that takes so many times what is usual in its workspace.
-SLOW_TIMES: Final = 4
-#: An attempt whose task waited for so long keeps how the replicas stood.
-WAITED_S: Final = 1.0
 #: Where a task waits for a slot that is late although others are free, they are looked at again at most this often.
 PLAN_S: Final = 0.05
 #: What was sent ahead of its slot comes back unsent if that is not free within so many times what was expected, and at
@@ -100,15 +92,6 @@ class Metrics(Protocol):
         """A task's end is on disk, so long after its acceptance. `reason`: of the failure, or empty."""
 
 
-class Recorder(Protocol):
-    """Who keeps what is known of attempts that failed, or ran for longer than `slow_s` and than is usual."""
-
-    slow_s: float
-
-    def keep(self, row: Attempt, kind: str) -> None:
-        """The attempt has ended. `kind`: `failed` or `slow`."""
-
-
 class Lifecycle:
     """All open tasks, and the steps they take. Methods are called in the event loop's thread; none waits."""
 
@@ -133,8 +116,7 @@ class Lifecycle:
         self._monotonic = monotonic
         self._jitter = jitter
         self._metrics = metrics
-        self._terms = terms
-        self._recorder = recorder
+        self.ledger = Ledger(slots, fleet, clock=clock, monotonic=monotonic, terms=terms, recorder=recorder)
         self.tasks: dict[str, OpenTask] = {}
         #: By attempt, from when its node is told until what came of it is on disk.
         self.attempts: dict[str, OpenTask] = {}
@@ -155,8 +137,7 @@ class Lifecycle:
             monotonic=monotonic,
             later=self.reads.put_nowait,
             fill=self.fill,
-            place=self._attempt,
-            receipt=self._row,
+            ledger=self.ledger,
             begun=lambda task: metrics.hedged(task.workspace_name, "begun"),
         )
         self._writes = Writes(monotonic=monotonic, heed=self.heed, stale=self._stale)
@@ -202,50 +183,8 @@ class Lifecycle:
 
     def place(self, task: OpenTask, replica: Replica, reason: str) -> OpenAttempt:
         """The task's next attempt, on that replica."""
-        task.attempt = self._attempt(task, replica, reason, task.number + 1)
+        task.attempt = self.ledger.begin(task, replica, reason, task.number + 1)
         return task.attempt
-
-    def _attempt(self, task: OpenTask, replica: Replica, reason: str, number: int) -> OpenAttempt:
-        now = self._monotonic()
-        return OpenAttempt(
-            id=ids.attempt_id(task.id, number),
-            number=number,
-            replica_id=replica.id,
-            node_addr=replica.node.addr,
-            node_ip=replica.node.ip,
-            gpu_ids=replica.gpu_ids,
-            queue_time=task.queue_time or task.create_time,
-            assign_time=self._clock(),
-            reason=reason,
-            given_at=now,
-            lineup=self._lineup(task.workspace_uid, now),
-            avoided=task.avoid,
-            work=task.work,
-        )
-
-    def _lineup(self, workspace_uid: str, now: float) -> Lineup:
-        pool = self._slots.pool(workspace_uid)
-        if len(pool.replicas) <= 1:
-            return ()
-        if now - pool.lined_up_at >= FRESH_S:
-            pool.lineup = line_up(pool.replicas.values(), pool.mean_s, now)
-            pool.lined_up_at = now
-        return pool.lineup
-
-    def decision(self, task: OpenTask) -> Decision | None:
-        """Why its attempt is where it is; None: it has none, or there was no choice."""
-        attempt = task.attempt
-        if attempt is None or not attempt.lineup:
-            return None
-        return decision(
-            attempt.lineup,
-            time=attempt.assign_time,
-            subject=f"attempt {attempt.number}",
-            chosen=attempt.replica_id,
-            work=attempt.work,
-            avoid=attempt.avoided,
-            name_of=lambda addr: self._fleet.node(addr).name,
-        )
 
     def _assign(self, task: OpenTask, replica: Replica, reason: str, wait_limit_s: float = 0.0) -> None:
         self.queues.leave(task, served=True)
@@ -317,7 +256,7 @@ class Lifecycle:
                 # One sent ahead of its slot was there before it, since its own request had to be read first.
                 attempt.wait_limit_s = _wait_limit_s(self._slots.pool(task.workspace_uid).mean_s)
             attempt.run_at = now + attempt.wait_limit_s + limits.run_time_s + RUN_GRACE_S
-            slow_s = max(self._recorder.slow_s, SLOW_TIMES * self._slots.pool(task.workspace_uid).mean_s)
+            slow_s = self.ledger.slow_s(task.workspace_uid)
             attempt.slow_us = slow_s * 1e6
             if task.hedge_times:
                 attempt.hedge_at = now + self.hedges.after_s(task)
@@ -410,7 +349,7 @@ class Lifecycle:
         if attempt.replica_id not in task.avoid:
             task.avoid = (*task.avoid, attempt.replica_id)
         self.hedges.drop(task)
-        row = self._receipt(task, delivery, result, failure)
+        row = self.ledger.end(task, delivery, result, failure)
         if failure.cause is Cause.CUSTOMER:
             task.gpu_us += row.gpu_us
         task.queue_time = row.end_time
@@ -508,7 +447,7 @@ class Lifecycle:
         """End the task with its attempt. The slot stays taken until its node has said that the attempt is over."""
         task.move(Phase.ENDING)
         self.hedges.drop(task)
-        row = self._receipt(task, delivery, result, attempt_failure or failure)
+        row = self.ledger.end(task, delivery, result, attempt_failure or failure)
         total_us = task.gpu_us if row.cause == Cause.PLATFORM else task.gpu_us + row.gpu_us
         task.failure = failure
         state = State.COMPLETED if failure is None else state_of(failure)
@@ -530,8 +469,8 @@ class Lifecycle:
         self._metrics.hedged(task.workspace_name, "won")
         task.response = response
         task.move(Phase.ENDING)
-        first = self._receipt(task, task.current.delivery, None, OVERTAKEN)
-        second = self._row(task, hedge, result.delivery, result, None)
+        first = self.ledger.end(task, task.current.delivery, None, OVERTAKEN)
+        second = self.ledger.row(task, hedge, result.delivery, result, None)
         task.end = end_of(State.COMPLETED, second.end_time, task.gpu_us + second.gpu_us, response, None)
         write = partial(self._store.finish, first, task.end, webhook_of(task, task.end), hedge=second)
         self._writes.begin(task, write, self._ended)
@@ -585,41 +524,6 @@ class Lifecycle:
         link = self._slots.link(attempt.node_addr)
         if attempt.answered and link is not None:
             link.ack(attempt.id)
-
-    def _receipt(
-        self, task: OpenTask, delivery: Delivery, result: AttemptResult | None, failure: Failure | None
-    ) -> Attempt:
-        """The row of its attempt, which has ended; and what else is to be kept of that."""
-        attempt = task.current
-        row = self._row(task, attempt, delivery, result, failure)
-        # Where somebody may ask.
-        waited = attempt.number > 1 or attempt.given_at - task.accepted_at >= WAITED_S
-        slow = (self._monotonic() - attempt.given_at) * 1e6 >= attempt.slow_us
-        if attempt.lineup and (waited or slow or failure is not None):
-            decided = self.decision(task)
-            row.decision_json = None if decided is None else explain.encode(decided)
-        if failure is None:
-            if slow:
-                self._recorder.keep(row, "slow")
-        elif failure.reason not in {CANCELLED, HEDGED}:
-            self._recorder.keep(row, "failed")
-        return row
-
-    def _row(
-        self,
-        task: OpenTask,
-        attempt: OpenAttempt,
-        delivery: Delivery,
-        result: AttemptResult | None,
-        failure: Failure | None,
-    ) -> Attempt:
-        terms = self._terms(
-            task.workspace_uid, attempt.replica_id, attempt.node_addr, attempt.gpu_ids, attempt.assign_time
-        )
-        passed_us = max(0, int((self._monotonic() - attempt.given_at) * 1e6))
-        return ledger_row(
-            task, attempt, delivery, self._clock(), passed_us=passed_us, terms=terms, result=result, failure=failure
-        )
 
     def hang_up(self, task: OpenTask) -> None:
         """The one caller that it is for has gone: that ends it, unless its workspace says otherwise."""
