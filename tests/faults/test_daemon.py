@@ -12,6 +12,7 @@ from controlplane.model import Delivery, State
 from scripts.fault_suite.callers import Callers
 from scripts.fault_suite.records import Execution, executions, recorded, token_of
 from scripts.fault_suite.rig import Docker, Rig
+from tests.engine import connected
 from tests.images import echo_image, why_no_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker, pytest.mark.timeout(240)]
@@ -35,17 +36,11 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    docker = pytest.importorskip("docker")
     if why := why_no_images():
         pytest.skip(why)
-    try:
-        client = docker.from_env(timeout=60)
-        client.ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"no Docker engine answers: {error}")
-    if not client.api.base_url.startswith("http+docker://"):
-        pytest.skip("the Docker engine is not on this machine")
-    with contextlib.closing(client):
+    with contextlib.closing(connected()) as client:
+        if not client.api.base_url.startswith("http+docker://"):
+            pytest.skip("the Docker engine is not on this machine")
         engine = Docker("unix:///var/run/docker.sock", client, echo_image(client.api))
         state = tmp_path_factory.mktemp("daemon") / "state"
         with Rig(state, docker=engine, nodes=1, small_disks=False, bridge=SETTINGS) as rig:

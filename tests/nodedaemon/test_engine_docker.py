@@ -44,6 +44,7 @@ from nodedaemon.engine.network import put_up, rules
 from nodedaemon.readiness import probe
 from nodedaemon.replicas import ReplicaReport, Replicas, State
 from tests import images
+from tests.engine import connected
 from tests.nodedaemon.fake_engine import assignment as small
 from tests.private_docker import private_docker
 
@@ -55,14 +56,10 @@ WRONG = Credentials(images.USERNAME, "wrong")
 
 @pytest.fixture(scope="module")
 def api() -> Iterator[docker.APIClient]:
-    try:
-        api = docker.APIClient(version="auto")
-    except docker.errors.DockerException:
-        pytest.skip("needs a running Docker engine")
     if why := images.why_no_images():
         pytest.skip(why)
-    yield api
-    api.close()
+    with contextlib.closing(connected()) as client:
+        yield client.api
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Real processes on this machine: what the tests of this directory share."""
 
 import concurrent.futures
+import contextlib
 import json
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.programs import Platform
+from tests.engine import connected
 from tests.images import echo_directory
 
 WAIT_S = 60.0
@@ -147,11 +149,5 @@ def echo(platform: Platform, images: Path) -> Rest:
 @pytest.fixture(scope="session")
 def docker_engine() -> Iterator[Any]:
     """A client of the Docker engine; skips where none answers."""
-    docker = pytest.importorskip("docker")
-    try:
-        client = docker.from_env(timeout=30)
-        client.ping()
-    except docker.errors.DockerException as error:
-        pytest.skip(f"no Docker engine answers: {error}")
-    yield client
-    client.close()
+    with contextlib.closing(connected()) as client:
+        yield client
