@@ -243,22 +243,25 @@ def remove(path: str) -> None:
 
 def stale(root: str, before: float, prefix: str) -> list[str]:
     """Names of bodies last written before that time, SWEPT at most."""
-    found = (entry.name for shard in range(SHARDS) for entry in _older(root, shard, before))
-    return list(islice((name.removesuffix(_GROWING) for name in found if name.startswith(prefix)), SWEPT))
+    return list(islice((name for shard in range(SHARDS) for name in _older(root, shard, before, prefix)), SWEPT))
 
 
 def unfinished(root: str, shard: int, before: float) -> list[str]:
     """In that sub-directory, names of growing bodies last written before that time."""
-    return [entry.name.removesuffix(_GROWING) for entry in _older(root, shard, before) if entry.name.endswith(_GROWING)]
+    return list(_older(root, shard, before, suffix=_GROWING))
 
 
-def _older(root: str, shard: int, before: float) -> Iterator["os.DirEntry[str]"]:
-    """Not what somebody else may have put there."""
+def _older(root: str, shard: int, before: float, prefix: str = "", suffix: str = "") -> Iterator[str]:
+    """Names of bodies whose files begin and end so; only these are looked at."""
     with os.scandir(_directory(root, shard)) as entries:
         for entry in entries:
+            if not (entry.name.startswith(prefix) and entry.name.endswith(suffix)):
+                continue
+            name = entry.name.removesuffix(_GROWING)
             with suppress(FileNotFoundError):  # deleted or sealed meanwhile
-                if _NAME.fullmatch(entry.name.removesuffix(_GROWING)) and entry.stat().st_mtime < before:
-                    yield entry
+                # Not what somebody else may have put there.
+                if _NAME.fullmatch(name) and entry.stat().st_mtime < before:
+                    yield name
 
 
 def _directory(root: str, shard: int) -> str:

@@ -293,7 +293,6 @@ class Session:
     async def _heartbeat(self, call: HeartbeatCall) -> None:
         self._unanswered.clear()
         self._said = node_pb2.HeartbeatRequest()
-        self._report_in(0)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear(call), name="heartbeat: hear")
             group.create_task(self._tell(call), name="heartbeat: tell")
