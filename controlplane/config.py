@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 import pydantic_settings
-from ngpu.settings import address, address_or_none, duration, is_loopback, size, split_address, words
+from ngpu.settings import address, address_or_none, duration, is_loopback, readable, size, split_address, words
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -33,6 +33,7 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 Words = Annotated[list[str], NoDecode, BeforeValidator(words)]
 Address = Annotated[str, pydantic.AfterValidator(address)]
 OptionalAddress = Annotated[str, pydantic.AfterValidator(address_or_none)]
+ReadableFile = Annotated[Path, pydantic.AfterValidator(readable)]
 
 
 class _Section(BaseModel):
@@ -158,9 +159,9 @@ class Config(BaseSettings):
     """HOST:PORT for gRPC. Port 0: any free one, written to STATE_DIR/address."""
     metrics_listen: OptionalAddress = "127.0.0.1:9464"
     """HOST:PORT for /metrics, /healthz and /readyz over HTTP. Empty: off."""
-    tls_cert: Path | None = None
+    tls_cert: ReadableFile | None = None
     """PEM file with the certificate chain for gRPC."""
-    tls_key: Path | None = None
+    tls_key: ReadableFile | None = None
     """PEM file with its key."""
     allow_plaintext: bool = False
     """Listen without TLS on addresses other machines can reach: only behind something that adds TLS."""
@@ -214,13 +215,6 @@ class Config(BaseSettings):
             zoneinfo.ZoneInfo(value)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError(f"{value!r} is no time zone: write UTC or a name like Asia/Shanghai") from None
-        return value
-
-    @pydantic.field_validator("tls_cert", "tls_key")
-    @classmethod
-    def _readable(cls, value: Path | None) -> Path | None:
-        if value is not None and not os.access(value, os.R_OK):
-            raise ValueError(f"{value} cannot be read")
         return value
 
     @pydantic.field_validator("tls_key")
