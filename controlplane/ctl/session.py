@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import queue
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ def _why_not(details: str) -> str:
         return "it does not speak TLS: leave --tls and --tls-ca out"
     if details.endswith("Socket closed"):
         return "it hung up: does it want --tls?"
-    return details.rsplit(": ", 1)[-1].rstrip("]")
+    # gRPC's ways of connecting differ in whether they add the number of the error.
+    return re.sub(r" \(\d+\)$", "", details.rsplit(": ", 1)[-1].rstrip("]"))
 
 
 def find_token(file: Path | None, environment: Mapping[str, str]) -> str:

@@ -558,7 +558,7 @@ def test_errors(plane: FakeControlPlane, ngpu: Ngpu, refusal: Refusal, code: int
 
 def test_nobody_there(ngpu: Ngpu) -> None:
     result = ngpu("node", "list", "--server", "127.0.0.1:1", code=3)
-    assert "does not answer at 127.0.0.1:1 (Connection refused" in result.stderr
+    assert "does not answer at 127.0.0.1:1 (Connection refused)" in result.stderr
     assert "ngpu-controlplane run" in result.stderr
     ngpu("workspace", "show", "x", "--wait", "--server", "127.0.0.1:1", code=3)
 
